@@ -1,0 +1,42 @@
+"""Two-phase training of cuvis.ai pipelines on a Ray cluster.
+
+The public names are loaded when first used, so that ``cuvis_dist.statistics`` needs neither Ray
+nor cuvis.ai.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cuvis_dist.initialization import Recipe, StatisticalTrainer, recipe
+    from cuvis_dist.run import load_trainrun, run_trainrun
+    from cuvis_dist.scaling import Scaling
+    from cuvis_dist.training import GradientTrainer
+
+__all__ = [
+    "GradientTrainer",
+    "Recipe",
+    "Scaling",
+    "StatisticalTrainer",
+    "load_trainrun",
+    "recipe",
+    "run_trainrun",
+]
+
+_HOMES = {
+    "GradientTrainer": "training",
+    "Recipe": "initialization",
+    "Scaling": "scaling",
+    "StatisticalTrainer": "initialization",
+    "load_trainrun": "run",
+    "recipe": "initialization",
+    "run_trainrun": "run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

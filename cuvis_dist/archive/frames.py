@@ -1,0 +1,250 @@
+"""Which frames are there, how are they cut into shards, and how is one read?
+
+An :class:`Archive` is made from the ``DataLoader`` of any cuvis.ai data module (or any other
+map-style one), so that what a frame contains and how it becomes a batch stays the module's
+affair. What is added here is identity (which recording, which frame, which file), so that a
+shard can be cut and an error can name its culprit.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from cuvis_ai_schemas.training.data import SampleRef
+from torch.utils.data import DataLoader, Dataset
+
+from cuvis_dist.errors import DataError, InputError, one_line
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Identity of one frame.
+
+    Attributes
+    ----------
+    uid : str
+        ``SampleRef.uid``, or ``<recording>#<position>`` where the data module has no refs.
+    recording : str
+        ``SampleRef.source``.
+    path : str
+        The file that is read; the recording itself unless the module keeps frames elsewhere.
+    """
+
+    uid: str
+    recording: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"frame {self.uid}" + ("" if self.path == self.recording else f" ({self.path})")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Frames ``start .. stop - 1`` of an archive, all of one recording."""
+
+    ordinal: int
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class NamedFrames(Dataset):
+    """A data module's dataset whose read errors name the frame.
+
+    Also resolves relative paths as the driver did: a worker has a working directory of its own.
+    """
+
+    def __init__(self, dataset: Any, frames: Sequence[Frame]) -> None:
+        self.dataset = dataset
+        self.frames = frames
+        self._directory = os.getcwd()
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def __getitem__(self, index: int) -> Any:
+        """Read one frame; raises DataError with its recording and path."""
+        if os.path.isdir(self._directory):
+            os.chdir(self._directory)
+        try:
+            return self.dataset[index]
+        except Exception as error:
+            raise DataError(f"cannot read {self.frames[index]}: {one_line(error)}") from error
+
+
+class Archive:
+    """All frames of one split, in the order that the data module resolved.
+
+    Parameters
+    ----------
+    loader : DataLoader
+        The module's loader of the split. Its dataset and ``collate_fn`` are used; its sampler
+        and batch size are not, since a shard is read frame by frame.
+    frames : sequence of Frame
+        One per item of the dataset.
+    """
+
+    def __init__(self, loader: DataLoader, frames: Sequence[Frame]) -> None:
+        self.dataset = NamedFrames(loader.dataset, tuple(frames))
+        self.collate = loader.collate_fn
+
+    @property
+    def frames(self) -> Sequence[Frame]:
+        """Identities of the frames, in canonical order."""
+        return self.dataset.frames
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def read(self, index: int) -> dict[str, Any]:
+        """Read one frame as a batch of one, as the module's own loader would collate it."""
+        item = self.dataset[index]
+        try:
+            return self.collate([item])
+        except Exception as error:
+            raise DataError(f"cannot batch {self.frames[index]}: {one_line(error)}") from error
+
+    def shards(self, shard_frames: int) -> list[Shard]:
+        """Cut the archive into runs of at most ``shard_frames`` frames of one recording."""
+        shards: list[Shard] = []
+        start = 0
+        for stop in range(1, len(self) + 1):
+            full = stop - start == shard_frames
+            if stop == len(self) or full or self._recording(stop) != self._recording(start):
+                shards.append(Shard(len(shards), start, stop))
+                start = stop
+        return shards
+
+    def _recording(self, index: int) -> str:
+        return self.frames[index].recording
+
+
+def batch_bytes(batch: dict[str, Any]) -> int:
+    """Return the size of a batch's tensors in bytes."""
+    return sum(v.nbytes for v in batch.values() if isinstance(v, torch.Tensor))
+
+
+def open_archive(datamodule: pl.LightningDataModule, split: str) -> Archive:
+    """Return the archive of ``split``; raises as :func:`open_split` does."""
+    return Archive(*open_split(datamodule, split))
+
+
+def open_split(
+    datamodule: pl.LightningDataModule, split: str
+) -> tuple[DataLoader, list[Frame]]:
+    """Set up the data module for ``split`` (``train``, ``val`` or ``test``) and list its frames.
+
+    Returns
+    -------
+    tuple of DataLoader and list of Frame
+        The module's own loader and the identity of each item of its dataset.
+
+    Raises
+    ------
+    InputError
+        If the module cannot be set up, has no such split, or serves no map-style dataset.
+    """
+    stage = {"train": "fit", "val": "validate", "test": "test"}[split]
+    with _recorded_refs(datamodule) as refs_of:
+        try:
+            datamodule.setup(stage)
+            loader = getattr(datamodule, f"{split}_dataloader")()
+        except Exception as error:
+            raise setup_error(datamodule, split, error) from error
+    return loader, _frames(require_map_style(loader, split), refs_of)
+
+
+def require_map_style(loader: Any, split: str) -> DataLoader:
+    """Return ``loader`` if frames can be picked from it by index; raises InputError if not."""
+    dataset = getattr(loader, "dataset", None)
+    if not (
+        isinstance(loader, DataLoader)
+        and hasattr(dataset, "__getitem__")
+        and hasattr(dataset, "__len__")
+    ):
+        raise InputError(
+            f"the {split} loader is a {type(loader).__name__} over a {type(dataset).__name__}; "
+            "cuvis_dist needs a torch DataLoader over a map-style dataset (one with __len__ "
+            "and __getitem__), so that its frames can be dealt to workers"
+        )
+    if not len(dataset):  # type: ignore[arg-type]
+        raise InputError(f"the {split} split has no frames; check the splits of the trainrun")
+    return loader
+
+
+def setup_error(datamodule: Any, split: str, error: Exception) -> InputError:
+    """Explain why a data module could not be set up."""
+    name = datamodule if isinstance(datamodule, str) else type(datamodule).__name__
+    hint = ""
+    if "cuvis" in f"{error}".lower() and isinstance(error, ImportError) or _sdk_missing(error):
+        hint = (
+            ". Reading .cu3s needs the CUVIS SDK on every machine of the cluster: install it, "
+            "set the environment variable CUVIS to its folder, and install cuvis-dist[cu3s]"
+        )
+    elif "is not built" in str(error):
+        hint = f". The {split} split of the trainrun selects no frames"
+    return InputError(f"{name} cannot set up the {split} split: {one_line(error)}{hint}")
+
+
+def _sdk_missing(error: BaseException | None) -> bool:
+    """Whether the error came from importing ``cuvis`` without its C library."""
+    while error is not None:
+        frames = error.__traceback__
+        while frames is not None:
+            if "cuvis_il" in frames.tb_frame.f_code.co_filename:
+                return True
+            frames = frames.tb_next
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def _recorded_refs(datamodule: Any) -> Iterator[dict[int, list[SampleRef]]]:
+    """Record which refs each dataset is built from, while the module sets itself up.
+
+    Selector-driven modules resolve refs and hand them to ``build_dataset_from_refs``; they do
+    not keep them.
+    """
+    refs_of: dict[int, list[SampleRef]] = {}
+    build = getattr(datamodule, "build_dataset_from_refs", None)
+    if build is None:
+        yield refs_of
+        return
+
+    def recording(refs: list[SampleRef]) -> Dataset:
+        dataset = build(refs)
+        refs_of[id(dataset)] = list(refs)
+        return dataset
+
+    datamodule.build_dataset_from_refs = recording
+    try:
+        yield refs_of
+    finally:
+        del datamodule.build_dataset_from_refs
+
+
+def _frames(loader: DataLoader, refs_of: dict[int, list[SampleRef]]) -> list[Frame]:
+    """Identify each item of the loader's dataset, as well as its module lets us."""
+    dataset: Any = loader.dataset
+    base = getattr(dataset, "_base", dataset)  # samples_per_frame repeats a base dataset
+    rows = getattr(base, "rows", None)  # npz and module-owned cu3s datasets
+    sources = getattr(base, "sample_sources", None)  # cu3s datasets
+    refs = refs_of.get(id(base))
+    frames = []
+    for i in range(len(base)):
+        row = rows[i] if rows else {}
+        recording = str(
+            refs[i].source if refs else row.get("source") or (sources[i] if sources else "data")
+        )
+        path = row.get("materialized_path") or (sources[i] if sources else recording)
+        uid = refs[i].uid if refs else f"{recording}#{row.get('index', i)}"
+        frames.append(Frame(uid, recording, str(path)))
+    return [frames[i % len(frames)] for i in range(len(dataset))]

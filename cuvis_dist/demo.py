@@ -1,0 +1,227 @@
+"""What can a newcomer run without data? A labelled archive and the guide's two-phase example.
+
+Cubes are linear mixtures of smooth material spectra under varying illumination, with sensor
+noise; anomalies are small patches of a material that the background does not contain.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """Sizes of the generated archive; the seed fixes every pixel."""
+
+    frames: int = 32
+    height: int = 64
+    width: int = 64
+    bands: int = 61
+    recordings: int = 4
+    seed: int = 7
+    max_epochs: int = 12
+
+
+WAVELENGTH_RANGE_NM = (430, 910)
+_MATERIALS = 4
+
+
+def write_demo(folder: Path, settings: DemoSettings) -> Path:
+    """Write archive, pipeline and trainrun into ``folder``; return the trainrun's path.
+
+    Every other frame has anomalies. Of each recording's frames the first half trains, the next
+    quarter validates, the rest tests.
+    """
+    folder = folder.resolve()
+    rows = _write_archive(folder / "archive", settings)
+    (folder / "pipeline.yaml").write_text(
+        yaml.safe_dump(_pipeline(settings), sort_keys=False), encoding="utf-8"
+    )
+    trainrun = folder / "trainrun.yaml"
+    trainrun.write_text(
+        yaml.safe_dump(_trainrun(folder, rows, settings), sort_keys=False), encoding="utf-8"
+    )
+    return trainrun
+
+
+def make_cube(
+    spectra: np.ndarray, height: int, width: int, anomalies: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Make one frame from ``[M + 1, C]`` spectra, of which the last is the anomaly's.
+
+    Returns
+    -------
+    tuple of ndarray
+        Reflectance ``[H, W, C]`` float32 and mask ``[H, W]`` int32 (1 = anomalous).
+    """
+    background, target = spectra[:-1], spectra[-1]
+    abundances = np.stack([_smooth_noise(height, width, rng) for _ in background], axis=-1)
+    abundances = np.exp(2.5 * abundances)
+    abundances /= abundances.sum(axis=-1, keepdims=True)
+    cube = abundances @ background
+    mask = np.zeros((height, width), dtype=np.int32)
+    for _ in range(anomalies):
+        side = int(rng.integers(2, 5))
+        top = int(rng.integers(0, max(1, height - side)))
+        left = int(rng.integers(0, max(1, width - side)))
+        patch = (slice(top, top + side), slice(left, left + side))
+        share = rng.uniform(0.2, 0.5)
+        cube[patch] = (1 - share) * cube[patch] + share * target
+        mask[patch] = 1
+    illumination = 1 + 0.15 * _smooth_noise(height, width, rng)
+    cube *= illumination[..., None]
+    cube += rng.normal(0, 0.004, cube.shape)
+    return cube.astype(np.float32), mask
+
+
+def make_spectra(bands: int, rng: np.random.Generator) -> np.ndarray:
+    """Make ``[M + 1, C]`` smooth reflectance spectra between 430 and 910 nm."""
+    x = np.linspace(0, 1, bands)
+    spectra = []
+    for _ in range(_MATERIALS + 1):
+        bumps = sum(
+            rng.uniform(0.1, 0.4)
+            * np.exp(-0.5 * ((x - rng.uniform(0, 1)) / rng.uniform(0.08, 0.3)) ** 2)
+            for _ in range(4)
+        )
+        spectra.append(0.1 + bumps)
+    return np.stack(spectra)
+
+
+def _smooth_noise(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    """Return a smooth random field with unit scale: low frequencies with random phases."""
+    y, x = np.mgrid[0:height, 0:width] / max(height, width)
+    field = np.zeros((height, width))
+    for _ in range(6):
+        fy, fx = rng.uniform(-4, 4, size=2)
+        field += np.cos(2 * np.pi * (fy * y + fx * x + rng.uniform()))
+    return field / np.sqrt(3)
+
+
+def _write_archive(folder: Path, settings: DemoSettings) -> list[tuple[str, int]]:
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(settings.seed)
+    spectra = make_spectra(settings.bands, rng)
+    low, high = WAVELENGTH_RANGE_NM
+    wavelengths = np.linspace(low, high, settings.bands).astype(np.int32)
+    rows: list[tuple[str, int]] = []
+    with open(folder / "universe.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["source", "index", "materialized_path"])
+        for frame in range(settings.frames):
+            recording = frame * settings.recordings // settings.frames
+            source = f"recording_{recording:02d}.cu3s"
+            index = sum(name == source for name, _ in rows)
+            size = settings.height, settings.width
+            anomalies = 0 if index % 2 else max(1, size[0] * size[1] // 800)
+            cube, mask = make_cube(spectra, *size, anomalies, rng)
+            name = f"recording_{recording:02d}_{index:03d}.npz"
+            np.savez(
+                folder / name,
+                cube=cube,
+                mask=mask,
+                class_mask=mask.astype(np.uint8),
+                wavelengths=wavelengths,
+            )
+            table.writerow([source, index, name])
+            rows.append((source, index))
+    return rows
+
+
+def _pipeline(settings: DemoSettings) -> dict:
+    node = "cuvis_ai.node"
+    nodes = {
+        "data": (f"{node}.data.LentilsAnomalyDataNode", {"normal_class_ids": [0]}),
+        "normalizer": (
+            f"{node}.normalization.MinMaxNormalizer",
+            {"eps": 1e-6, "use_running_stats": True},
+        ),
+        "selector": (
+            f"{node}.channel_selector.SoftChannelSelector",
+            {
+                "n_select": min(10, settings.bands),
+                "input_channels": settings.bands,
+                "init_method": "variance",
+            },
+        ),
+        "rx_detector": (
+            f"{node}.anomaly.rx_detector.RXGlobal",
+            {"num_channels": settings.bands, "eps": 1e-6},
+        ),
+        "logit_head": (f"{node}.conversion.ScoreToLogit", {}),
+        "decider": (f"{node}.deciders.binary_decider.BinaryDecider", {"threshold": 0.5}),
+        "bce": (f"{node}.losses.AnomalyBCEWithLogits", {"weight": 10.0}),
+        "metrics_anomaly": (f"{node}.metrics.AnomalyDetectionMetrics", {}),
+    }
+    edges = [
+        ("data.outputs.cube", "normalizer.inputs.data"),
+        ("normalizer.outputs.normalized", "selector.inputs.data"),
+        ("selector.outputs.selected", "rx_detector.inputs.data"),
+        ("rx_detector.outputs.scores", "logit_head.inputs.scores"),
+        ("logit_head.outputs.logits", "bce.inputs.predictions"),
+        ("data.outputs.mask", "bce.inputs.targets"),
+        ("logit_head.outputs.logits", "decider.inputs.logits"),
+        ("decider.outputs.decisions", "metrics_anomaly.inputs.decisions"),
+        ("logit_head.outputs.logits", "metrics_anomaly.inputs.logits"),
+        ("data.outputs.mask", "metrics_anomaly.inputs.targets"),
+    ]
+    return {
+        "metadata": {"name": "Channel_Selector"},
+        "plugins": ["cuvis_ai_builtin"],
+        "nodes": [
+            {"name": name, "class_name": class_name, "hparams": hparams}
+            for name, (class_name, hparams) in nodes.items()
+        ],
+        "connections": [{"source": source, "target": target} for source, target in edges],
+    }
+
+
+def _trainrun(folder: Path, rows: list[tuple[str, int]], settings: DemoSettings) -> dict:
+    splits: dict[str, dict[str, list[int]]] = {"train": {}, "val": {}, "test": {}}
+    for source in dict.fromkeys(name for name, _ in rows):
+        ids = [index for name, index in rows if name == source]
+        half, three_quarters = max(1, len(ids) // 2), max(2, 3 * len(ids) // 4)
+        splits["train"][source] = ids[:half]
+        splits["val"][source] = ids[half:three_quarters]
+        splits["test"][source] = ids[three_quarters:]
+    return {
+        "name": "demo",
+        "pipeline": "pipeline.yaml",
+        "data": {
+            "data_module": "npz_multi",
+            "batch_size": 2,
+            "splits": {
+                split: [
+                    {"kind": "file_indices", "source": source, "ids": ids}
+                    for source, ids in by_source.items()
+                    if ids
+                ]
+                for split, by_source in splits.items()
+            },
+            "params": {"universe_csv": str(folder / "archive" / "universe.csv")},
+        },
+        "training": {
+            "seed": 42,
+            "max_epochs": settings.max_epochs,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "optimizer": {"name": "adamw", "lr": 1e-4},
+            "scheduler": {
+                "name": "reduce_on_plateau",
+                "monitor": "metrics_anomaly/iou",
+                "mode": "max",
+            },
+            "callbacks": {
+                "checkpoint": {"monitor": "metrics_anomaly/iou", "mode": "max", "save_top_k": 1}
+            },
+        },
+        "unfreeze_nodes": ["selector", "rx_detector", "logit_head"],
+        "loss_nodes": ["bce"],
+        "metric_nodes": ["metrics_anomaly"],
+        "output_dir": str(folder / "results"),
+    }

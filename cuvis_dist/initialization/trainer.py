@@ -1,0 +1,142 @@
+"""How does an archive become frozen buffers? The trainer of phase 1."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import pytorch_lightning as pl
+from cuvis_ai_core.node.node import Node
+from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from cuvis_ai_core.training import StatisticalTrainer as UpstreamStatisticalTrainer
+from cuvis_ai_core.training.evaluation import EvaluationSummary, default_metric_nodes
+from cuvis_ai_core.training.post_fit import EmitFn, FrameProgress, TrainEvent, TrainHook
+from cuvis_ai_schemas.enums import ExecutionStage
+from loguru import logger
+
+from cuvis_dist.archive import Archive, open_archive
+from cuvis_dist.evaluation import evaluate
+from cuvis_dist.initialization.passes import PassRecord, measure_pass, stream_pass
+from cuvis_dist.initialization.plan import Pass, make_plan
+from cuvis_dist.scaling import Scaling
+from cuvis_dist.session import connect
+
+
+class StatisticalTrainer(UpstreamStatisticalTrainer):
+    """Upstream's statistical trainer, with the archive spread over a Ray cluster.
+
+    Parameters
+    ----------
+    pipeline, datamodule, stop_event, metric_nodes, emit
+        As upstream's.
+    scaling : Scaling, optional
+        Resources; the defaults use this machine.
+
+    Attributes
+    ----------
+    records : list of PassRecord
+        What each pass of the last :meth:`fit` read and fitted.
+
+    Examples
+    --------
+    >>> trainer = StatisticalTrainer(pipeline, datamodule, scaling=Scaling(workers=4))
+    >>> trainer.fit()
+    >>> trainer.validate().metrics
+    """
+
+    def __init__(
+        self,
+        pipeline: CuvisPipeline,
+        datamodule: pl.LightningDataModule,
+        stop_event: threading.Event | None = None,
+        metric_nodes: Sequence[Node] | None = None,
+        emit: EmitFn | None = None,
+        *,
+        scaling: Scaling | None = None,
+    ) -> None:
+        super().__init__(pipeline, datamodule, stop_event, metric_nodes, emit)
+        self.scaling = scaling or Scaling()
+        self.records: list[PassRecord] = []
+
+    def fit(self) -> None:
+        """Fit every statistical node of the pipeline on the train split.
+
+        Raises
+        ------
+        InputError
+            If the data module cannot serve the train split.
+        DataError
+            If a frame cannot be read or measured; the message names it.
+        ClusterError
+            If the cluster cannot be reached or lost the work.
+        TrainingCancelled
+            If the stop event was set.
+        """
+        self.records = []
+        plan = make_plan(self.pipeline)
+        if not plan:
+            logger.info("No statistical nodes to train")
+            return
+        archive = open_archive(self.datamodule, "train")
+        connect(self.scaling)
+
+        outer_owner = self.pipeline.structure_frozen_by
+        self.pipeline.freeze_structure("StatisticalTrainer.fit")
+        try:
+            for this_pass in plan:
+                self._raise_if_cancelled()
+                self.records.append(self._run(this_pass, archive))
+        finally:
+            if outer_owner is None:
+                self.pipeline.unfreeze_structure()
+            else:
+                self.pipeline.freeze_structure(outer_owner)
+        self._raise_if_cancelled()
+
+    def _run(self, this_pass: Pass, archive: Archive) -> PassRecord:
+        """Carry out one pass between the start and end events of its nodes."""
+        logger.debug(f"Pass over {len(archive)} frames: {this_pass}")
+
+        def progress(hook: TrainHook, done: int) -> None:
+            self._raise_if_cancelled()
+            for node in this_pass.nodes:
+                frames = FrameProgress(done, len(archive))
+                self.emit(TrainEvent(hook, node=node.name, progress=frames))
+
+        progress(TrainHook.STATISTICAL_NODE_START, 0)
+        if this_pass.streamed is not None:
+            record = stream_pass(self.pipeline, archive, this_pass, self.scaling, self.emit)
+        else:
+            record = measure_pass(
+                self.pipeline,
+                archive,
+                this_pass,
+                self.scaling,
+                lambda done: progress(TrainHook.STATISTICAL_PROGRESS, done),
+            )
+        for node in this_pass.nodes:
+            self.emit(TrainEvent(TrainHook.STATISTICAL_NODE_END, node=node.name))
+        return record
+
+    def validate(self) -> EvaluationSummary:
+        """Evaluate the validation split on the cluster; metrics keyed ``<node>/<metric>``."""
+        return self._evaluate_on_cluster(ExecutionStage.VAL)
+
+    def test(self) -> EvaluationSummary:
+        """Evaluate the test split on the cluster; metrics keyed ``<node>/<metric>``."""
+        return self._evaluate_on_cluster(ExecutionStage.TEST)
+
+    def _evaluate_on_cluster(self, stage: ExecutionStage) -> EvaluationSummary:
+        nodes = (
+            self.metric_nodes
+            if self.metric_nodes is not None
+            else default_metric_nodes(self.pipeline)
+        )
+        return evaluate(
+            self.pipeline,
+            self.datamodule,
+            stage,
+            metric_nodes=nodes,
+            emit=self.emit,
+            scaling=self.scaling,
+        )

@@ -1,0 +1,118 @@
+"""What does a run leave behind? The saved pipeline and ``run.json``, never half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass, field, is_dataclass
+from datetime import UTC, datetime
+from enum import Enum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+
+from cuvis_dist.initialization import PassRecord
+
+_PACKAGES = (
+    "cuvis-dist",
+    "cuvis-ai",
+    "cuvis-ai-core",
+    "cuvis-ai-dataloader",
+    "ray",
+    "torch",
+    "pytorch-lightning",
+    "numpy",
+)
+
+
+@dataclass
+class RunRecord:
+    """What ``run.json`` says.
+
+    Attributes
+    ----------
+    status : str
+        ``running``, ``done``, ``failed`` or ``interrupted``.
+    error : str or None
+        The message that the run ended with.
+    passes : list of PassRecord
+        Phase 1, pass by pass: nodes, statistics, pixels, frames and bytes read, seconds.
+    skipped_frames : list of dict
+        Frames left out, each with its reason. Empty: a frame that cannot be read ends the run.
+    epochs : int
+        Epochs that phase 2 completed.
+    checkpoint, calibration : dict or None
+        Upstream's records of the post-fit steps.
+    metrics : dict
+        Per stage (``val``, ``test``; ``phase 1 test`` before training) the metrics, keyed
+        ``<node>/<metric>``.
+    seconds : dict
+        Wall-clock time per phase.
+    """
+
+    trainrun: str
+    name: str
+    output_dir: str
+    pipeline: str = ""
+    scaling: dict[str, Any] = field(default_factory=dict)
+    status: str = "running"
+    error: str | None = None
+    exit_code: int | None = None
+    started: str = ""
+    finished: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    passes: list[PassRecord] = field(default_factory=list)
+    skipped_frames: list[dict[str, str]] = field(default_factory=list)
+    epochs: int = 0
+    checkpoint: Any = None
+    calibration: Any = None
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.started = self.started or now()
+        self.versions = self.versions or {name: version(name) for name in _PACKAGES}
+
+    def write(self) -> Path:
+        """Write ``<output_dir>/run.json`` and return its path."""
+        path = Path(self.output_dir) / "run.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(
+            json.dumps(asdict(self), indent=2, default=_as_json) + "\n", encoding="utf-8"
+        )
+        os.replace(temporary, path)
+        return path
+
+
+def now() -> str:
+    """Return the time in UTC, to the second, as ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def save_pipeline(pipeline: CuvisPipeline, path: Path) -> Path:
+    """Save ``.yaml`` and ``.pt`` beside each other, both whole or neither; return the former.
+
+    An earlier result stays in place until the new files are complete.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=".saving-", dir=path.parent))
+    try:
+        pipeline.save_to_file(str(folder / path.name))
+        for suffix in (".pt", ".yaml"):
+            os.replace((folder / path.name).with_suffix(suffix), path.with_suffix(suffix))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return path
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    return str(value)

@@ -1,0 +1,350 @@
+"""How does one trainrun become a saved pipeline? Both phases, as ``restore-trainrun`` does them.
+
+The trainrun, its pipeline and data module are built by upstream's own functions, in upstream's
+order; only the two trainers are ours.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import yaml
+from cuvis_ai_core.node.node import Node
+from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from cuvis_ai_core.training.config import TrainRunConfig
+from cuvis_ai_core.training.post_fit import EmitFn, PostFitCallback, PostFitResult, log_event
+from cuvis_ai_core.utils.config_helpers import resolve_config_with_hydra
+from loguru import logger
+from omegaconf import OmegaConf
+from pydantic import ValidationError
+
+from cuvis_dist import upstream
+from cuvis_dist.errors import INTERRUPTED, CuvisDistError, DataError, InputError, one_line
+from cuvis_dist.evaluation import failed_split, post_fit
+from cuvis_dist.initialization import StatisticalTrainer, statistical_nodes
+from cuvis_dist.record import RunRecord, now, save_pipeline
+from cuvis_dist.scaling import Scaling
+from cuvis_dist.session import connect, require_resources
+
+
+@dataclass
+class TrainRun:
+    """A trainrun with its pipeline built and its names checked; no data was touched.
+
+    Attributes
+    ----------
+    path : Path
+        The trainrun file.
+    config : TrainRunConfig
+        Resolved and overridden.
+    plugins_dirs : list of Path
+        Where plugin manifests are looked up.
+    """
+
+    path: Path
+    config: TrainRunConfig
+    pipeline: CuvisPipeline
+    plugins_dirs: list[Path]
+
+    @property
+    def loss_nodes(self) -> list[Node]:
+        """The loss nodes, in the pipeline's order."""
+        return self._named(self.config.loss_nodes)
+
+    @property
+    def metric_nodes(self) -> list[Node]:
+        """The metric nodes, in the pipeline's order."""
+        return self._named(self.config.metric_nodes)
+
+    def _named(self, names: Sequence[str]) -> list[Node]:
+        return [node for node in self.pipeline.nodes() if node.name in names]
+
+    @property
+    def output_dir(self) -> Path:
+        """Absolute output folder, relative ones meant from the working directory."""
+        return Path(self.config.output_dir).expanduser().resolve()
+
+    @property
+    def saved_pipeline(self) -> Path:
+        """Where the result goes: upstream's place and name."""
+        return self.output_dir / "trained_models" / f"{self.pipeline.name}_restored.yaml"
+
+    def datamodule(self) -> pl.LightningDataModule:
+        """Build the data module, set up for fitting.
+
+        Raises
+        ------
+        InputError
+            If it cannot be built: a missing plugin, parameter, recording or SDK.
+        """
+        from cuvis_dist.archive.frames import setup_error
+
+        try:
+            return upstream.create_datamodule(
+                self.config, self.plugins_dirs, base_dir=self.path.parent
+            )
+        except Exception as error:
+            raise setup_error(self.config.data.data_module, "train", error) from error
+
+
+def load_trainrun(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    plugins_dirs: Sequence[str | Path] = (),
+    output_dir: str | Path | None = None,
+) -> TrainRun:
+    """Read a trainrun (flat YAML or with Hydra ``defaults``) and build its pipeline.
+
+    Raises
+    ------
+    InputError
+        If the trainrun or pipeline is missing or invalid, or names a node that is not there.
+    """
+    path = Path(path).expanduser().resolve()
+    if not path.is_file():
+        raise InputError(f"trainrun not found: {path}")
+    overrides = [*overrides, *([f"output_dir={output_dir}"] if output_dir else [])]
+    try:
+        config = _read_config(path, list(overrides))
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()
+        )
+        raise InputError(f"trainrun {path} is not valid: {problems}") from error
+    except Exception as error:
+        raise InputError(f"trainrun {path} cannot be read: {one_line(error)}") from error
+
+    if config.training is not None:
+        # As upstream: before the pipeline, whose initial weights depend on it.
+        pl.seed_everything(config.training.seed, workers=True, verbose=False)
+    try:
+        pipeline = upstream.build_pipeline(config, base_dir=path.parent)
+    except Exception as error:
+        raise InputError(
+            f"the pipeline {config.pipeline!r} of trainrun {path} cannot be built: "
+            f"{one_line(error)}"
+        ) from error
+    _check_names(path, config, pipeline)
+    dirs = upstream.discover_plugins_dirs(path, [*installed_plugins_dirs(), *plugins_dirs])
+    return TrainRun(path, config, pipeline, dirs)
+
+
+def _read_config(path: Path, overrides: list[str]) -> TrainRunConfig:
+    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if isinstance(raw, dict) and "defaults" in raw:
+        configs_dir = path.parent.parent
+        values = resolve_config_with_hydra(
+            config_type="trainrun",
+            config_path=path.relative_to(configs_dir).with_suffix("").as_posix(),
+            search_paths=[str(configs_dir)],
+            overrides=overrides or None,
+        )
+    else:
+        merged = OmegaConf.merge(OmegaConf.create(raw or {}), OmegaConf.from_dotlist(overrides))
+        values = OmegaConf.to_container(merged, resolve=True)
+    return TrainRunConfig.model_validate(values)
+
+
+def installed_plugins_dirs() -> list[Path]:
+    """Return the plugin manifests that the installed ``cuvis_ai`` ships."""
+    import cuvis_ai
+
+    folder = Path(cuvis_ai.__file__).parent / "configs" / "plugins"
+    return [folder] if folder.is_dir() else []
+
+
+def _check_names(path: Path, config: TrainRunConfig, pipeline: CuvisPipeline) -> None:
+    """Refuse a node name that the pipeline lacks now, not after hours of phase 1."""
+    known = {node.name for node in pipeline.nodes()}
+    for key in ("unfreeze_nodes", "loss_nodes", "metric_nodes"):
+        unknown = [name for name in getattr(config, key) if name not in known]
+        if unknown:
+            raise InputError(
+                f"{key} of trainrun {path} names {', '.join(map(repr, unknown))}, which the "
+                f"pipeline {pipeline.name} does not have. Its nodes: {', '.join(sorted(known))}"
+            )
+    if config.training is not None and not config.loss_nodes:
+        raise InputError(
+            f"trainrun {path} has a training block but no loss_nodes; name the nodes whose "
+            "losses are summed, or remove the block to run phase 1 alone"
+        )
+
+
+def run_trainrun(
+    trainrun: TrainRun,
+    scaling: Scaling | None = None,
+    emit: EmitFn | None = None,
+    verbose: bool = False,
+) -> RunRecord:
+    """Run both phases of a trainrun (the first alone without a ``training`` block) and save.
+
+    Parameters
+    ----------
+    trainrun : TrainRun
+        From :func:`load_trainrun`.
+    scaling : Scaling, optional
+        Resources; ``output_dir`` is taken from the trainrun.
+    emit : callable, optional
+        Where the events of both phases go; the log by default.
+
+    Returns
+    -------
+    RunRecord
+        As in ``<output_dir>/run.json``.
+
+    Raises
+    ------
+    CuvisDistError
+        With a message for people; ``run.json`` then says ``failed``, and an earlier saved
+        pipeline is still in place.
+    """
+    scaling = (scaling or Scaling()).model_copy(update={"output_dir": trainrun.output_dir})
+    record = RunRecord(
+        str(trainrun.path),
+        trainrun.config.name,
+        str(trainrun.output_dir),
+        scaling=scaling.model_dump(mode="json"),
+    )
+    try:
+        _run(trainrun, scaling, record, emit or log_event, verbose)
+        record.status, record.exit_code = "done", 0
+    except KeyboardInterrupt:
+        record.status, record.exit_code = "interrupted", INTERRUPTED
+        raise
+    except BaseException as error:
+        record.status, record.error = "failed", one_line(error)
+        record.exit_code = getattr(error, "exit_code", 1)
+        raise
+    finally:
+        record.finished = now()
+        record.write()
+    return record
+
+
+def _run(
+    trainrun: TrainRun, scaling: Scaling, record: RunRecord, emit: EmitFn, verbose: bool
+) -> None:
+    pipeline, config = trainrun.pipeline, trainrun.config
+    datamodule = trainrun.datamodule()
+    with _timed(record, "start"):
+        connect(scaling, verbose)
+        if config.training is not None:
+            require_resources(scaling)
+
+    metric_nodes = trainrun.metric_nodes or None
+    if statistical_nodes(pipeline):
+        with _timed(record, "initialization"):
+            trainer = StatisticalTrainer(
+                pipeline, datamodule, metric_nodes=metric_nodes, emit=emit, scaling=scaling
+            )
+            try:
+                trainer.fit()
+            finally:
+                record.passes = trainer.records
+
+    if config.training is None:
+        with _timed(record, "evaluation"):
+            result = post_fit(
+                pipeline, datamodule, metric_nodes=metric_nodes, emit=emit, scaling=scaling
+            )
+    else:
+        with _timed(record, "training"):
+            result = _train(trainrun, datamodule, scaling, record, emit)
+    _record_post_fit(record, result)
+
+    record.pipeline = str(save_pipeline(pipeline, trainrun.saved_pipeline))
+    if failure := failed_split(result):
+        raise DataError(f"the pipeline was saved to {record.pipeline}, but {failure}")
+
+
+def _train(
+    trainrun: TrainRun,
+    datamodule: pl.LightningDataModule,
+    scaling: Scaling,
+    record: RunRecord,
+    emit: EmitFn,
+) -> PostFitResult:
+    from cuvis_ai_core.training.config import create_callbacks_from_config
+
+    from cuvis_dist.training import GradientTrainer
+
+    config, pipeline = trainrun.config, trainrun.pipeline
+    training = config.training
+    assert training is not None
+    if training.callbacks and training.callbacks.checkpoint:
+        training.callbacks.checkpoint.dirpath = str(trainrun.output_dir / "checkpoints")
+    pipeline.unfreeze_nodes_by_name(config.unfreeze_nodes)
+    trainer = GradientTrainer(
+        pipeline,
+        datamodule,
+        trainrun.loss_nodes,
+        trainrun.metric_nodes,
+        training,
+        callbacks=[
+            PostFitCallback(emit=emit, metric_nodes=trainrun.metric_nodes or None),
+            *create_callbacks_from_config(training.callbacks),
+        ],
+        emit=emit,
+        scaling=scaling,
+    )
+    trainer.fit()
+    record.epochs = trainer.epochs
+    assert trainer.outcome is not None
+    return trainer.outcome
+
+
+def _record_post_fit(record: RunRecord, result: PostFitResult) -> None:
+    record.checkpoint, record.calibration = result.checkpoint, result.calibration
+    for split, outcome in result.evaluations.items():
+        if outcome.metrics:
+            record.metrics[split] = outcome.metrics
+
+
+@contextmanager
+def _timed(record: RunRecord, phase: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        record.seconds[phase] = round(time.perf_counter() - started, 3)
+
+
+def describe(trainrun: TrainRun) -> dict[str, Any]:
+    """Return what ``cuvis-dist info`` prints: nodes, their roles, frames per split.
+
+    Raises
+    ------
+    InputError
+        If the data module cannot be set up.
+    """
+    from cuvis_dist.archive import open_archive
+    from cuvis_dist.initialization import recipe_for
+
+    datamodule = trainrun.datamodule()
+    nodes = []
+    for node in trainrun.pipeline._sorted_nodes:
+        roles = []
+        if node.requires_initial_fit:
+            roles.append(f"statistical: {recipe_for(node) or 'streamed'}")
+        for key, role in (
+            ("unfreeze_nodes", "unfrozen"),
+            ("loss_nodes", "loss"),
+            ("metric_nodes", "metric"),
+        ):
+            if node.name in getattr(trainrun.config, key):
+                roles.append(role)
+        nodes.append((node.name, type(node).__name__, roles))
+    frames: dict[str, int | str] = {}
+    for split in ("train", "val", "test"):
+        try:
+            frames[split] = len(open_archive(datamodule, split))
+        except CuvisDistError as error:
+            logger.debug(str(error))
+            frames[split] = "none"
+    return {"nodes": nodes, "frames": frames}

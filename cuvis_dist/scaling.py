@@ -1,0 +1,85 @@
+"""How many workers, on what, and where do results go?
+
+The one configuration object that upstream does not have. It never changes what is computed:
+a run with another :class:`Scaling` (but for ``shard_frames``, which sets the merge tree) ends
+in the same bits.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cuvis_dist.errors import InputError, one_line
+
+
+class Scaling(BaseModel):
+    """Resources of a run.
+
+    Attributes
+    ----------
+    address : str or None
+        Ray cluster to join (``auto``, ``host:port`` or ``ray://host:port``). None joins the
+        cluster that ``RAY_ADDRESS`` names (as inside ``ray job submit``), or starts Ray here.
+    workers : int or None
+        Shards measured at the same time in phase 1; None: one per CPU of the cluster.
+    train_workers : int
+        DDP processes of phase 2. ``batch_size`` of a trainrun stays the global batch size: a
+        step's frames are dealt over these processes.
+    gpus_per_worker : float
+        GPUs of each DDP process (nccl) and of the evaluation; 0 trains on CPUs (gloo).
+    cpus_per_worker : float
+        CPUs of each worker, of either phase.
+    shard_frames : int
+        Frames in a shard, the unit of work of phase 1.
+    output_dir : Path
+        Where checkpoints and logs go when the training configuration does not say. Several
+        nodes must all see this folder.
+    max_failures : int
+        How often the training workers may be lost before the run gives up.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    address: str | None = None
+    workers: int | None = Field(default=None, ge=1)
+    train_workers: int = Field(default=1, ge=1)
+    gpus_per_worker: float = Field(default=0, ge=0)
+    cpus_per_worker: float = Field(default=1, gt=0)
+    shard_frames: int = Field(default=4, ge=1)
+    output_dir: Path = Path("outputs")
+    max_failures: int = Field(default=0, ge=0)
+
+    @classmethod
+    def load(cls, path: str | Path | None = None, **overrides: Any) -> Scaling:
+        """Read a YAML file of the fields above; options that are not None win over it.
+
+        Raises
+        ------
+        InputError
+            If the file is missing, is no mapping, or a value does not fit.
+        """
+        values: dict[str, Any] = {}
+        if path is not None:
+            try:
+                values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            except (OSError, yaml.YAMLError) as error:
+                raise InputError(
+                    f"cannot read scaling file {path}: {one_line(error)}"
+                ) from error
+            if not isinstance(values, dict):
+                raise InputError(f"scaling file {path} is not a mapping of settings")
+        values |= {key: value for key, value in overrides.items() if value is not None}
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()
+            )
+            raise InputError(
+                f"scaling{f' file {path}' if path else ''}: {problems}. "
+                f"Known settings: {', '.join(cls.model_fields)}"
+            ) from error

@@ -1,0 +1,114 @@
+"""What is a mergeable statistic?
+
+A frozen dataclass of float64 tensors that can be measured on pixels, merged with another one
+measured on other pixels, turned into a handful of pixels that carry it exactly, and sent
+through Arrow. Everything here is a pure function: no Ray, no files, no cuvis.ai.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar, Self
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+_REGISTRY: dict[str, type[Statistic]] = {}
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A mergeable summary of pixels.
+
+    Subclasses are frozen dataclasses whose fields are float64 tensors or ints. Every subclass
+    is an identity of ``merge`` when measured on zero pixels.
+    """
+
+    #: Field names, in Arrow column order; filled in for each subclass.
+    name: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        """Register the class under its name, for :func:`from_arrow`."""
+        cls.name = cls.__name__
+        _REGISTRY[cls.name] = cls
+
+    @classmethod
+    def measure(cls, pixels: Tensor) -> Self:
+        """Measure the statistic on ``pixels`` ``[N, C]`` (any real dtype, N may be 0)."""
+        raise NotImplementedError
+
+    def merge(self, other: Self) -> Self:
+        """Return the statistic of both sets of pixels together."""
+        raise NotImplementedError
+
+    def surrogate(self) -> Tensor:
+        """Return a few float64 pixels ``[K, C]`` that carry the statistic exactly."""
+        raise NotImplementedError
+
+    @property
+    def channels(self) -> int:
+        """Number of channels C of the measured pixels."""
+        raise NotImplementedError
+
+    def is_finite(self) -> bool:
+        """Whether no NaN or infinity entered the statistic."""
+        return all(
+            bool(torch.isfinite(value).all())
+            for value in (getattr(self, field.name) for field in fields(self))
+            if isinstance(value, Tensor)
+        )
+
+    def to_arrow(self) -> pa.RecordBatch:
+        """Return the statistic as one Arrow row; shapes and the class travel as metadata."""
+        columns, metadata = {}, {"statistic": self.name}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                metadata[f"shape:{field.name}"] = ",".join(map(str, value.shape))
+                columns[field.name] = pa.array(
+                    [value.reshape(-1).numpy()], type=pa.list_(pa.float64())
+                )
+            else:
+                columns[field.name] = pa.array([value], type=pa.int64())
+        return pa.RecordBatch.from_pydict(columns).replace_schema_metadata(metadata)
+
+    def to_bytes(self) -> bytes:
+        """Return :meth:`to_arrow` as an Arrow IPC stream."""
+        batch, sink = self.to_arrow(), pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        return sink.getvalue().to_pybytes()
+
+
+def from_arrow(batch: pa.RecordBatch) -> Statistic:
+    """Rebuild the statistic that :meth:`Statistic.to_arrow` wrote.
+
+    Raises
+    ------
+    ValueError
+        If the batch does not name a known statistic.
+    """
+    metadata = {k.decode(): v.decode() for k, v in (batch.schema.metadata or {}).items()}
+    cls = _REGISTRY.get(metadata.get("statistic", ""))
+    if cls is None:
+        raise ValueError(
+            f"not a statistic: Arrow metadata names {metadata.get('statistic')!r}, "
+            f"known are {sorted(_REGISTRY)}"
+        )
+    values: dict[str, Tensor | int] = {}
+    for field in fields(cls):
+        cell = batch.column(field.name)[0]
+        if f"shape:{field.name}" in metadata:
+            shape = [int(n) for n in metadata[f"shape:{field.name}"].split(",") if n]
+            flat = torch.tensor(cell.values.to_numpy(zero_copy_only=False), dtype=torch.float64)
+            values[field.name] = flat.reshape(shape)
+        else:
+            values[field.name] = cell.as_py()
+    return cls(**values)
+
+
+def from_bytes(data: bytes) -> Statistic:
+    """Rebuild the statistic that :meth:`Statistic.to_bytes` wrote."""
+    with pa.ipc.open_stream(data) as reader:
+        return from_arrow(reader.read_next_batch())

@@ -1,0 +1,268 @@
+"""What does one DDP worker do?
+
+It runs upstream's gradient trainer on its part of every batch. Different from one process are
+only the reductions: a logged value is the one of all frames, a pooled metric is merged before
+it is computed, monitors write on rank 0, and the post-fit steps wait until the workers are gone.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import ray
+import ray.train
+import torch
+from cuvis_ai_core.node.node import Node
+from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from cuvis_ai_core.training import GradientTrainer as UpstreamGradientTrainer
+from cuvis_ai_core.training.config import TrainingConfig
+from cuvis_ai_core.training.evaluation import batch_frames
+from cuvis_ai_core.training.post_fit import (
+    CheckpointRestored,
+    EmitFn,
+    EpochProgress,
+    EvaluationOutcome,
+    EvaluationStatus,
+    FrameProgress,
+    PostFitCallback,
+    TrainEvent,
+    TrainHook,
+)
+from cuvis_ai_schemas.enums import ExecutionStage
+from pytorch_lightning import Callback
+from torch.utils.data import DataLoader
+from torchmetrics import Metric
+
+from cuvis_dist.archive import open_split
+from cuvis_dist.archive.frames import NamedFrames
+from cuvis_dist.session import prepare_worker
+from cuvis_dist.training.dealing import DealtBatches, deal
+from cuvis_dist.training.lightning import RankConfig
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Everything that a worker needs, as the driver had it.
+
+    Attributes
+    ----------
+    verb : str
+        ``fit``, ``validate`` or ``test``.
+    checkpoint : str or None
+        Lightning checkpoint to evaluate.
+    directory : str
+        The driver's working directory, against which relative paths are meant.
+    """
+
+    verb: str
+    pipeline: CuvisPipeline
+    datamodule: pl.LightningDataModule
+    loss_nodes: list[str]
+    metric_nodes: list[str]
+    training_config: TrainingConfig
+    monitors: list[Any]
+    callbacks: list[Callback]
+    emit: EmitFn
+    log_dir: str
+    on_gpu: bool
+    threads: int
+    directory: str
+    checkpoint: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What rank 0 brings back."""
+
+    nodes: list[Node]
+    checkpoint: CheckpointRestored | None = None
+    epochs: int = 0
+    metrics: Sequence[Mapping[str, float]] = ()
+    callback_states: tuple[dict[str, Any], ...] = ()
+
+
+def run_rank(config: dict[str, Any]) -> Outcome | None:
+    """Carry out the assignment on this worker; rank 0 returns the outcome."""
+    job: Assignment = ray.get(config["assignment"])
+    prepare_worker(job.threads)
+    if os.path.isdir(job.directory):
+        os.chdir(job.directory)
+    context = ray.train.get_context()
+    first = context.get_world_rank() == 0
+    named = {node.name: node for node in job.pipeline.nodes()}
+    module = RankTrainer(
+        job.pipeline,
+        DealtDataModule(job, context.get_world_rank(), context.get_world_size()),
+        [named[name] for name in job.loss_nodes],
+        [named[name] for name in job.metric_nodes],
+        RankConfig.of(job.training_config, job.on_gpu, job.log_dir),
+        job.monitors if first else [],
+        job.callbacks,
+    )
+    if first:
+        module.events = EpochEvents(job.emit)
+    checkpoint, metrics = None, []
+    if job.verb == "fit":
+        module.fit()
+        checkpoint = module.load_best_checkpoint() if first else None
+    else:
+        metrics = getattr(module, job.verb)(ckpt_path=job.checkpoint)
+    if not first:
+        return None
+    module.zero_grad(set_to_none=True)
+    job.pipeline.cpu()
+    return Outcome(
+        list(job.pipeline.nodes()),
+        checkpoint,
+        module.trainer.current_epoch,
+        [dict(row) for row in metrics],
+        tuple(callback.state_dict() for callback in job.callbacks),
+    )
+
+
+class RankTrainer(UpstreamGradientTrainer):
+    """Upstream's gradient trainer as one of several."""
+
+    events: Callback | None = None
+
+    def _build_trainer(self) -> pl.Trainer:
+        """Build upstream's trainer, less the post-fit steps, which follow on one worker."""
+        trainer = super()._build_trainer()
+        trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, PostFitCallback)]
+        if self.events is not None:
+            trainer.callbacks.append(self.events)
+        return trainer
+
+    @property
+    def _dealt(self) -> DealtBatches:
+        """The batches of the loader that is being iterated."""
+        trainer = self.trainer
+        loader = trainer.train_dataloader
+        if trainer.validating or trainer.sanity_checking or trainer.evaluating:
+            loader = trainer.val_dataloaders
+        if trainer.testing:
+            loader = trainer.test_dataloaders
+        return loader.batch_sampler
+
+    def _run_step(self, batch: Any, batch_idx: int, **kwargs: Any) -> torch.Tensor:
+        """Run upstream's step with this worker's share of the loss and of what is logged."""
+        dealt = self._dealt
+        weight = dealt.weights[batch_idx]
+        whole = dealt.whole
+        self._share = weight * batch_frames(batch) / dealt.frames if whole else weight
+        # A node may compute a pooled metric within a step (a running value for its port):
+        # workers have unlike numbers of steps, so nothing may be synchronized there.
+        pooled = [m for m in self.pipeline_modules.modules() if isinstance(m, Metric)]
+        available = [metric.distributed_available_fn for metric in pooled]
+        for metric in pooled:
+            metric.compute_with_cache = False
+            metric.distributed_available_fn = _not_now
+        try:
+            loss = super()._run_step(batch, batch_idx, **kwargs)
+        finally:
+            for metric, function in zip(pooled, available, strict=True):
+                metric.distributed_available_fn = function
+        if whole and not weight:
+            for metric in pooled:
+                metric.reset()
+        return loss if whole else loss * weight
+
+    def log(self, name: str, value: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Log the value of all workers' frames.
+
+        In training the mean over workers of ``value · share`` is that of the global batch. In
+        evaluation the shares of all batches of the split add up to 1. A torchmetrics object
+        synchronizes its own states when Lightning computes it at the end.
+        """
+        if isinstance(value, Metric):
+            super().log(name, value, **kwargs)
+        elif self.trainer.training:
+            super().log(name, value * self._share, sync_dist=True, **kwargs)
+        else:
+            share = torch.as_tensor(value, device=self.device) * self._share
+            super().log(name, share, sync_dist=True, reduce_fx=torch.sum, **kwargs)
+
+
+def _not_now() -> bool:
+    return False
+
+
+class DealtDataModule(pl.LightningDataModule):
+    """The run's data module, with every loader dealt to this worker."""
+
+    def __init__(self, job: Assignment, rank: int, world_size: int) -> None:
+        super().__init__()
+        self.module = job.datamodule
+        self.config = job.training_config
+        self.rank, self.world_size = rank, world_size
+
+    def setup(self, stage: str | None = None) -> None:
+        """Do nothing: :func:`~cuvis_dist.archive.open_split` sets the module up per split."""
+
+    def _loader(self, split: str, limit: int | float | None = None) -> DataLoader:
+        loader, frames = open_split(self.module, split)
+        batches = DealtBatches(
+            loader.batch_sampler,  # type: ignore[arg-type]
+            self.rank,
+            self.world_size,
+            self.config.seed,
+            whole=split != "train",
+            limit=limit,
+        )
+        return deal(loader, NamedFrames(loader.dataset, frames), batches)
+
+    def train_dataloader(self) -> DataLoader:
+        """Return this worker's part of every training batch."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader:
+        """Return this worker's validation batches."""
+        return self._loader("val", self.config.limit_val_batches)
+
+    def test_dataloader(self) -> DataLoader:
+        """Return this worker's test batches."""
+        return self._loader("test")
+
+
+class EpochEvents(Callback):
+    """Reports a fit as upstream's events, a few times a second at most."""
+
+    def __init__(self, emit: EmitFn) -> None:
+        super().__init__()
+        self.emit = emit
+        self._done = 0
+        self._sent = 0.0
+
+    def _progress(self, trainer: pl.Trainer, hook: TrainHook, **values: Any) -> None:
+        epochs = EpochProgress(trainer.current_epoch + 1, max(trainer.max_epochs or 0, 0))
+        total = trainer.train_dataloader.batch_sampler.frames if trainer.train_dataloader else 0
+        frames = FrameProgress(min(self._done, total), total)
+        self.emit(TrainEvent(hook, epochs=epochs, progress=frames, **values))
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Announce an epoch."""
+        self._done = 0
+        self._progress(trainer, TrainHook.EPOCH_START)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the frames of all workers."""
+        dealt = trainer.train_dataloader.batch_sampler  # type: ignore[union-attr]
+        self._done = dealt.frames * (batch_idx + 1) // max(1, len(dealt))
+        if time.monotonic() - self._sent > 0.3:
+            self._sent = time.monotonic()
+            self._progress(trainer, TrainHook.TRAIN_PROGRESS)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Report the epoch with every value that callbacks can monitor."""
+        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        outcome = EvaluationOutcome(
+            ExecutionStage.VAL, EvaluationStatus.EVALUATED, metrics=values
+        )
+        self._progress(trainer, TrainHook.EPOCH_END, evaluation=outcome)

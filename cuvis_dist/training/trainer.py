@@ -1,0 +1,193 @@
+"""How do the unfrozen nodes learn on many workers? The trainer of phase 2."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import ray
+import ray.train
+from cuvis_ai_core.node.node import Node
+from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from cuvis_ai_core.training import GradientTrainer as UpstreamGradientTrainer
+from cuvis_ai_core.training.config import TrainingConfig
+from cuvis_ai_core.training.post_fit import (
+    CheckpointRestored,
+    EmitFn,
+    PostFitCallback,
+    PostFitResult,
+    TrainEvent,
+    TrainHook,
+    log_event,
+)
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from cuvis_dist.errors import ClusterError
+from cuvis_dist.evaluation import post_fit
+from cuvis_dist.scaling import Scaling
+from cuvis_dist.session import adopt_all, connect, raise_cause, relayed, require_resources
+from cuvis_dist.training.rank import Assignment, Outcome, run_rank
+
+
+class GradientTrainer(UpstreamGradientTrainer):
+    """Upstream's gradient trainer, run as DDP workers under Ray Train.
+
+    ``batch_size`` of the data module stays the global batch size, for any number of workers:
+    a step's gradient is the one that a single process would have computed.
+
+    Parameters
+    ----------
+    pipeline, datamodule, loss_nodes, metric_nodes, training_config, monitors, callbacks
+        As upstream's. Callbacks run on the workers and come back with their state; a
+        ``PostFitCallback`` among them gives its ``emit`` and ``metric_nodes`` to the post-fit
+        steps, which run on one worker after the training workers have ended.
+    emit : callable, optional
+        Where the events of epochs and post-fit steps go; the log by default.
+    scaling : Scaling, optional
+        Resources; the defaults train in one process on this machine.
+
+    Attributes
+    ----------
+    outcome : PostFitResult or None
+        Restored checkpoint, calibration and evaluations of the last :meth:`fit`.
+    epochs : int
+        Epochs that the last :meth:`fit` completed.
+
+    Examples
+    --------
+    >>> pipeline.unfreeze_nodes_by_name(["selector", "rx_detector"])
+    >>> trainer = GradientTrainer(pipeline, datamodule, [bce], [metrics],
+    ...                           training_config=config, scaling=Scaling(train_workers=2))
+    >>> trainer.fit()
+    """
+
+    def __init__(
+        self,
+        pipeline: CuvisPipeline,
+        datamodule: pl.LightningDataModule,
+        loss_nodes: list[Node],
+        metric_nodes: list[Node] | None = None,
+        training_config: TrainingConfig | None = None,
+        monitors: list | None = None,
+        callbacks: list | None = None,
+        *,
+        emit: EmitFn | None = None,
+        scaling: Scaling | None = None,
+    ) -> None:
+        super().__init__(
+            pipeline, datamodule, loss_nodes, metric_nodes, training_config, monitors, callbacks
+        )
+        self.emit: EmitFn = emit or log_event
+        self.scaling = scaling or Scaling()
+        self.outcome: PostFitResult | None = None
+        self.epochs = 0
+        self._best: CheckpointRestored | None = None
+
+    def fit(self) -> None:
+        """Train, restore the best checkpoint, calibrate, evaluate val and test.
+
+        Raises
+        ------
+        InputError
+            If the data module cannot serve a split that training needs.
+        DataError
+            If a frame cannot be read; the message names it.
+        ClusterError
+            If the workers were lost or the cluster cannot offer what they need.
+        """
+        result = self._run("fit")
+        self.epochs, self._best = result.epochs, result.checkpoint
+        self.emit(TrainEvent(TrainHook.CHECKPOINT_RESTORED, checkpoint=result.checkpoint))
+        given = next((c for c in self.callbacks if isinstance(c, PostFitCallback)), None)
+        evaluated = post_fit(
+            self.pipeline,
+            self.datamodule,
+            metric_nodes=given.metric_nodes if given else None,
+            emit=given.emit if given else self.emit,
+            scaling=self.scaling,
+            release_cuda_cache=self.training_config.release_cuda_cache_on_validation,
+        )
+        self.outcome = PostFitResult(
+            result.checkpoint, evaluated.calibration, evaluated.evaluations
+        )
+        if given:
+            given.result = self.outcome
+
+    def validate(self, ckpt_path: str | None = None) -> Sequence[Mapping[str, float]]:
+        """Evaluate the validation split on the workers, every frame once."""
+        return self._run("validate", ckpt_path).metrics
+
+    def test(self, ckpt_path: str | None = "best") -> Sequence[Mapping[str, float]]:
+        """Evaluate the test split on the workers, every frame once.
+
+        ``"best"`` is the best checkpoint of this trainer's :meth:`fit`, or the current state of
+        the pipeline where there is none.
+        """
+        if ckpt_path == "best":
+            ckpt_path = self._best.path if self._best and self._best.restored else None
+        return self._run("test", ckpt_path).metrics
+
+    def _run(self, verb: str, checkpoint: str | None = None) -> Outcome:
+        """Start the workers, let them carry out ``verb``, and take over the nodes' state."""
+        connect(self.scaling)
+        require_resources(self.scaling)
+        output_dir = self.scaling.output_dir.resolve()
+        with relayed(self.emit) as emit, raise_cause("training" if verb == "fit" else verb):
+            assignment = Assignment(
+                verb,
+                self.pipeline,
+                self.datamodule,
+                [node.name for node in self.loss_nodes],
+                [node.name for node in self.metric_nodes],
+                _with_absolute_paths(self.training_config),
+                self.monitors,
+                [c for c in self.callbacks if not isinstance(c, PostFitCallback)],
+                emit,
+                str(output_dir),
+                self.scaling.gpus_per_worker > 0,
+                int(self.scaling.cpus_per_worker),
+                os.getcwd(),
+                checkpoint,
+            )
+            result = TorchTrainer(
+                run_rank,
+                train_loop_config={"assignment": ray.put(assignment)},
+                scaling_config=_scaling_config(self.scaling),
+                run_config=RunConfig(
+                    storage_path=str(output_dir / "ray_train"),
+                    failure_config=FailureConfig(max_failures=self.scaling.max_failures),
+                ),
+            ).fit()
+        outcome: Outcome | None = result.return_value
+        if outcome is None:
+            raise ClusterError(f"the workers ended {verb} without a result")
+        adopt_all(self.pipeline, outcome.nodes)
+        for callback, state in zip(assignment.callbacks, outcome.callback_states, strict=True):
+            callback.load_state_dict(state)
+        return outcome
+
+
+def _scaling_config(scaling: Scaling) -> ScalingConfig:
+    resources: dict[str, Any] = {"CPU": scaling.cpus_per_worker}
+    if scaling.gpus_per_worker:
+        resources["GPU"] = scaling.gpus_per_worker
+    return ScalingConfig(
+        num_workers=scaling.train_workers,
+        use_gpu=scaling.gpus_per_worker > 0,
+        resources_per_worker=resources,
+    )
+
+
+def _with_absolute_paths(config: TrainingConfig) -> TrainingConfig:
+    """Resolve the checkpoint folder here: a worker has a working directory of its own."""
+    checkpoint = config.callbacks.checkpoint if config.callbacks else None
+    if checkpoint is None:
+        return config
+    config = config.model_copy(deep=True)
+    assert config.callbacks is not None and config.callbacks.checkpoint is not None
+    config.callbacks.checkpoint.dirpath = str(Path(checkpoint.dirpath).resolve())
+    return config

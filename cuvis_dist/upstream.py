@@ -1,0 +1,74 @@
+"""Which private names of cuvis.ai do we depend on, and why?
+
+Upstream has no public way to these steps and they must not be written a second time, so they
+are taken from where they are. ``tests/test_upstream.py`` fails by name when a release moves or
+changes one of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from cuvis_ai_core.node.node import Node
+from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from cuvis_ai_core.training import StatisticalTrainer
+from cuvis_ai_core.utils.restore import (
+    _build_pipeline_from_config as build_pipeline,
+)
+from cuvis_ai_core.utils.restore import (
+    _create_datamodule_from_config as create_datamodule,
+)
+from cuvis_ai_core.utils.restore import (
+    _discover_plugins_dirs as discover_plugins_dirs,
+)
+from cuvis_ai_core.utils.restore import (
+    _resolve_pipeline_reference as resolve_pipeline_reference,
+)
+from cuvis_ai_schemas.enums import ExecutionStage
+
+__all__ = [
+    "build_pipeline",  # a trainrun's pipeline reference, built as restore-trainrun builds it
+    "create_datamodule",  # its data module, from the same plugins and splits
+    "discover_plugins_dirs",  # the same search order for plugin manifests
+    "edges_into",
+    "node_inputs",
+    "resolve_pipeline_reference",  # only to say which file is meant, before anything is built
+]
+
+
+def edges_into(pipeline: CuvisPipeline, node: Node) -> list[tuple[Node, str, str]]:
+    """Return ``(predecessor, its port, port of node)`` for each edge into ``node``.
+
+    Private: ``pipeline._graph``, since upstream lists connections only of a saved pipeline.
+    """
+    return [
+        (source, edge["from_port"], edge["to_port"])
+        for source, _, edge in pipeline._graph.in_edges(node, data=True)
+    ]
+
+
+@torch.no_grad()
+def node_inputs(pipeline: CuvisPipeline, node: Node, batch: dict[str, Any]) -> dict[str, Any]:
+    """Return what ``node`` receives for ``batch`` when it is fitted, keyed by input port.
+
+    The partial forward of upstream's statistical trainer, except that ports are dropped as
+    soon as nothing reads them, so that a worker holds few cubes. Private:
+    ``pipeline._gather_node_inputs`` and ``StatisticalTrainer._require_predecessor_outputs``,
+    which decide what a node is given and what is an error.
+
+    Raises
+    ------
+    RuntimeError
+        If a required input is not produced at the inference stage.
+    """
+    batch = pipeline.move_batch_to_device(batch)
+    outputs = pipeline.forward(
+        batch=batch,
+        stage=ExecutionStage.INFERENCE,
+        upto_node=node,
+        free_consumed_ports=True,
+        keep_ports={(source.name, port) for source, port, _ in edges_into(pipeline, node)},
+    )
+    StatisticalTrainer(pipeline, None)._require_predecessor_outputs(node, outputs)
+    return pipeline._gather_node_inputs(node, outputs, batch)
