@@ -93,7 +93,9 @@ def add_scaling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_verbose(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-v", "--verbose", action="store_true", help="show Ray's and cuvis.ai's logs")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="show Ray's and cuvis.ai's logs"
+    )
 
 
 def _quiet(verbose: bool) -> None:

@@ -70,12 +70,12 @@ def make_cube(
         top = int(rng.integers(0, max(1, height - side)))
         left = int(rng.integers(0, max(1, width - side)))
         patch = (slice(top, top + side), slice(left, left + side))
-        share = rng.uniform(0.2, 0.5)
+        share = rng.uniform(0.25, 0.7)
         cube[patch] = (1 - share) * cube[patch] + share * target
         mask[patch] = 1
     illumination = 1 + 0.15 * _smooth_noise(height, width, rng)
     cube *= illumination[..., None]
-    cube += rng.normal(0, 0.004, cube.shape)
+    cube += rng.normal(0, 0.014, cube.shape)
     return cube.astype(np.float32), mask
 
 
@@ -210,7 +210,7 @@ def _trainrun(folder: Path, rows: list[tuple[str, int]], settings: DemoSettings)
             "max_epochs": settings.max_epochs,
             "accelerator": "cpu",
             "enable_progress_bar": False,
-            "optimizer": {"name": "adamw", "lr": 1e-4},
+            "optimizer": {"name": "adamw", "lr": 1e-3},
             "scheduler": {
                 "name": "reduce_on_plateau",
                 "monitor": "metrics_anomaly/iou",

@@ -26,7 +26,8 @@ from cuvis_ai_schemas.enums import ExecutionStage
 from cuvis_dist.archive import open_split
 from cuvis_dist.errors import DataError
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.session import adopt_all, connect, on_worker
+from cuvis_dist.session import connect
+from cuvis_dist.workers import adopt_all, on_worker
 
 
 def post_fit(

@@ -17,7 +17,7 @@ import pytorch_lightning as pl
 import yaml
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
-from cuvis_ai_core.training.config import TrainRunConfig
+from cuvis_ai_core.training.config import TrainRunConfig, create_callbacks_from_config
 from cuvis_ai_core.training.post_fit import EmitFn, PostFitCallback, PostFitResult, log_event
 from cuvis_ai_core.utils.config_helpers import resolve_config_with_hydra
 from loguru import logger
@@ -25,12 +25,14 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from cuvis_dist import upstream
+from cuvis_dist.archive import open_archive, setup_error
 from cuvis_dist.errors import INTERRUPTED, CuvisDistError, DataError, InputError, one_line
 from cuvis_dist.evaluation import failed_split, post_fit
-from cuvis_dist.initialization import StatisticalTrainer, statistical_nodes
+from cuvis_dist.initialization import StatisticalTrainer, recipe_for, statistical_nodes
 from cuvis_dist.record import RunRecord, now, save_pipeline
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.session import connect, require_resources
+from cuvis_dist.training import GradientTrainer
 
 
 @dataclass
@@ -83,14 +85,14 @@ class TrainRun:
         InputError
             If it cannot be built: a missing plugin, parameter, recording or SDK.
         """
-        from cuvis_dist.archive.frames import setup_error
-
+        data = self.config.data
         try:
             return upstream.create_datamodule(
                 self.config, self.plugins_dirs, base_dir=self.path.parent
             )
-        except Exception as error:
-            raise setup_error(self.config.data.data_module, "train", error) from error
+        except (Exception, SystemExit) as error:  # importing cuvis can exit
+            params = ", ".join(f"{key}={value}" for key, value in data.params.items())
+            raise setup_error(f"{data.data_module} ({params})", "train", error) from error
 
 
 def load_trainrun(
@@ -270,10 +272,6 @@ def _train(
     record: RunRecord,
     emit: EmitFn,
 ) -> PostFitResult:
-    from cuvis_ai_core.training.config import create_callbacks_from_config
-
-    from cuvis_dist.training import GradientTrainer
-
     config, pipeline = trainrun.config, trainrun.pipeline
     training = config.training
     assert training is not None
@@ -323,12 +321,9 @@ def describe(trainrun: TrainRun) -> dict[str, Any]:
     InputError
         If the data module cannot be set up.
     """
-    from cuvis_dist.archive import open_archive
-    from cuvis_dist.initialization import recipe_for
-
     datamodule = trainrun.datamodule()
     nodes = []
-    for node in trainrun.pipeline._sorted_nodes:
+    for node in upstream.topological_order(trainrun.pipeline):
         roles = []
         if node.requires_initial_fit:
             roles.append(f"statistical: {recipe_for(node) or 'streamed'}")

@@ -67,9 +67,7 @@ class Scaling(BaseModel):
             try:
                 values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
             except (OSError, yaml.YAMLError) as error:
-                raise InputError(
-                    f"cannot read scaling file {path}: {one_line(error)}"
-                ) from error
+                raise InputError(f"cannot read scaling file {path}: {one_line(error)}") from error
             if not isinstance(values, dict):
                 raise InputError(f"scaling file {path} is not a mapping of settings")
         values |= {key: value for key, value in overrides.items() if value is not None}

@@ -22,9 +22,6 @@ from cuvis_ai_core.utils.restore import (
 from cuvis_ai_core.utils.restore import (
     _discover_plugins_dirs as discover_plugins_dirs,
 )
-from cuvis_ai_core.utils.restore import (
-    _resolve_pipeline_reference as resolve_pipeline_reference,
-)
 from cuvis_ai_schemas.enums import ExecutionStage
 
 __all__ = [
@@ -33,8 +30,16 @@ __all__ = [
     "discover_plugins_dirs",  # the same search order for plugin manifests
     "edges_into",
     "node_inputs",
-    "resolve_pipeline_reference",  # only to say which file is meant, before anything is built
+    "topological_order",
 ]
+
+
+def topological_order(pipeline: CuvisPipeline) -> list[Node]:
+    """Return the nodes in the order in which a forward runs them.
+
+    Private: ``pipeline._sorted_nodes``; an order of our own could break ties otherwise.
+    """
+    return list(pipeline._sorted_nodes)
 
 
 def edges_into(pipeline: CuvisPipeline, node: Node) -> list[tuple[Node, str, str]]:

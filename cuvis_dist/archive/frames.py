@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -137,9 +138,7 @@ def open_archive(datamodule: pl.LightningDataModule, split: str) -> Archive:
     return Archive(*open_split(datamodule, split))
 
 
-def open_split(
-    datamodule: pl.LightningDataModule, split: str
-) -> tuple[DataLoader, list[Frame]]:
+def open_split(datamodule: pl.LightningDataModule, split: str) -> tuple[DataLoader, list[Frame]]:
     """Set up the data module for ``split`` (``train``, ``val`` or ``test``) and list its frames.
 
     Returns
@@ -157,7 +156,7 @@ def open_split(
         try:
             datamodule.setup(stage)
             loader = getattr(datamodule, f"{split}_dataloader")()
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # importing cuvis can exit
             raise setup_error(datamodule, split, error) from error
     return loader, _frames(require_map_style(loader, split), refs_of)
 
@@ -180,23 +179,36 @@ def require_map_style(loader: Any, split: str) -> DataLoader:
     return loader
 
 
-def setup_error(datamodule: Any, split: str, error: Exception) -> InputError:
-    """Explain why a data module could not be set up."""
+def setup_error(datamodule: Any, split: str, error: BaseException) -> InputError:
+    """Explain why a data module (or the one that a name stands for) could not be set up."""
     name = datamodule if isinstance(datamodule, str) else type(datamodule).__name__
+    sources = {} if isinstance(datamodule, str) else _sources(datamodule)
+    where = "".join(f", {key} {value}" for key, value in sources.items())
     hint = ""
-    if "cuvis" in f"{error}".lower() and isinstance(error, ImportError) or _sdk_missing(error):
+    if _sdk_missing(error):
         hint = (
             ". Reading .cu3s needs the CUVIS SDK on every machine of the cluster: install it, "
             "set the environment variable CUVIS to its folder, and install cuvis-dist[cu3s]"
         )
     elif "is not built" in str(error):
         hint = f". The {split} split of the trainrun selects no frames"
-    return InputError(f"{name} cannot set up the {split} split: {one_line(error)}{hint}")
+    return InputError(f"{name}{where} cannot set up the {split} split: {one_line(error)}{hint}")
+
+
+def _sources(datamodule: Any) -> dict[str, str]:
+    """Return what a data module was told to read, for messages: paths, folders, CSV files."""
+    return {
+        key.strip("_"): str(value)
+        for key, value in vars(datamodule).items()
+        if isinstance(value, str | Path) and key.endswith(("_path", "_dir", "_csv"))
+    }
 
 
 def _sdk_missing(error: BaseException | None) -> bool:
     """Whether the error came from importing ``cuvis`` without its C library."""
     while error is not None:
+        if isinstance(error, ImportError) and "cuvis" in str(error):
+            return True
         frames = error.__traceback__
         while frames is not None:
             if "cuvis_il" in frames.tb_frame.f_code.co_filename:

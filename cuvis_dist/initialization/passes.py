@@ -25,9 +25,9 @@ from cuvis_dist.errors import CuvisDistError, DataError, one_line
 from cuvis_dist.initialization.plan import Pass
 from cuvis_dist.initialization.recipes import Recipe
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.session import adopt, fetch_once, on_worker, prepare_worker, raise_cause
 from cuvis_dist.statistics import MergeTree, Statistic, from_bytes
 from cuvis_dist.upstream import node_inputs
+from cuvis_dist.workers import adopt, fetch_once, on_worker, prepare_worker, raise_cause
 
 OnShard = Callable[[int], None]
 """Called with the number of frames done so far."""
@@ -107,7 +107,10 @@ def measure_pass(
             if row["error"]:
                 raise DataError(row["error"])
             partial = _Partial(
-                {name: from_bytes(data) for name, data in zip(recipes, row["partials"], strict=True)},
+                {
+                    name: from_bytes(data)
+                    for name, data in zip(recipes, row["partials"], strict=True)
+                },
                 row["first_frame"],
             )
             if tree.add(row["ordinal"], partial):
@@ -155,7 +158,12 @@ class _MeasureShard:
     ordered = False
 
     def __init__(self, archive: Any, pipeline: Any, recipes: dict[str, Recipe], threads: int):
-        self.archive, self.pipeline, self.recipes, self.threads = archive, pipeline, recipes, threads
+        self.archive, self.pipeline, self.recipes, self.threads = (
+            archive,
+            pipeline,
+            recipes,
+            threads,
+        )
 
     def __call__(self, shard: dict[str, int]) -> list[dict[str, Any]]:
         prepare_worker(self.threads)
@@ -307,4 +315,8 @@ class _GatherShard:
                 )
                 yield {"error": message, "bytes": 0, "inputs": b""}
                 return
-            yield {"error": "", "bytes": batch_bytes(batch), "inputs": pickle.dumps(inputs, protocol=5)}
+            yield {
+                "error": "",
+                "bytes": batch_bytes(batch),
+                "inputs": pickle.dumps(inputs, protocol=5),
+            }

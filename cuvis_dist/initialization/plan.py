@@ -13,7 +13,7 @@ from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 
 from cuvis_dist.initialization.recipes import Recipe, recipe_for
-from cuvis_dist.upstream import edges_into
+from cuvis_dist.upstream import edges_into, topological_order
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class Pass:
 
 def statistical_nodes(pipeline: CuvisPipeline) -> list[Node]:
     """Return the nodes that need a statistical fit, in topological order."""
-    return [node for node in pipeline._sorted_nodes if node.requires_initial_fit]
+    return [node for node in topological_order(pipeline) if node.requires_initial_fit]
 
 
 def make_plan(pipeline: CuvisPipeline) -> list[Pass]:
     """Return the passes that fit every statistical node of ``pipeline``, in order."""
     depth: dict[Node, int] = {}
     levels: dict[int, list[Node]] = {}
-    for node in pipeline._sorted_nodes:
+    for node in topological_order(pipeline):
         depth[node] = max(
             (
                 depth[source] + source.requires_initial_fit

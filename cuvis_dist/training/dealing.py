@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import Any
 
 import torch
 from pytorch_lightning.utilities.seed import isolate_rng
@@ -109,7 +110,9 @@ class DealtBatches(Sampler[list[int]]):
 
 def deal(loader: DataLoader, dataset: Dataset, batches: DealtBatches) -> DataLoader:
     """Return ``loader`` as its module made it, over ``dataset`` and in ``batches``."""
-    options = {"prefetch_factor": loader.prefetch_factor} if loader.num_workers else {}
+    options: dict[str, Any] = (
+        {"prefetch_factor": loader.prefetch_factor} if loader.num_workers else {}
+    )
     return DataLoader(
         dataset,
         batch_sampler=batches,

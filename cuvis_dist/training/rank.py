@@ -38,11 +38,10 @@ from pytorch_lightning import Callback
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from cuvis_dist.archive import open_split
-from cuvis_dist.archive.frames import NamedFrames
-from cuvis_dist.session import prepare_worker
+from cuvis_dist.archive import NamedFrames, open_split
 from cuvis_dist.training.dealing import DealtBatches, deal
 from cuvis_dist.training.lightning import RankConfig
+from cuvis_dist.workers import prepare_worker
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ class RankTrainer(UpstreamGradientTrainer):
                 metric.reset()
         return loss if whole else loss * weight
 
-    def log(self, name: str, value: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def log(self, name: str, value: Any, **kwargs: Any) -> None:
         """Log the value of all workers' frames.
 
         In training the mean over workers of ``value · share`` is that of the global batch. In
@@ -262,7 +261,5 @@ class EpochEvents(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Report the epoch with every value that callbacks can monitor."""
         values = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        outcome = EvaluationOutcome(
-            ExecutionStage.VAL, EvaluationStatus.EVALUATED, metrics=values
-        )
+        outcome = EvaluationOutcome(ExecutionStage.VAL, EvaluationStatus.EVALUATED, metrics=values)
         self._progress(trainer, TrainHook.EPOCH_END, evaluation=outcome)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,11 @@ from ray.train.torch import TorchTrainer
 
 from cuvis_dist.errors import ClusterError
 from cuvis_dist.evaluation import post_fit
+from cuvis_dist.events import relayed
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.session import adopt_all, connect, raise_cause, relayed, require_resources
+from cuvis_dist.session import connect, require_resources
 from cuvis_dist.training.rank import Assignment, Outcome, run_rank
+from cuvis_dist.workers import adopt_all, raise_cause
 
 
 class GradientTrainer(UpstreamGradientTrainer):
@@ -136,6 +139,7 @@ class GradientTrainer(UpstreamGradientTrainer):
         connect(self.scaling)
         require_resources(self.scaling)
         output_dir = self.scaling.output_dir.resolve()
+        storage = output_dir / "ray_train"
         with relayed(self.emit) as emit, raise_cause("training" if verb == "fit" else verb):
             assignment = Assignment(
                 verb,
@@ -153,15 +157,16 @@ class GradientTrainer(UpstreamGradientTrainer):
                 os.getcwd(),
                 checkpoint,
             )
-            result = TorchTrainer(
-                run_rank,
+            result: Any = TorchTrainer(
+                run_rank,  # type: ignore[arg-type]
                 train_loop_config={"assignment": ray.put(assignment)},
                 scaling_config=_scaling_config(self.scaling),
                 run_config=RunConfig(
-                    storage_path=str(output_dir / "ray_train"),
+                    storage_path=str(storage),
                     failure_config=FailureConfig(max_failures=self.scaling.max_failures),
                 ),
             ).fit()
+        shutil.rmtree(storage, ignore_errors=True)  # checkpoints are Lightning's, beside it
         outcome: Outcome | None = result.return_value
         if outcome is None:
             raise ClusterError(f"the workers ended {verb} without a result")
@@ -188,6 +193,6 @@ def _with_absolute_paths(config: TrainingConfig) -> TrainingConfig:
     if checkpoint is None:
         return config
     config = config.model_copy(deep=True)
-    assert config.callbacks is not None and config.callbacks.checkpoint is not None
-    config.callbacks.checkpoint.dirpath = str(Path(checkpoint.dirpath).resolve())
+    checkpoint = config.callbacks.checkpoint
+    checkpoint.dirpath = str(Path(checkpoint.dirpath).resolve())
     return config

@@ -1,0 +1,49 @@
+# Two commands set everything up: `make demo` and `make test`. Needs Python 3.11.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SDK := build/sdk
+SOURCES := $(shell find cuvis_dist jobs -name '*.py')
+
+.PHONY: demo test lint bench install sdk clean
+
+# A complete two-phase run on a generated archive; the second time its result is shown again.
+demo: outputs/demo/summary.txt
+	@cat $<
+
+outputs/demo/summary.txt: $(INSTALLED) $(SOURCES)
+	@mkdir -p $(@D)
+	$(BIN)/cuvis-dist demo --folder outputs/demo --workers 2 --train-workers 2 > $@.part
+	@mv $@.part $@
+
+test: $(INSTALLED) sdk
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cu3s,tiff,dev]'
+	@touch $@
+
+# A genuine SDK library for tests of its error paths (marker sdk), never for decoding: the last
+# wheel that bundles it, unpacked beside the environment. Without it those tests are skipped.
+sdk: $(INSTALLED)
+	@test -e $(SDK)/libcuvis.so || { mkdir -p $(SDK) \
+	  && $(BIN)/python -m pip download --quiet --no-deps -d $(SDK) cuvis-il==3.3.1 \
+	  && $(BIN)/python -m zipfile -e $(SDK)/cuvis_il-3.3.1-*.whl $(SDK) \
+	  && rm $(SDK)/*.whl \
+	  && ln -s cuvis_il.libs/$$(basename $(SDK)/cuvis_il.libs/libcuvis-*.so.3.3.1) $(SDK)/libcuvis.so; } \
+	  || echo "no SDK library to be had here: tests marked sdk will be skipped"
+
+clean:
+	rm -rf build outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,137 @@
+"""How does work reach a worker process, and how do its result, state and errors come back?"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import ray
+import torch
+from cuvis_ai_core.node.node import Node
+from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from cuvis_ai_core.training.post_fit import EmitFn
+from ray.exceptions import (
+    ActorDiedError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+from cuvis_dist.errors import ClusterError, CuvisDistError, one_line
+from cuvis_dist.events import relayed
+from cuvis_dist.scaling import Scaling
+
+T = TypeVar("T")
+
+
+def prepare_worker(threads: int) -> None:
+    """Pin the threads of this process; Ray's OMP_NUM_THREADS comes too late for a reused one."""
+    torch.set_num_threads(max(1, threads))
+
+
+@functools.lru_cache(maxsize=4)
+def fetch_once(ref: ray.ObjectRef) -> Any:
+    """Return the object, the same one for every task of this process.
+
+    Keeps what an archive holds open (``.cu3s`` sessions) from one shard to the next.
+    """
+    return ray.get(ref)
+
+
+def on_worker(
+    function: Callable[..., T],
+    *args: Any,
+    emit: EmitFn,
+    scaling: Scaling,
+    gpus: float = 0,
+) -> T:
+    """Run ``function(*args, emit=...)`` on one worker of the cluster and return its result.
+
+    Raises
+    ------
+    CuvisDistError
+        What the function raised, when it was one; else as :func:`raise_cause` says.
+    """
+    remote: Any = ray.remote(num_cpus=scaling.cpus_per_worker, num_gpus=gpus, max_retries=0)(
+        _call_on_worker
+    )
+    with relayed(emit) as worker_emit, raise_cause(function.__name__.replace("_", " ").strip()):
+        threads = int(scaling.cpus_per_worker)
+        return ray.get(remote.remote(function, args, worker_emit, threads, os.getcwd()))
+
+
+def _call_on_worker(
+    function: Callable[..., T], args: tuple, emit: EmitFn, threads: int, directory: str
+) -> T:
+    prepare_worker(threads)
+    if os.path.isdir(directory):
+        os.chdir(directory)
+    return function(*args, emit=emit)
+
+
+@contextmanager
+def raise_cause(what: str) -> Iterator[None]:
+    """Turn Ray's wrapped errors into the error of ours inside, or into a message.
+
+    Raises
+    ------
+    CuvisDistError
+        The first of its kind in the chain of causes, else one that gives the root cause.
+    ClusterError
+        If a worker, node or its memory was lost.
+    """
+    try:
+        yield
+    except CuvisDistError:
+        raise
+    except Exception as error:
+        for cause in causes(error):
+            if isinstance(cause, CuvisDistError):
+                raise cause from None
+        lost = (WorkerCrashedError, ActorDiedError, NodeDiedError, OutOfMemoryError)
+        for cause in causes(error):
+            if isinstance(cause, lost):
+                raise ClusterError(
+                    f"{what} lost its worker: {one_line(cause)}. A worker that ran out of "
+                    "memory needs more of it, or fewer workers per machine"
+                ) from error
+        raise CuvisDistError(f"{what} failed: {one_line(list(causes(error))[-1])}") from error
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, then what caused it, through Ray's wrappers, each once."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        inner = error.cause if isinstance(error, RayTaskError) else None
+        failures = getattr(error, "worker_failures", None)
+        if failures:
+            inner = failures[min(failures)]
+        error = inner or error.__cause__ or error.__context__
+
+
+# ---- fitted state ----------------------------------------------------------------------
+
+#: What stays a node's own when it takes over another's state: its place in the pipeline.
+_IDENTITY = frozenset({"_name", "_pipeline_counter", "_input_ports", "_output_ports"})
+
+
+def adopt(node: Node, fitted: Node) -> None:
+    """Give ``node`` the state of ``fitted``, a copy of it that was changed elsewhere.
+
+    Buffers, parameters, hyperparameters and plain attributes (fitted flags, temperatures,
+    calibrated thresholds): many of these are in no state dict.
+    """
+    node.__dict__.update({k: v for k, v in fitted.__dict__.items() if k not in _IDENTITY})
+
+
+def adopt_all(pipeline: CuvisPipeline, fitted: list[Node]) -> None:
+    """:func:`adopt` for the nodes of a pipeline that came back from a worker."""
+    by_name = {node.name: node for node in fitted}
+    for node in pipeline.nodes():
+        adopt(node, by_name[node.name])

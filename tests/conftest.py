@@ -1,0 +1,51 @@
+"""One Ray session for the whole run, and a small demo archive that nobody changes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from loguru import logger
+
+logger.remove()
+STANDIN = Path(__file__).parent / "standin"
+# Before Ray starts: its workers inherit the environment. The stand-in SDK goes before the real
+# package; tests of the real one (marker sdk) run in processes of their own.
+_PATHS = [str(STANDIN), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _PATHS))
+sys.path.insert(0, str(STANDIN))
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ.pop("RAY_ADDRESS", None)
+
+
+@pytest.fixture(scope="session")
+def session_log(tmp_path_factory):
+    """Where the stand-in SDK of every process notes the contexts that it makes."""
+    path = tmp_path_factory.mktemp("sdk") / "contexts.log"
+    path.touch()
+    os.environ["CUVIS_STANDIN_LOG"] = str(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def ray_session(session_log):
+    """Three CPUs on this machine, whatever it has."""
+    import ray
+
+    from cuvis_dist.scaling import Scaling
+    from cuvis_dist.session import connect
+
+    connect(Scaling(workers=3))
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def demo_trainrun(tmp_path_factory) -> Path:
+    """The demo with small frames; load it anew for every test."""
+    from cuvis_dist.demo import DemoSettings, write_demo
+
+    settings = DemoSettings(frames=22, height=16, width=20, bands=12, recordings=3, max_epochs=3)
+    return write_demo(tmp_path_factory.mktemp("demo"), settings)

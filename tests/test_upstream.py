@@ -1,0 +1,51 @@
+"""Do the private names of cuvis.ai that we depend on still exist, and mean what they meant?"""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from cuvis_ai_core.training import GradientTrainer, StatisticalTrainer
+from cuvis_ai_core.training.config import TrainingConfig
+from cuvis_ai_core.utils import restore
+
+from cuvis_dist.training.rank import RankTrainer
+
+PRIVATE = {
+    (restore, "_build_pipeline_from_config"): ["trainrun_config", "device", "base_dir"],
+    (restore, "_create_datamodule_from_config"): ["trainrun_config", "candidate_dirs", "base_dir"],
+    (restore, "_discover_plugins_dirs"): ["pipeline_path", "explicit_dirs"],
+    (CuvisPipeline, "_gather_node_inputs"): ["self", "node", "port_data", "batch"],
+    (StatisticalTrainer, "_require_predecessor_outputs"): ["self", "target_node", "outputs"],
+    (StatisticalTrainer, "_raise_if_cancelled"): ["self"],
+    (GradientTrainer, "_build_trainer"): ["self"],
+    (GradientTrainer, "_run_step"): [
+        "self", "batch", "batch_idx", "stage", "collect_metrics", "monitor_key",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("home", "name"), PRIVATE)
+def test_a_private_name_is_as_we_know_it(home, name):
+    function = getattr(home, name, None)
+    assert function is not None, f"{home.__name__}.{name} is gone"
+    assert list(inspect.signature(function).parameters) == PRIVATE[home, name]
+
+
+def test_the_pipeline_keeps_its_graph_and_order():
+    assert hasattr(CuvisPipeline("p"), "_graph")
+    assert isinstance(vars(CuvisPipeline)["_sorted_nodes"].func, object)
+
+
+def test_the_rank_trainer_overrides_methods_that_exist():
+    for name in ("_build_trainer", "_run_step", "log"):
+        assert name in vars(RankTrainer)
+        assert hasattr(GradientTrainer, name)
+
+
+def test_every_trainer_keyword_reaches_lightning():
+    """``RankConfig`` relies on upstream building its trainer from these alone."""
+    source = inspect.getsource(GradientTrainer._build_trainer)
+    assert "self.training_config.to_lightning_kwargs()" in source
+    assert "max_epochs" in TrainingConfig().to_lightning_kwargs()
