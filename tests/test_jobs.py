@@ -97,7 +97,7 @@ def test_submitting_the_demo(head, demo_trainrun, tmp_path):
 
     done = submit(address, environment, "trainrun.yaml", "--train-workers", "2", attempts=20)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert re.search(r"fitted rx_detector: 10/10 frames", done.stdout)
+    assert re.search(r"rx_detector: 10/10 frames", done.stdout)
     record = json.loads((tmp_path / "results" / "run.json").read_text())
     assert record["status"] == "done"
     assert Path(record["pipeline"]).is_file()

@@ -14,18 +14,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import networkx as nx
 import ray
 import torch
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training.post_fit import EmitFn, FrameProgress, TrainEvent, TrainHook
+from loguru import logger
 
 from cuvis_dist.archive import Archive, batch_bytes
 from cuvis_dist.errors import CuvisDistError, DataError, one_line
-from cuvis_dist.initialization.plan import Pass
+from cuvis_dist.initialization.affine import probe
+from cuvis_dist.initialization.plan import Fit, Pass
 from cuvis_dist.initialization.recipes import Recipe
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.statistics import MergeTree, Statistic, from_bytes
+from cuvis_dist.statistics import MergeTree, Moments, Statistic, from_bytes
 from cuvis_dist.upstream import node_inputs
 from cuvis_dist.workers import adopt, fetch_once, on_worker, prepare_worker, raise_cause
 
@@ -58,23 +61,27 @@ class PassRecord:
 
 @dataclass(frozen=True)
 class _Partial:
-    """The statistics of one shard, or of several merged ones, by node name."""
+    """The statistics of one shard, or of several merged ones, by measurement."""
 
     statistics: dict[str, Statistic]
     first_frame: str
 
     def merge(self, other: _Partial) -> _Partial:
         merged = {}
-        for name, statistic in self.statistics.items():
-            theirs = other.statistics[name]
+        for key, statistic in self.statistics.items():
+            theirs = other.statistics[key]
             if statistic.channels != theirs.channels:
                 raise DataError(
-                    f"{other.first_frame} gives node {name} {theirs.channels} channels, "
-                    f"{self.first_frame} gives it {statistic.channels}: recordings with "
+                    f"{other.first_frame} has {theirs.channels} channels at {key}, "
+                    f"{self.first_frame} has {statistic.channels}: recordings with "
                     "different bands cannot be fitted together"
                 )
-            merged[name] = statistic.merge(theirs)
+            merged[key] = statistic.merge(theirs)
         return _Partial(merged, self.first_frame)
+
+
+class StatefulNodesError(CuvisDistError):
+    """Nodes before the measured ones change their state with every frame."""
 
 
 def measure_pass(
@@ -83,60 +90,86 @@ def measure_pass(
     this_pass: Pass,
     scaling: Scaling,
     on_shard: OnShard,
-) -> PassRecord:
-    """Measure every recipe of ``this_pass`` over the archive and freeze its nodes.
+) -> tuple[PassRecord, list[Fit]]:
+    """Carry out the measurements of ``this_pass`` over the archive and freeze its nodes.
+
+    Returns
+    -------
+    tuple of PassRecord and list of Fit
+        The second: fits whose chain turned out not to be affine, and all that follow; they have
+        to be measured directly.
 
     Raises
     ------
     DataError
         If a frame cannot be read or measured, or frames are missing at the end.
+    StatefulNodesError
+        If what is measured depends on the order of the frames.
     ClusterError
         If the cluster lost the work.
     """
     started = time.perf_counter()
     shards = archive.shards(scaling.shard_frames)
-    recipes = {node.name: recipe for node, recipe in this_pass.recipes.items()}
+    measurements = {m.key: (m.node.name, m.recipe) for m in this_pass.measurements}
     tree: MergeTree[_Partial] = MergeTree(len(shards), _Partial.merge)
     measure = _MeasureShard(
-        ray.put(archive), ray.put(pipeline), recipes, math.floor(scaling.cpus_per_worker)
+        ray.put(archive), ray.put(pipeline), measurements, math.floor(scaling.cpus_per_worker)
     )
-    rows = _spread(shards, measure, scaling)
+    samples: dict[str, torch.Tensor] = {}
     frames = size = 0
     with raise_cause("the pass over the archive"):
-        for row in rows:
+        for row in _spread(shards, measure, scaling):
             if row["error"]:
-                raise DataError(row["error"])
+                raise (
+                    StatefulNodesError(row["error"]) if row["stateful"] else DataError(row["error"])
+                )
             partial = _Partial(
-                {
-                    name: from_bytes(data)
-                    for name, data in zip(recipes, row["partials"], strict=True)
-                },
+                dict(zip(measurements, map(from_bytes, row["partials"]), strict=True)),
                 row["first_frame"],
             )
             if tree.add(row["ordinal"], partial):
                 frames += row["frames"]
                 size += row["bytes"]
                 on_shard(frames)
+                if row["ordinal"] == 0:
+                    samples = pickle.loads(row["samples"])
     if frames != len(archive) or tree.missing:
         raise DataError(
             f"the archive lists {len(archive)} frames, {frames} were measured "
             f"({tree.missing} of {len(shards)} shards are missing)"
         )
     merged = tree.root().statistics
-    for node, recipe in this_pass.recipes.items():
-        _freeze(node, recipe, merged[node.name])
-    fitted = {
-        name: {"statistic": str(recipe), "pixels": merged[name].n}  # type: ignore[attr-defined]
-        for name, recipe in recipes.items()
-    }
-    return PassRecord(fitted, frames, size, len(shards), time.perf_counter() - started)
+    fitted: dict[str, dict[str, Any]] = {}
+    left: list[Fit] = []
+    for fit in this_pass.fits:
+        statistic = merged[fit.source.key]
+        try:
+            if left and fit.chain:
+                raise ValueError(f"{left[0].node.name} is not fitted yet")
+            _freeze(fit, statistic, samples[fit.source.key])
+        except ValueError as error:
+            if isinstance(error, CuvisDistError):
+                raise
+            logger.info(f"{fit.node.name} is measured directly: {error}")
+            left.append(fit)
+            continue
+        fitted[fit.node.name] = {"statistic": str(fit), "pixels": statistic.n}  # type: ignore[attr-defined]
+    seconds = time.perf_counter() - started
+    return PassRecord(fitted, frames, size, len(shards), seconds), left
 
 
-def _freeze(node: Node, recipe: Recipe, statistic: Statistic) -> None:
+def _freeze(fit: Fit, statistic: Statistic, sample: torch.Tensor) -> None:
+    """Freeze one node; raises ValueError when its statistic cannot be derived."""
+    if fit.chain:
+        statistic = statistic.affine(*probe(fit.chain, sample))
+    if isinstance(statistic, Moments) and fit.recipe.options.get("diagonal"):
+        statistic = statistic.only_diagonal()
     try:
-        recipe.freeze(node, statistic)
+        fit.recipe.freeze(fit.node, statistic)
     except Exception as error:
-        raise CuvisDistError(f"node {node.name} could not be fitted: {one_line(error)}") from error
+        raise CuvisDistError(
+            f"node {fit.node.name} could not be fitted: {one_line(error)}"
+        ) from error
 
 
 def _spread(shards: list, function: Any, scaling: Scaling) -> Iterator[dict[str, Any]]:
@@ -157,32 +190,42 @@ class _MeasureShard:
 
     ordered = False
 
-    def __init__(self, archive: Any, pipeline: Any, recipes: dict[str, Recipe], threads: int):
-        self.archive, self.pipeline, self.recipes, self.threads = (
-            archive,
-            pipeline,
-            recipes,
-            threads,
-        )
+    def __init__(
+        self,
+        archive: Any,
+        pipeline: Any,
+        measurements: dict[str, tuple[str, Recipe]],
+        threads: int,
+    ) -> None:
+        self.archive, self.pipeline = archive, pipeline
+        self.measurements, self.threads = measurements, threads
 
     def __call__(self, shard: dict[str, int]) -> list[dict[str, Any]]:
         prepare_worker(self.threads)
         archive: Archive = fetch_once(self.archive)
         pipeline: CuvisPipeline = fetch_once(self.pipeline)
-        nodes = {node.name: node for node in pipeline.nodes() if node.name in self.recipes}
+        nodes = {node.name: node for node in pipeline.nodes()}
+        targets = [nodes[name] for name in dict.fromkeys(n for n, _ in self.measurements.values())]
+        state = _state(pipeline, targets)
         merged: _Partial | None = None
+        samples: dict[str, torch.Tensor] = {}
         size = 0
         try:
             for index in range(shard["start"], shard["stop"]):
                 batch = archive.read(index)
                 size += batch_bytes(batch)
                 frame = str(archive.frames[index])
-                statistics = {
-                    name: _measure(pipeline, nodes[name], recipe, batch, frame)
-                    for name, recipe in self.recipes.items()
-                }
+                inputs = {node.name: _inputs(pipeline, node, batch, frame) for node in targets}
+                statistics = {}
+                for key, (name, recipe) in self.measurements.items():
+                    pixels = _pixels(nodes[name], recipe, inputs[name], frame)
+                    statistics[key] = _measure(recipe, pixels, frame, name)
+                    if index == 0:
+                        samples[key] = pixels[:: max(1, len(pixels) // 256)].cpu().clone()
                 partial = _Partial(statistics, frame)
                 merged = partial if merged is None else merged.merge(partial)
+                if changed := _changed(state, _state(pipeline, targets)):
+                    return [_row(shard["ordinal"], stateful=True, error=", ".join(changed))]
         except DataError as error:
             return [_row(shard["ordinal"], error=str(error))]
         assert merged is not None
@@ -192,32 +235,68 @@ class _MeasureShard:
                 frames=shard["stop"] - shard["start"],
                 bytes=size,
                 first_frame=merged.first_frame,
-                partials=[merged.statistics[name].to_bytes() for name in self.recipes],
+                partials=[merged.statistics[key].to_bytes() for key in self.measurements],
+                samples=pickle.dumps(samples),
             )
         ]
 
 
+def _error(row: dict[str, Any]) -> CuvisDistError:
+    """Return the error that a worker's row stands for."""
+    return (StatefulNodesError if row["stateful"] else DataError)(row["error"])
+
+
 def _row(ordinal: int, **values: Any) -> dict[str, Any]:
     """Return a row with every column, since blocks must share a schema."""
-    empty = {"error": "", "frames": 0, "bytes": 0, "first_frame": "", "partials": [b""]}
-    return {"ordinal": ordinal, **empty, **values}
+    empty = {"error": "", "stateful": False, "frames": 0, "bytes": 0, "first_frame": ""}
+    return {"ordinal": ordinal, **empty, "partials": [b""], "samples": b"", **values}
 
 
-def _measure(
-    pipeline: CuvisPipeline, node: Node, recipe: Recipe, batch: dict[str, Any], frame: str
-) -> Statistic:
-    """Measure one frame for one node; raises DataError that names both."""
+def _state(pipeline: CuvisPipeline, targets: list[Node]) -> dict[str, tuple]:
+    """Return a mark of each node before the targets that changes when its tensors do."""
+    before = set().union(*(nx.ancestors(pipeline._graph, node) for node in targets))
+    return {
+        node.name: tuple(
+            (id(tensor), tensor._version) for tensor in (*node.buffers(), *node.parameters())
+        )
+        for node in before
+    }
+
+
+def _changed(before: dict[str, tuple], after: dict[str, tuple]) -> list[str]:
+    return sorted(name for name, mark in after.items() if before[name] != mark)
+
+
+def _inputs(
+    pipeline: CuvisPipeline, node: Node, batch: dict[str, Any], frame: str
+) -> dict[str, Any]:
+    """Compute what a node receives for one frame; raises DataError that names both."""
     try:
-        inputs = node_inputs(pipeline, node, batch)
-        statistic = recipe.measure(inputs)
+        return node_inputs(pipeline, node, batch)
+    except Exception as error:
+        raise DataError(
+            f"{frame} cannot be used for node {node.name}: {one_line(error)}"
+        ) from error
+
+
+def _pixels(node: Node, recipe: Recipe, inputs: dict[str, Any], frame: str) -> torch.Tensor:
+    try:
+        return recipe.pixels(node, inputs)
     except Exception as error:
         raise DataError(
             f"{frame} cannot be measured for node {node.name}: {one_line(error)}"
         ) from error
+
+
+def _measure(recipe: Recipe, pixels: torch.Tensor, frame: str, name: str) -> Statistic:
+    try:
+        statistic = recipe.statistic.measure(pixels, **recipe.options)
+    except Exception as error:
+        raise DataError(f"{frame} cannot be measured for node {name}: {one_line(error)}") from error
     if not statistic.is_finite():
-        bad = int((~torch.isfinite(inputs[recipe.port])).any(dim=-1).sum())
+        bad = int((~torch.isfinite(pixels)).any(dim=-1).sum())
         raise DataError(
-            f"{frame} has {bad} pixels that are not finite at {node.name}.{recipe.port}; "
+            f"{frame} has {bad} pixels that are not finite at {name}.{recipe.port}; "
             "they would make every fitted value NaN. Correct the recording or leave it out of "
             "the train split"
         )
@@ -238,6 +317,7 @@ def stream_pass(
 
     Reading and every node before it run on all workers; the node itself runs in one process,
     which receives one frame at a time (as upstream with ``batch_size: 1`` and no shuffling).
+    Where a node before it changes its state with every frame, only reading is spread.
 
     Raises
     ------
@@ -247,9 +327,24 @@ def stream_pass(
     started = time.perf_counter()
     node = this_pass.streamed
     assert node is not None
-    fitted, frames, size = on_worker(
-        _fit_streamed, pipeline, archive, node.name, scaling, emit=emit, scaling=_beside(scaling)
-    )
+
+    def fit(in_order: bool) -> tuple[Node, int, int]:
+        return on_worker(
+            _fit_streamed,
+            pipeline,
+            archive,
+            node.name,
+            in_order,
+            scaling,
+            emit=emit,
+            scaling=_beside(scaling),
+        )
+
+    try:
+        fitted, frames, size = fit(in_order=False)
+    except StatefulNodesError as error:
+        logger.info(f"{error} changes with every frame: the nodes before {node.name} run in order")
+        fitted, frames, size = fit(in_order=True)
     adopt(node, fitted)
     record = {node.name: {"statistic": "streamed", "pixels": None}}
     shards = len(archive.shards(scaling.shard_frames))
@@ -262,27 +357,38 @@ def _beside(scaling: Scaling) -> Scaling:
 
 
 def _fit_streamed(
-    pipeline: CuvisPipeline, archive: Archive, name: str, scaling: Scaling, emit: EmitFn
+    pipeline: CuvisPipeline,
+    archive: Archive,
+    name: str,
+    in_order: bool,
+    scaling: Scaling,
+    emit: EmitFn,
 ) -> tuple[Node, int, int]:
     node = next(n for n in pipeline.nodes() if n.name == name)
     gather = _GatherShard(
-        ray.put(archive), ray.put(pipeline), name, math.floor(scaling.cpus_per_worker)
+        ray.put(archive),
+        ray.put(pipeline),
+        None if in_order else name,
+        math.floor(scaling.cpus_per_worker),
     )
     done = [0, 0]
 
     def stream() -> Iterator[dict[str, Any]]:
         for row in _spread(archive.shards(scaling.shard_frames), gather, scaling):
             if row["error"]:
-                raise DataError(row["error"])
+                raise (
+                    StatefulNodesError(row["error"]) if row["stateful"] else DataError(row["error"])
+                )
             done[0] += 1
             done[1] += row["bytes"]
             progress = FrameProgress(done[0], len(archive))
             emit(TrainEvent(TrainHook.STATISTICAL_PROGRESS, node=name, progress=progress))
-            yield pickle.loads(row["inputs"])
+            data = pickle.loads(row["data"])
+            yield _inputs(pipeline, node, data, row["frame"]) if in_order else data
 
     try:
         node.statistical_initialization(stream())
-    except DataError:
+    except CuvisDistError:
         raise
     except Exception as error:
         raise CuvisDistError(f"node {name} could not be fitted: {one_line(error)}") from error
@@ -290,33 +396,30 @@ def _fit_streamed(
 
 
 class _GatherShard:
-    """Computes a node's inputs for each frame of a shard: one row per frame, in order."""
+    """Computes a node's inputs (or only reads) for each frame of a shard: a row each, in order."""
 
     ordered = True
 
-    def __init__(self, archive: Any, pipeline: Any, name: str, threads: int) -> None:
+    def __init__(self, archive: Any, pipeline: Any, name: str | None, threads: int) -> None:
         self.archive, self.pipeline, self.name, self.threads = archive, pipeline, name, threads
 
     def __call__(self, shard: dict[str, int]) -> Iterator[dict[str, Any]]:
         prepare_worker(self.threads)
         archive: Archive = fetch_once(self.archive)
         pipeline: CuvisPipeline = fetch_once(self.pipeline)
-        node = next(n for n in pipeline.nodes() if n.name == self.name)
+        nodes = [node for node in pipeline.nodes() if node.name == self.name]
+        state = _state(pipeline, nodes) if nodes else {}
         for index in range(shard["start"], shard["stop"]):
+            frame = str(archive.frames[index])
+            row = {"error": "", "stateful": False, "frame": frame, "bytes": 0, "data": b""}
             try:
                 batch = archive.read(index)
-                inputs = node_inputs(pipeline, node, batch)
-            except Exception as error:
-                message = (
-                    str(error)
-                    if isinstance(error, DataError)
-                    else f"{archive.frames[index]} cannot be used for node {self.name}: "
-                    f"{one_line(error)}"
-                )
-                yield {"error": message, "bytes": 0, "inputs": b""}
+                data = _inputs(pipeline, nodes[0], batch, frame) if nodes else batch
+                changed = _changed(state, _state(pipeline, nodes)) if nodes else []
+            except DataError as error:
+                yield {**row, "error": str(error)}
                 return
-            yield {
-                "error": "",
-                "bytes": batch_bytes(batch),
-                "inputs": pickle.dumps(inputs, protocol=5),
-            }
+            if changed:
+                yield {**row, "error": ", ".join(changed), "stateful": True}
+                return
+            yield {**row, "bytes": batch_bytes(batch), "data": pickle.dumps(data, protocol=5)}

@@ -1,19 +1,64 @@
-"""Which passes over the archive does a pipeline need, and what does each one fit?
+"""Which passes over the archive does a pipeline need, and what does each one measure and fit?
 
-A node can be measured once every statistical node before it is frozen, so nodes are grouped
-by how many statistical nodes lie before them on the longest way from the data: one pass per
-group. A node without a recipe gets a pass of its own.
+A port can be measured once every statistical node before it is frozen. Behind affine nodes a
+port's moments and extrema follow from those of the port before them, so a node is fitted from
+the farthest port back that only affine nodes separate from it, and nodes that share such a port
+share its measurement. Pure: no Ray, no data.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import networkx as nx
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 
+from cuvis_dist.initialization.affine import Hop, affine_hop
 from cuvis_dist.initialization.recipes import Recipe, recipe_for
+from cuvis_dist.statistics import Extrema, Moments
 from cuvis_dist.upstream import edges_into, topological_order
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A statistic of what one node receives.
+
+    Attributes
+    ----------
+    node : Node
+        The node whose input is measured.
+    recipe : Recipe
+        Which port and statistic; only its measuring half is used.
+    source : str
+        Where the port's value comes from: ``<node>.<port>``, or ``batch.<port>``.
+    """
+
+    node: Node
+    recipe: Recipe
+    source: str
+
+    @property
+    def key(self) -> str:
+        """Identifies the measurement in a pass: nodes fed from one port share it."""
+        of = self.source if self.recipe.shareable else self.node.name
+        return self.recipe.describe(of)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How one node is fitted: from a measurement, through the affine nodes between."""
+
+    node: Node
+    recipe: Recipe
+    source: Measurement
+    chain: tuple[Hop, ...] = ()
+
+    def __str__(self) -> str:
+        if not self.chain:
+            return str(self.recipe)
+        names = ", ".join(hop.node.name for hop in self.chain)
+        return f"{self.recipe} derived from {self.source.key} through {names}"
 
 
 @dataclass(frozen=True)
@@ -22,24 +67,28 @@ class Pass:
 
     Attributes
     ----------
-    recipes : dict of Node to Recipe
-        What is measured for which node, in topological order. Empty for a streamed node.
+    measurements : tuple of Measurement
+        What is measured, each once.
+    fits : tuple of Fit
+        The nodes fitted from that, in topological order.
     streamed : Node or None
-        The node that is fitted by its own code on all of its inputs.
+        Instead: the node that is fitted by its own code on all of its inputs.
     """
 
-    recipes: dict[Node, Recipe]
+    measurements: tuple[Measurement, ...] = ()
+    fits: tuple[Fit, ...] = ()
     streamed: Node | None = None
 
     @property
     def nodes(self) -> list[Node]:
         """The nodes that this pass fits, in topological order."""
-        return [self.streamed] if self.streamed is not None else list(self.recipes)
+        return [self.streamed] if self.streamed is not None else [fit.node for fit in self.fits]
 
     def __str__(self) -> str:
         if self.streamed is not None:
-            return f"{self.streamed.name} (streamed to its own fit)"
-        return ", ".join(f"{node.name} by {recipe}" for node, recipe in self.recipes.items())
+            return f"fits {self.streamed.name} by streaming its inputs"
+        measured = ", ".join(m.key for m in self.measurements)
+        return f"measures {measured}; fits {', '.join(node.name for node in self.nodes)}"
 
 
 def statistical_nodes(pipeline: CuvisPipeline) -> list[Node]:
@@ -47,25 +96,83 @@ def statistical_nodes(pipeline: CuvisPipeline) -> list[Node]:
     return [node for node in topological_order(pipeline) if node.requires_initial_fit]
 
 
-def make_plan(pipeline: CuvisPipeline) -> list[Pass]:
-    """Return the passes that fit every statistical node of ``pipeline``, in order."""
-    depth: dict[Node, int] = {}
-    levels: dict[int, list[Node]] = {}
-    for node in topological_order(pipeline):
-        depth[node] = max(
-            (
-                depth[source] + source.requires_initial_fit
-                for source, _, _ in edges_into(pipeline, node)
-            ),
-            default=0,
-        )
-        if node.requires_initial_fit:
-            levels.setdefault(depth[node], []).append(node)
+def make_plan(pipeline: CuvisPipeline, fold: bool = True) -> list[Pass]:
+    """Return the passes that fit every statistical node of ``pipeline``, in order.
 
-    passes: list[Pass] = []
-    for _, nodes in sorted(levels.items()):
-        recipes = {node: recipe for node in nodes if (recipe := recipe_for(node)) is not None}
-        if recipes:
-            passes.append(Pass(recipes))
-        passes.extend(Pass({}, node) for node in nodes if node not in recipes)
-    return passes
+    Parameters
+    ----------
+    fold : bool
+        Derive what affine nodes separate; otherwise every node's own input is measured.
+    """
+    order = topological_order(pipeline)
+    fits: dict[Node, Fit] = {}
+    number: dict[Node, int] = {}  # of the pass that fits a node
+    for node in order:
+        if not node.requires_initial_fit:
+            continue
+        recipe, at = recipe_for(node), node
+        if recipe is not None:
+            fits[node] = _fit(pipeline, node, recipe, fits if fold else {})
+            at = fits[node].source.node
+        before = [number[n] for n in nx.ancestors(pipeline._graph, at) if n in number]
+        between = [number[h.node] for h in (fits[node].chain if recipe else ()) if h.node in number]
+        number[node] = max([0, *(n + 1 for n in before), *between])
+
+    plan: list[Pass] = []
+    for n in range(max(number.values(), default=-1) + 1):
+        here = [node for node in order if number.get(node) == n]
+        shared = share([fits[node] for node in here if node in fits])
+        if shared.fits:
+            plan.append(shared)
+        plan.extend(Pass(streamed=node) for node in here if node not in fits)
+    return plan
+
+
+def share(fits: list[Fit]) -> Pass:
+    """Return one pass for several fits, with each measurement made once.
+
+    Where the full moments of a port are measured, its variances need no measurement of their own.
+    """
+    full = {
+        fit.source.source: fit.source
+        for fit in fits
+        if fit.source.recipe.statistic is Moments and not fit.source.recipe.options
+    }
+    fits = [
+        replace(fit, source=full[fit.source.source])
+        if fit.source.recipe.statistic is Moments and fit.source.source in full
+        else fit
+        for fit in fits
+    ]
+    return Pass(tuple({fit.source.key: fit.source for fit in fits}.values()), tuple(fits))
+
+
+def measured_directly(pipeline: CuvisPipeline, fit: Fit) -> Fit:
+    """Return the fit of the same node from its own input."""
+    return _fit(pipeline, fit.node, fit.recipe, {})
+
+
+def _fit(pipeline: CuvisPipeline, node: Node, recipe: Recipe, fitted: dict[Node, Fit]) -> Fit:
+    """Walk back from the node's port over affine nodes to where it is to be measured.
+
+    Only nodes that need no fit, or have one in ``fitted``, are walked over: the map of a chain
+    is known when its nodes are frozen.
+    """
+    chain: list[Hop] = []
+    at, port = node, recipe.port
+    while fitted and recipe.statistic in (Moments, Extrema):
+        producer = _producer(pipeline, at, port)
+        hop = affine_hop(*producer) if producer else None
+        if hop is None or (hop.node.requires_initial_fit and hop.node not in fitted):
+            break
+        chain.insert(0, hop)
+        at, port = hop.node, hop.input
+    producer = _producer(pipeline, at, port)
+    source = f"{producer[0].name}.{producer[1]}" if producer else f"batch.{port}"
+    measured = Recipe(port, recipe.statistic) if chain else recipe
+    return Fit(node, recipe, Measurement(at, measured, source), tuple(chain))
+
+
+def _producer(pipeline: CuvisPipeline, node: Node, port: str) -> tuple[Node, str] | None:
+    """Return ``(node, output port)`` that feeds a port, or None when the batch does."""
+    return next(((n, out) for n, out, to in edges_into(pipeline, node) if to == port), None)

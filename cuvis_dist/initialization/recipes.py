@@ -7,19 +7,31 @@ the node's own ``statistical_initialization`` reads those instead of the archive
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
+from cuvis_ai.node.anomaly.deep_svdd import DeepSVDDCenterTracker, ZScoreNormalizerGlobal
+from cuvis_ai.node.anomaly.lad_detector import LADGlobal
 from cuvis_ai.node.anomaly.rx_detector import RXGlobal
-from cuvis_ai.node.channel_selector import SoftChannelSelector
+from cuvis_ai.node.channel_mixer import LearnableChannelMixer
+from cuvis_ai.node.channel_selector import (
+    ChannelSelectorBase,
+    SoftChannelSelector,
+    SupervisedSelectorBase,
+)
+from cuvis_ai.node.clustering.gmm import GaussianMixtureClusterer
+from cuvis_ai.node.clustering.kmeans import KMeansClusterer
 from cuvis_ai.node.conversion import ScoreToLogit
 from cuvis_ai.node.dimensionality_reduction import TrainablePCA
-from cuvis_ai.node.normalization import MinMaxNormalizer
+from cuvis_ai.node.normalization import MinMaxNormalizer, PercentileNormalizer
+from cuvis_ai.node.pretreatments.scaling import MeanCenter, UnitVarianceScaling
+from cuvis_ai.node.svm import OneClassSVMDetector
+from cuvis_ai.node.unmixing.nmf import NMFUnmixing
 from cuvis_ai_core.node.node import Node
 from torch import Tensor
 
-from cuvis_dist.statistics import Extrema, Moments, Statistic
+from cuvis_dist.statistics import Extrema, FrameQuantiles, Moments, Statistic
 
 NodeT = TypeVar("NodeT", bound=Node)
 
@@ -36,14 +48,17 @@ class Recipe:
         What the node computes from that port.
     options : dict
         Keyword arguments of ``statistic.measure``.
+    surrogate : dict
+        Keyword arguments of ``statistic.surrogate``.
     """
 
     port: str
     statistic: type[Statistic]
     options: dict[str, Any] = field(default_factory=dict)
+    surrogate: dict[str, Any] = field(default_factory=dict)
 
-    def measure(self, inputs: dict[str, Any]) -> Statistic:
-        """Measure the statistic on what a node receives for one batch.
+    def pixels(self, node: Node, inputs: dict[str, Any]) -> Tensor:
+        """Return the pixels ``[N, C]`` to measure, of what the node receives for one frame.
 
         Raises
         ------
@@ -51,22 +66,27 @@ class Recipe:
             If the port is not among the inputs.
         """
         value: Tensor = inputs[self.port]
-        return self.statistic.measure(value.reshape(-1, value.shape[-1]), **self.options)
+        return value.reshape(-1, value.shape[-1])
 
     def freeze(self, node: Node, statistic: Statistic) -> None:
         """Let ``node`` fit itself on the surrogate pixels of ``statistic``."""
-        pixels = statistic.surrogate()
-        batches = [{self.port: pixels.reshape(1, -1, 1, statistic.channels)}] if len(pixels) else []
+        pixels = statistic.surrogate(**self.surrogate)
         device = next((b.device for b in node.buffers()), torch.device("cpu"))
+        cubes = [pixels.reshape(1, -1, 1, statistic.channels).to(device)] if len(pixels) else []
         # A single-use generator, as upstream's: some nodes take the first batch with next()
         # and go on iterating.
-        node.statistical_initialization(
-            {port: value.to(device) for port, value in batch.items()} for batch in batches
-        )
+        node.statistical_initialization({self.port: cube} for cube in cubes)
+
+    #: Whether the measurement is the same for every node that is fed from the same port.
+    shareable: ClassVar[bool] = True
+
+    def describe(self, of: str) -> str:
+        """Return e.g. ``Moments(data.cube, diagonal=True)``."""
+        options = "".join(f", {key}={value}" for key, value in self.options.items())
+        return f"{self.statistic.name}({of}{options})"
 
     def __str__(self) -> str:
-        options = "".join(f", {key}={value}" for key, value in self.options.items())
-        return f"{self.statistic.name}({self.port}{options})"
+        return self.describe(self.port)
 
 
 _RECIPES: dict[type[Node], Callable[[Any], Recipe | None]] = {}
@@ -101,15 +121,11 @@ def recipe_for(node: Node) -> Recipe | None:
     return None
 
 
-@recipe(MinMaxNormalizer)
-def _min_max(node: MinMaxNormalizer) -> Recipe | None:
-    # A cap on the frames depends on their order.
-    return Recipe("data", Extrema) if node.max_initialization_frames is None else None
+# ---- moments ---------------------------------------------------------------------------
 
-
-@recipe(SoftChannelSelector)
-def _soft_channel_selector(node: SoftChannelSelector) -> Recipe:
-    return Recipe("data", Moments, {"diagonal": True})
+_DIAGONAL = {"diagonal": True}
+#: For nodes that cast their input to float32 before they measure.
+_WIDE = {"means": 8192}
 
 
 @recipe(RXGlobal)
@@ -122,6 +138,137 @@ def _trainable_pca(node: TrainablePCA) -> Recipe:
     return Recipe("data", Moments)
 
 
+@recipe(LearnableChannelMixer)
+def _channel_mixer(node: LearnableChannelMixer) -> Recipe:
+    return Recipe("data", Moments)
+
+
+@recipe(SoftChannelSelector)
+def _soft_channel_selector(node: SoftChannelSelector) -> Recipe:
+    return Recipe("data", Moments, _DIAGONAL)
+
+
 @recipe(ScoreToLogit)
 def _score_to_logit(node: ScoreToLogit) -> Recipe:
-    return Recipe("scores", Moments)
+    return Recipe("scores", Moments, _DIAGONAL)
+
+
+@recipe(LADGlobal)
+def _lad_global(node: LADGlobal) -> Recipe:
+    return Recipe("data", Moments, _DIAGONAL)
+
+
+@recipe(ZScoreNormalizerGlobal)
+def _z_score(node: ZScoreNormalizerGlobal) -> Recipe:
+    return Recipe("data", Moments, _DIAGONAL)
+
+
+@recipe(DeepSVDDCenterTracker)
+def _svdd_center(node: DeepSVDDCenterTracker) -> Recipe:
+    return Recipe("embeddings", Moments, _DIAGONAL)
+
+
+@recipe(MeanCenter)
+def _mean_center(node: MeanCenter) -> Recipe:
+    return Recipe("cube", Moments, _DIAGONAL, _WIDE)
+
+
+@recipe(UnitVarianceScaling)
+def _unit_variance(node: UnitVarianceScaling) -> Recipe:
+    return Recipe("cube", Moments, _DIAGONAL, _WIDE)
+
+
+# ---- extrema and percentile bounds -----------------------------------------------------
+
+
+@recipe(MinMaxNormalizer)
+def _min_max(node: MinMaxNormalizer) -> Recipe | None:
+    # A cap on the frames depends on their order.
+    return Recipe("data", Extrema) if node.max_initialization_frames is None else None
+
+
+class _InvertedRecipe(Recipe):
+    """Measures what the node measures, the negated values, and hands them back as they came."""
+
+    shareable = False
+
+    def pixels(self, node: Node, inputs: dict[str, Any]) -> Tensor:
+        return -super().pixels(node, inputs)
+
+    def freeze(self, node: Node, statistic: Statistic) -> None:
+        assert isinstance(statistic, FrameQuantiles)
+        low, high = -statistic.maximum, -statistic.minimum
+        super().freeze(node, replace(statistic, minimum=low, maximum=high))
+
+
+@recipe(PercentileNormalizer)
+def _percentile(node: PercentileNormalizer) -> Recipe | None:
+    if node.statistical_fit != "batch_bounds" or not _carries(
+        node.quantile_low, node.quantile_high
+    ):
+        return None  # pooled quantiles keep every pixel
+    options = {"low": node.quantile_low, "high": node.quantile_high}
+    return (_InvertedRecipe if node.invert else Recipe)("data", FrameQuantiles, options)
+
+
+class _SelectorRecipe(Recipe):
+    """Percentile bounds of the colours that a band selector makes of a cube.
+
+    Colours are no affine map of the cube (an index is a ratio), so they are what is measured,
+    and the surrogate consists of colours too: the node's own fit gets them in place of those
+    that it would make.
+    """
+
+    shareable = False
+
+    def pixels(self, node: Any, inputs: dict[str, Any]) -> Tensor:
+        return node._compute_raw_rgb(inputs["cube"], inputs["wavelengths"]).reshape(-1, 3)
+
+    def freeze(self, node: Any, statistic: Statistic) -> None:
+        colours = statistic.surrogate().float().reshape(1, -1, 1, 3)
+        batches = [{"cube": colours, "wavelengths": None}] if colours.numel() else []
+        node._compute_raw_rgb = lambda cube, wavelengths: cube
+        try:
+            node.statistical_initialization(iter(batches))
+        finally:
+            del node._compute_raw_rgb
+
+
+@recipe(ChannelSelectorBase)
+def _band_selector(node: ChannelSelectorBase) -> Recipe | None:
+    low, high = node._NORM_QUANTILE_LOW, node._NORM_QUANTILE_HIGH
+    if not _carries(low, high):
+        return None
+    return _SelectorRecipe("cube", FrameQuantiles, {"low": low, "high": high})
+
+
+def _carries(low: float, high: float) -> bool:
+    """Whether the surrogate frame of :class:`FrameQuantiles` has these quantiles exactly."""
+    return low < 0.49 and high > 0.51
+
+
+# ---- nodes that are streamed -----------------------------------------------------------
+
+
+def _streamed(node: Node) -> None:
+    return None
+
+
+for _node_class in (
+    # Keep the pixels themselves.
+    KMeansClusterer,
+    GaussianMixtureClusterer,
+    OneClassSVMDetector,
+    NMFUnmixing,
+    # Sample pixels and rank bands by labels.
+    SupervisedSelectorBase,
+):
+    recipe(_node_class)(_streamed)
+
+
+def is_known(node_class: type[Node]) -> bool:
+    """Whether a recipe, or the decision to stream, was made for this class."""
+    return any(
+        cls in _RECIPES and node_class.statistical_initialization is cls.statistical_initialization
+        for cls in node_class.__mro__
+    )

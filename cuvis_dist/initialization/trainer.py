@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Sequence
 
 import pytorch_lightning as pl
@@ -16,8 +17,13 @@ from loguru import logger
 
 from cuvis_dist.archive import Archive, open_archive
 from cuvis_dist.evaluation import evaluate
-from cuvis_dist.initialization.passes import PassRecord, measure_pass, stream_pass
-from cuvis_dist.initialization.plan import Pass, make_plan
+from cuvis_dist.initialization.passes import (
+    PassRecord,
+    StatefulNodesError,
+    measure_pass,
+    stream_pass,
+)
+from cuvis_dist.initialization.plan import Pass, make_plan, measured_directly, share
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.session import connect
 
@@ -73,7 +79,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
             If the stop event was set.
         """
         self.records = []
-        plan = make_plan(self.pipeline)
+        plan = deque(make_plan(self.pipeline, self.scaling.fold))
         if not plan:
             logger.info("No statistical nodes to train")
             return
@@ -83,9 +89,9 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         outer_owner = self.pipeline.structure_frozen_by
         self.pipeline.freeze_structure("StatisticalTrainer.fit")
         try:
-            for this_pass in plan:
+            while plan:
                 self._raise_if_cancelled()
-                self.records.append(self._run(this_pass, archive))
+                plan.extendleft(reversed(self._run(plan.popleft(), archive)))
         finally:
             if outer_owner is None:
                 self.pipeline.unfreeze_structure()
@@ -93,9 +99,12 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
                 self.pipeline.freeze_structure(outer_owner)
         self._raise_if_cancelled()
 
-    def _run(self, this_pass: Pass, archive: Archive) -> PassRecord:
-        """Carry out one pass between the start and end events of its nodes."""
-        logger.debug(f"Pass over {len(archive)} frames: {this_pass}")
+    def _run(self, this_pass: Pass, archive: Archive) -> list[Pass]:
+        """Carry out one pass between the start and end events of its nodes.
+
+        Returns passes that turned out to be needed before the next one of the plan.
+        """
+        logger.debug(f"Pass over {len(archive)} frames {this_pass}")
 
         def progress(hook: TrainHook, done: int) -> None:
             self._raise_if_cancelled()
@@ -104,19 +113,26 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
                 self.emit(TrainEvent(hook, node=node.name, progress=frames))
 
         progress(TrainHook.STATISTICAL_NODE_START, 0)
+        further: list[Pass] = []
         if this_pass.streamed is not None:
             record = stream_pass(self.pipeline, archive, this_pass, self.scaling, self.emit)
         else:
-            record = measure_pass(
-                self.pipeline,
-                archive,
-                this_pass,
-                self.scaling,
-                lambda done: progress(TrainHook.STATISTICAL_PROGRESS, done),
-            )
-        for node in this_pass.nodes:
-            self.emit(TrainEvent(TrainHook.STATISTICAL_NODE_END, node=node.name))
-        return record
+            try:
+                record, left = measure_pass(
+                    self.pipeline,
+                    archive,
+                    this_pass,
+                    self.scaling,
+                    lambda done: progress(TrainHook.STATISTICAL_PROGRESS, done),
+                )
+            except StatefulNodesError as error:
+                logger.info(f"{error} changes with every frame: what follows is fitted in order")
+                return [Pass(streamed=node) for node in this_pass.nodes]
+            further = [share([measured_directly(self.pipeline, fit)]) for fit in left]
+        self.records.append(record)
+        for name in record.nodes:
+            self.emit(TrainEvent(TrainHook.STATISTICAL_NODE_END, node=name))
+        return further
 
     def validate(self) -> EvaluationSummary:
         """Evaluate the validation split on the cluster; metrics keyed ``<node>/<metric>``."""

