@@ -26,7 +26,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks $(BENCH_ARGS)
+	$(BIN)/python tests/benchmarks/initialization.py $(BENCH_ARGS)
 
 install: $(INSTALLED)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -31,6 +32,11 @@ T = TypeVar("T")
 def prepare_worker(threads: int) -> None:
     """Pin the threads of this process; Ray's OMP_NUM_THREADS comes too late for a reused one."""
     torch.set_num_threads(max(1, threads))
+
+
+def peak_bytes() -> int:
+    """Return the largest resident memory that this process has had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @functools.lru_cache(maxsize=4)

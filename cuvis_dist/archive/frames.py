@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from cuvis_ai_schemas.training.data import SampleRef
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from cuvis_dist.errors import DataError, InputError, one_line
 
@@ -109,6 +110,8 @@ class Archive:
         """Read one frame as a batch of one, as the module's own loader would collate it."""
         item = self.dataset[index]
         try:
+            if self.collate is default_collate and isinstance(item, dict):
+                return _batch_of_one(item)
             return self.collate([item])
         except Exception as error:
             raise DataError(f"cannot batch {self.frames[index]}: {one_line(error)}") from error
@@ -126,6 +129,14 @@ class Archive:
 
     def _recording(self, index: int) -> str:
         return self.frames[index].recording
+
+
+def _batch_of_one(item: dict[str, Any]) -> dict[str, Any]:
+    """Return what ``default_collate([item])`` does, with arrays as views: a cube is large."""
+    arrays = {k: v for k, v in item.items() if isinstance(v, np.ndarray | torch.Tensor)}
+    others = {k: v for k, v in item.items() if k not in arrays}
+    views = {k: torch.as_tensor(v).unsqueeze(0) for k, v in arrays.items()}
+    return (default_collate([others]) if others else {}) | views
 
 
 def batch_bytes(batch: dict[str, Any]) -> int:

@@ -30,7 +30,14 @@ from cuvis_dist.initialization.recipes import Recipe
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.statistics import MergeTree, Moments, Statistic, from_bytes
 from cuvis_dist.upstream import node_inputs
-from cuvis_dist.workers import adopt, fetch_once, on_worker, prepare_worker, raise_cause
+from cuvis_dist.workers import (
+    adopt,
+    fetch_once,
+    on_worker,
+    peak_bytes,
+    prepare_worker,
+    raise_cause,
+)
 
 OnShard = Callable[[int], None]
 """Called with the number of frames done so far."""
@@ -50,6 +57,8 @@ class PassRecord:
         Units of work.
     seconds : float
         Wall-clock time.
+    peak_worker_bytes : int
+        Largest resident memory of a worker process up to the end of the pass.
     """
 
     nodes: dict[str, dict[str, Any]]
@@ -57,6 +66,7 @@ class PassRecord:
     bytes: int
     shards: int
     seconds: float
+    peak_worker_bytes: int
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,7 @@ def measure_pass(
         ray.put(archive), ray.put(pipeline), measurements, math.floor(scaling.cpus_per_worker)
     )
     samples: dict[str, torch.Tensor] = {}
-    frames = size = 0
+    frames = size = peak = 0
     with raise_cause("the pass over the archive"):
         for row in _spread(shards, measure, scaling):
             if row["error"]:
@@ -130,6 +140,7 @@ def measure_pass(
             if tree.add(row["ordinal"], partial):
                 frames += row["frames"]
                 size += row["bytes"]
+                peak = max(peak, row["peak"])
                 on_shard(frames)
                 if row["ordinal"] == 0:
                     samples = pickle.loads(row["samples"])
@@ -155,7 +166,7 @@ def measure_pass(
             continue
         fitted[fit.node.name] = {"statistic": str(fit), "pixels": statistic.n}  # type: ignore[attr-defined]
     seconds = time.perf_counter() - started
-    return PassRecord(fitted, frames, size, len(shards), seconds), left
+    return PassRecord(fitted, frames, size, len(shards), seconds, peak), left
 
 
 def _freeze(fit: Fit, statistic: Statistic, sample: torch.Tensor) -> None:
@@ -234,6 +245,7 @@ class _MeasureShard:
                 shard["ordinal"],
                 frames=shard["stop"] - shard["start"],
                 bytes=size,
+                peak=peak_bytes(),
                 first_frame=merged.first_frame,
                 partials=[merged.statistics[key].to_bytes() for key in self.measurements],
                 samples=pickle.dumps(samples),
@@ -248,8 +260,15 @@ def _error(row: dict[str, Any]) -> CuvisDistError:
 
 def _row(ordinal: int, **values: Any) -> dict[str, Any]:
     """Return a row with every column, since blocks must share a schema."""
-    empty = {"error": "", "stateful": False, "frames": 0, "bytes": 0, "first_frame": ""}
-    return {"ordinal": ordinal, **empty, "partials": [b""], "samples": b"", **values}
+    empty = {"error": "", "stateful": False, "frames": 0, "bytes": 0, "peak": 0}
+    return {
+        "ordinal": ordinal,
+        **empty,
+        "first_frame": "",
+        "partials": [b""],
+        "samples": b"",
+        **values,
+    }
 
 
 def _state(pipeline: CuvisPipeline, targets: list[Node]) -> dict[str, tuple]:
@@ -328,7 +347,7 @@ def stream_pass(
     node = this_pass.streamed
     assert node is not None
 
-    def fit(in_order: bool) -> tuple[Node, int, int]:
+    def fit(in_order: bool) -> tuple[Node, tuple[int, int, int]]:
         return on_worker(
             _fit_streamed,
             pipeline,
@@ -341,14 +360,14 @@ def stream_pass(
         )
 
     try:
-        fitted, frames, size = fit(in_order=False)
+        fitted, (frames, size, peak) = fit(in_order=False)
     except StatefulNodesError as error:
         logger.info(f"{error} changes with every frame: the nodes before {node.name} run in order")
-        fitted, frames, size = fit(in_order=True)
+        fitted, (frames, size, peak) = fit(in_order=True)
     adopt(node, fitted)
     record = {node.name: {"statistic": "streamed", "pixels": None}}
     shards = len(archive.shards(scaling.shard_frames))
-    return PassRecord(record, frames, size, shards, time.perf_counter() - started)
+    return PassRecord(record, frames, size, shards, time.perf_counter() - started, peak)
 
 
 def _beside(scaling: Scaling) -> Scaling:
@@ -363,7 +382,7 @@ def _fit_streamed(
     in_order: bool,
     scaling: Scaling,
     emit: EmitFn,
-) -> tuple[Node, int, int]:
+) -> tuple[Node, tuple[int, int, int]]:
     node = next(n for n in pipeline.nodes() if n.name == name)
     gather = _GatherShard(
         ray.put(archive),
@@ -371,7 +390,7 @@ def _fit_streamed(
         None if in_order else name,
         math.floor(scaling.cpus_per_worker),
     )
-    done = [0, 0]
+    done = [0, 0, 0]
 
     def stream() -> Iterator[dict[str, Any]]:
         for row in _spread(archive.shards(scaling.shard_frames), gather, scaling):
@@ -381,6 +400,7 @@ def _fit_streamed(
                 )
             done[0] += 1
             done[1] += row["bytes"]
+            done[2] = max(done[2], row["peak"])
             progress = FrameProgress(done[0], len(archive))
             emit(TrainEvent(TrainHook.STATISTICAL_PROGRESS, node=name, progress=progress))
             data = pickle.loads(row["data"])
@@ -392,7 +412,7 @@ def _fit_streamed(
         raise
     except Exception as error:
         raise CuvisDistError(f"node {name} could not be fitted: {one_line(error)}") from error
-    return node, done[0], done[1]
+    return node, (done[0], done[1], done[2])
 
 
 class _GatherShard:
@@ -411,7 +431,8 @@ class _GatherShard:
         state = _state(pipeline, nodes) if nodes else {}
         for index in range(shard["start"], shard["stop"]):
             frame = str(archive.frames[index])
-            row = {"error": "", "stateful": False, "frame": frame, "bytes": 0, "data": b""}
+            row = {"error": "", "stateful": False, "frame": frame, "bytes": 0, "peak": 0}
+            row["data"] = b""
             try:
                 batch = archive.read(index)
                 data = _inputs(pipeline, nodes[0], batch, frame) if nodes else batch
@@ -422,4 +443,5 @@ class _GatherShard:
             if changed:
                 yield {**row, "error": ", ".join(changed), "stateful": True}
                 return
-            yield {**row, "bytes": batch_bytes(batch), "data": pickle.dumps(data, protocol=5)}
+            measured = {"bytes": batch_bytes(batch), "peak": peak_bytes()}
+            yield {**row, **measured, "data": pickle.dumps(data, protocol=5)}

@@ -15,7 +15,13 @@ from cuvis_ai_dataloader.data.datamodule_cu3s_multi import MultiCu3sDataModule
 from cuvis_ai_dataloader.data.datamodule_tiff_paired import TiffPairedDataModule
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    TensorDataset,
+    default_collate,
+)
 
 from cuvis_dist.archive import Archive, Frame, open_archive
 from cuvis_dist.errors import DataError, InputError
@@ -171,3 +177,12 @@ def test_a_frame_that_cannot_be_read_is_named(tmp_path):
     archive.read(1)
     with pytest.raises(DataError, match=r"rec_1\.cu3s#0 .*rec_1\.cu3s.*Session File"):
         archive.read(2)
+
+
+def test_a_batch_of_one_is_what_collating_gives(demo_trainrun):
+    archive = open_archive(load_trainrun(demo_trainrun).datamodule(), "train")
+    ours, theirs = archive.read(3), default_collate([archive.dataset[3]])
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert torch.equal(ours[key], value), key
+        assert ours[key].dtype == value.dtype

@@ -17,11 +17,11 @@ from cuvis_dist.run import load_trainrun
 
 
 def names(pipeline):
-    return [[node.name for node in p.nodes] for p in make_plan(pipeline)]
+    return [[node.name for node in p.nodes] for p in make_plan(pipeline, fold=True)]
 
 
 def test_the_guides_pipeline_needs_two_readings(demo_trainrun):
-    first, second = make_plan(load_trainrun(demo_trainrun).pipeline)
+    first, second = make_plan(load_trainrun(demo_trainrun).pipeline, fold=True)
     assert [node.name for node in first.nodes] == ["normalizer", "selector", "rx_detector"]
     assert [m.key for m in first.measurements] == ["Extrema(data.cube)", "Moments(data.cube)"]
     assert [hop.node.name for hop in first.fits[2].chain] == ["normalizer", "selector"]
@@ -49,7 +49,7 @@ def chain(*nodes):
 
 
 def test_normalizer_and_detector_need_one_reading():
-    assert len(make_plan(chain(MinMaxNormalizer(), RXGlobal(4)))) == 1
+    assert len(make_plan(chain(MinMaxNormalizer(), RXGlobal(4)), fold=True)) == 1
 
 
 def test_the_catalogs_deep_svdd_pipeline_needs_two_readings():
@@ -65,7 +65,7 @@ def test_the_catalogs_deep_svdd_pipeline_needs_two_readings():
 def test_a_streamed_node_ends_a_chain():
     capped = MinMaxNormalizer(max_initialization_frames=2, name="capped")
     after = RXGlobal(4, name="after")
-    first, second = make_plan(chain(capped, after))
+    first, second = make_plan(chain(capped, after), fold=True)
     assert first.streamed is capped
     assert second.nodes == [after]
     assert not second.fits[0].chain

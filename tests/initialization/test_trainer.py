@@ -46,7 +46,7 @@ def fit(trainrun, **scaling):
 def test_the_guides_pipeline_equals_upstreams(demo_trainrun):
     theirs = fitted_upstream(load_trainrun(demo_trainrun))
     trainrun = load_trainrun(demo_trainrun)
-    trainer = fit(trainrun, workers=2, fold=False)
+    trainer = fit(trainrun, workers=2)
     assert_same_state(trainrun.pipeline, theirs, 1e-6)
     frames = len(trainrun.datamodule().train_ds)
     assert [r.frames for r in trainer.records] == [frames] * 4
@@ -62,7 +62,7 @@ def test_folding_reads_twice_and_changes_rounding_alone(demo_trainrun):
     """The float32 rounding of the normalized cube is not seen: 1e-8, more in an inverse."""
     theirs = fitted_upstream(load_trainrun(demo_trainrun))
     trainrun = load_trainrun(demo_trainrun)
-    trainer = fit(trainrun, workers=2)
+    trainer = fit(trainrun, workers=2, fold=True)
     frames = len(trainrun.datamodule().train_ds)
     assert [list(r.nodes) for r in trainer.records] == [
         ["normalizer", "selector", "rx_detector"],
@@ -82,11 +82,12 @@ def test_folding_reads_twice_and_changes_rounding_alone(demo_trainrun):
     assert relative_difference(*scores) <= 1e-5
 
 
-def test_same_bits_for_one_two_and_three_workers(demo_trainrun):
+@pytest.mark.parametrize("fold", [False, True])
+def test_same_bits_for_one_two_and_three_workers(demo_trainrun, fold):
     hashes = set()
     for workers in (1, 2, 3):
         trainrun = load_trainrun(demo_trainrun)
-        fit(trainrun, workers=workers, shard_frames=2)
+        fit(trainrun, workers=workers, shard_frames=2, fold=fold)
         hashes.add(buffers_sha256(trainrun.pipeline))
     assert len(hashes) == 1
 
@@ -144,7 +145,7 @@ def test_real_scenes_equal_upstream(scene, channels, tmp_path):
     ]
     make = lambda: statistical_trainrun(tmp_path, universe, nodes, edges)  # noqa: E731
     theirs, ours = fitted_upstream(make()), make()
-    fit(ours, workers=2, fold=False)
+    fit(ours, workers=2)
     mine = {n.name: n.state_dict() for n in ours.pipeline.nodes()}
     for node in theirs.nodes():
         for key, value in node.state_dict().items():
@@ -152,7 +153,7 @@ def test_real_scenes_equal_upstream(scene, channels, tmp_path):
             difference = relative_difference(mine[node.name][key], value)
             assert difference <= (1e-2 if ill_conditioned else 1e-6), (node.name, key, difference)
     folded = make()
-    assert len(fit(folded, workers=2).records) == 2
+    assert len(fit(folded, workers=2, fold=True).records) == 2
     expected, got, got_folded = (roc_auc(p, ours) for p in (theirs, ours.pipeline, folded.pipeline))
     if expected is not None:
         assert got == pytest.approx(expected, abs=1e-3)
@@ -243,7 +244,7 @@ def test_a_chain_that_is_not_affine_after_all_gets_a_pass_of_its_own(demo_trainr
         list(run.pipeline.nodes())[1].__class__ = ClippingNormalizer
         runs.append(run)
     theirs = fitted_upstream(runs[0])
-    trainer = fit(runs[1], workers=2)
+    trainer = fit(runs[1], workers=2, fold=True)
     assert [list(record.nodes) for record in trainer.records] == [["normalizer"], ["rx"]]
     assert_same_state(runs[1].pipeline, theirs, 1e-6)
 

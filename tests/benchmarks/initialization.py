@@ -1,0 +1,139 @@
+"""How fast is phase 1, against upstream and against the hardware? Ratios in one run.
+
+    python tests/benchmarks/initialization.py [--frames N] [--size S] [--json FILE]
+
+Measures on one generated archive (uncompressed .npz, S x S x 61 float32): upstream's
+``StatisticalTrainer`` on the guide's pipeline; ours with 1 and 2 workers, workers already up; the
+floor, that is reading every frame once per pass and one float64 matrix product per frame in a
+plain loop; and what a first pass costs before any frame is read. ``--large`` measures the peak
+memory of a worker on 1000 x 1080 x 61 frames instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from cuvis_ai_core.training import StatisticalTrainer as UpstreamStatisticalTrainer
+from loguru import logger
+
+from cuvis_dist import Scaling, StatisticalTrainer
+from cuvis_dist.demo import DemoSettings, write_demo
+from cuvis_dist.run import load_trainrun
+from cuvis_dist.session import connect
+
+
+def timed(function) -> float:
+    """Return the seconds that one call takes."""
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def fill(folder: Path, frames: int, shape: tuple[int, int, int]) -> Path:
+    """Write a trainrun over ``frames`` train frames of random reflectance; return its path."""
+    small = DemoSettings(frames=4, height=8, width=8, bands=shape[2], recordings=1)
+    trainrun = write_demo(folder, small)
+    rng = np.random.default_rng(0)
+    base = rng.random(shape, dtype=np.float32)
+    rows = ["source,index,materialized_path"]
+    for i in range(frames):
+        cube = base * np.float32(1 + i / frames)
+        mask = np.zeros(shape[:2], dtype=np.int32)
+        np.savez(
+            folder / "archive" / f"frame_{i:04d}.npz",
+            cube=cube,
+            mask=mask,
+            wavelengths=np.linspace(430, 910, shape[2]).astype(np.int32),
+        )
+        rows.append(f"recording_{i // 12:02d}.cu3s,{i % 12},frame_{i:04d}.npz")
+    (folder / "archive" / "universe.csv").write_text("\n".join(rows) + "\n")
+    return trainrun
+
+
+def load(path: Path):
+    """Load the trainrun afresh, all frames in its train split."""
+    every = "[{kind: all}]"
+    return load_trainrun(path, [f"data.splits.{s}={every}" for s in ("train", "val", "test")])
+
+
+def ours(path: Path, workers: int, fold: bool = True) -> StatisticalTrainer:
+    """Return a trainer that will fit with ``workers``."""
+    run = load(path)
+    scaling = Scaling(workers=workers, fold=fold)
+    return StatisticalTrainer(run.pipeline, run.datamodule(), scaling=scaling)
+
+
+def floor(path: Path, passes: int) -> None:
+    """Read every frame once per pass, and one matrix product each."""
+    dataset = load(path).datamodule().train_dataloader().dataset
+    for _ in range(passes):
+        for i in range(len(dataset)):
+            pixels = torch.as_tensor(dataset[i]["cube"]).reshape(-1, 61).double()
+            pixels.T @ pixels
+
+
+def main() -> None:
+    """Run the benchmark, print a table, and write it as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--frames", type=int, default=24)
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--json", type=Path, default=Path("outputs/bench/initialization.json"))
+    options = parser.parse_args()
+    logger.remove()
+    connect(Scaling(workers=2))
+    shape = (1000, 1080, 61) if options.large else (options.size, options.size, 61)
+    with tempfile.TemporaryDirectory(prefix="cuvis-dist-bench-") as folder:
+        path = fill(Path(folder), options.frames, shape)
+        start = timed(ours(path, 2).fit)
+        trainers = {n: ours(path, n) for n in (2, 1)}
+        times = {f"{n} worker{'s' * (n > 1)}": timed(trainers[n].fit) for n in trainers}
+        times["2 workers, not folded"] = timed(ours(path, 2, fold=False).fit)
+        passes = len(trainers[2].records)
+        peak = max(record.peak_worker_bytes for t in trainers.values() for record in t.records)
+        times["floor, 1 thread"] = _with_threads(1, lambda: floor(path, passes))
+        times["floor, 2 threads"] = _with_threads(2, lambda: floor(path, passes))
+        if not options.large:
+            run = load(path)
+            upstream = UpstreamStatisticalTrainer(run.pipeline, run.datamodule())
+            times["upstream"] = _with_threads(2, upstream.fit)
+    reference = times["2 workers"]
+    cube = np.prod(shape) * 4
+    print(f"{options.frames} frames of {' x '.join(map(str, shape))}, {passes} passes")
+    for name, seconds in times.items():
+        print(f"{name:22} {seconds:8.2f} s   {seconds / reference:6.2f} x 2 workers")
+    for number, record in enumerate(trainers[2].records):
+        alone = trainers[1].records[number].seconds
+        print(f"  pass {number + 1}: {record.seconds:.2f} s, with 1 worker {alone:.2f} s")
+    print(f"first fit, workers not up: {start:.2f} s")
+    print(f"peak memory of a worker: {peak / 1e6:.0f} MB ({cube / 1e6:.0f} MB a cube)")
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    result = {
+        "frames": options.frames,
+        "shape": shape,
+        "passes": passes,
+        "seconds": times,
+        "first_fit_seconds": start,
+        "peak_worker_bytes": peak,
+        "cube_bytes": int(cube),
+    }
+    options.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _with_threads(threads: int, function) -> float:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return timed(function)
+    finally:
+        torch.set_num_threads(before)
+
+
+if __name__ == "__main__":
+    main()
