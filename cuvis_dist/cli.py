@@ -6,8 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cuvis_dist.errors import INTERRUPTED, CuvisDistError, one_line
+
+if TYPE_CHECKING:
+    from cuvis_dist.run import TrainRun
+    from cuvis_dist.scaling import Scaling
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +54,13 @@ def _parser() -> argparse.ArgumentParser:
     add_trainrun_options(info)
     info.set_defaults(command=_info)
 
+    plan = commands.add_parser(
+        "plan", help="print the passes over the archive: what each reads, measures and fits"
+    )
+    add_trainrun_options(plan)
+    add_scaling_options(plan)
+    plan.set_defaults(command=_plan)
+
     demo = commands.add_parser(
         "demo", help="generate a labelled archive and run the two-phase example on it"
     )
@@ -88,6 +100,12 @@ def add_scaling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="workers of phase 1")
     parser.add_argument("--train-workers", type=int, metavar="M", help="DDP workers of phase 2")
     parser.add_argument("--gpus-per-worker", type=float, metavar="G", help="GPUs of each of them")
+    parser.add_argument(
+        "--fold",
+        action="store_true",
+        default=None,
+        help="derive what affine nodes separate instead of reading the archive again",
+    )
     if not any(action.dest == "verbose" for action in parser._actions):
         _add_verbose(parser)
 
@@ -113,22 +131,27 @@ def _quiet(verbose: bool) -> None:
         warnings.filterwarnings("ignore")
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    from cuvis_dist.progress import ProgressLines
-    from cuvis_dist.run import load_trainrun, run_trainrun
-    from cuvis_dist.scaling import Scaling
+def _trainrun(arguments: argparse.Namespace) -> TrainRun:
+    from cuvis_dist.run import load_trainrun
 
-    scaling = Scaling.load(
-        arguments.scaling,
-        address=arguments.address,
-        workers=arguments.workers,
-        train_workers=arguments.train_workers,
-        gpus_per_worker=arguments.gpus_per_worker,
-    )
-    trainrun = load_trainrun(
+    return load_trainrun(
         arguments.trainrun, arguments.override, arguments.plugins_dir, arguments.output_dir
     )
-    record = run_trainrun(trainrun, scaling, ProgressLines(), arguments.verbose)
+
+
+def _scaling(arguments: argparse.Namespace) -> Scaling:
+    from cuvis_dist.scaling import Scaling
+
+    names = ("address", "workers", "train_workers", "gpus_per_worker", "fold")
+    return Scaling.load(arguments.scaling, **{name: getattr(arguments, name) for name in names})
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from cuvis_dist.progress import ProgressLines
+    from cuvis_dist.run import run_trainrun
+
+    scaling = _scaling(arguments)
+    record = run_trainrun(_trainrun(arguments), scaling, ProgressLines(), arguments.verbose)
     for split, metrics in record.metrics.items():
         for name, value in metrics.items():
             print(f"{split:5} {name} {value:.4f}")
@@ -138,11 +161,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from cuvis_dist.run import describe, load_trainrun
+    from cuvis_dist.run import describe
 
-    trainrun = load_trainrun(
-        arguments.trainrun, arguments.override, arguments.plugins_dir, arguments.output_dir
-    )
+    trainrun = _trainrun(arguments)
     info = describe(trainrun)
     print(f"trainrun {trainrun.config.name}: {trainrun.path}")
     print(f"pipeline {trainrun.pipeline.name}")
@@ -152,6 +173,22 @@ def _info(arguments: argparse.Namespace) -> int:
     print("frames   " + ", ".join(f"{split} {n}" for split, n in info["frames"].items()))
     phases = "both phases" if trainrun.config.training else "phase 1 alone (no training block)"
     print(f"runs     {phases}, result in {trainrun.saved_pipeline}")
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from cuvis_dist.run import preview
+
+    scaling = _scaling(arguments)
+    preview_ = preview(_trainrun(arguments), scaling)
+    frame, frames = preview_.frame_bytes, preview_.frames
+    print(f"{frames} frames in {preview_.shards} shards, {frame / 1e6:.1f} MB a frame")
+    for number, this_pass in enumerate(preview_.passes, 1):
+        print(f"pass {number}: reads {frame * frames / 1e9:.3g} GB, {this_pass}")
+        for fit in this_pass.fits:
+            print(f"  {fit.node.name}: {fit}")
+    if not preview_.passes:
+        print("nothing to fit: the pipeline has no statistical node")
     return 0
 
 

@@ -41,8 +41,8 @@ class RunRecord:
         The message that the run ended with.
     passes : list of PassRecord
         Phase 1, pass by pass: nodes, statistics, pixels, frames and bytes read, seconds.
-    skipped_frames : list of dict
-        Frames left out, each with its reason. Empty: a frame that cannot be read ends the run.
+    skipped_frames : dict of str to str
+        Frames that phase 1 left out, by uid, each with its reason.
     epochs : int
         Epochs that phase 2 completed.
     checkpoint, calibration : dict or None
@@ -66,7 +66,7 @@ class RunRecord:
     finished: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     passes: list[PassRecord] = field(default_factory=list)
-    skipped_frames: list[dict[str, str]] = field(default_factory=list)
+    skipped_frames: dict[str, str] = field(default_factory=dict)
     epochs: int = 0
     checkpoint: Any = None
     calibration: Any = None

@@ -2,13 +2,13 @@
 
 The one configuration object that upstream does not have. It never changes what is computed:
 a run with another :class:`Scaling` ends in the same bits, but for ``shard_frames`` and ``fold``,
-which set the order of merging and what is derived.
+which set the order of merging and what is derived, and for frames that are skipped.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -40,6 +40,11 @@ class Scaling(BaseModel):
         of reading the archive again. What the nodes between round to float32 is then not seen:
         moments change by about 1e-8 relative, the inverse of a covariance by that times its
         condition. Off by default, so that results are upstream's.
+    on_error : str
+        ``raise`` ends phase 1 at the first frame that cannot be used; ``skip`` leaves such frames
+        out and names them in ``run.json``.
+    max_skipped : int
+        How many frames ``skip`` may leave out of a pass before the run ends all the same.
     output_dir : Path
         Where checkpoints and logs go when the training configuration does not say. Several
         nodes must all see this folder.
@@ -56,6 +61,8 @@ class Scaling(BaseModel):
     cpus_per_worker: float = Field(default=1, gt=0)
     shard_frames: int = Field(default=4, ge=1)
     fold: bool = False
+    on_error: Literal["raise", "skip"] = "raise"
+    max_skipped: int = Field(default=10, ge=0)
     output_dir: Path = Path("outputs")
     max_failures: int = Field(default=0, ge=0)
 

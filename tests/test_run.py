@@ -82,7 +82,7 @@ def test_both_phases_leave_a_pipeline_that_plain_cuvis_ai_loads(demo, capsys):
     assert all(p["bytes"] > 10 * 16 * 20 * 12 * 4 for p in record["passes"])
     assert record["epochs"] == 3
     assert record["checkpoint"]["restored"]
-    assert record["skipped_frames"] == []
+    assert record["skipped_frames"] == {}
     assert record["versions"]["ray"].startswith("2.60")
     assert set(record["metrics"]) == {"val", "test"}
     assert set(record["seconds"]) == {"start", "initialization", "training"}
@@ -147,6 +147,17 @@ def test_info_starts_no_ray(demo):
     assert "frames   train 10, val 6, test 6" in done.stdout
     assert "bce" in done.stdout
     assert "loss" in done.stdout
+
+
+def test_plan_tells_the_passes(demo, capsys):
+    assert main(["plan", str(demo), "--fold"]) == 0
+    out = capsys.readouterr().out
+    assert "10 frames in 3 shards, 0.0 MB a frame" in out
+    assert "pass 2: reads" in out
+    assert "pass 3" not in out
+    assert "rx_detector: Moments(data) derived from Moments(data.cube) through normalizer" in out
+    assert main(["plan", str(demo)]) == 0
+    assert "pass 4: reads" in capsys.readouterr().out
 
 
 # ---- bad input -------------------------------------------------------------------------

@@ -17,13 +17,10 @@ from loguru import logger
 
 from cuvis_dist.archive import Archive, open_archive
 from cuvis_dist.evaluation import evaluate
-from cuvis_dist.initialization.passes import (
-    PassRecord,
-    StatefulNodesError,
-    measure_pass,
-    stream_pass,
-)
+from cuvis_dist.initialization.passes import PassRecord, measure_pass
 from cuvis_dist.initialization.plan import Pass, make_plan, measured_directly, share
+from cuvis_dist.initialization.shards import StatefulNodesError
+from cuvis_dist.initialization.streaming import stream_pass
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.session import connect
 
@@ -115,7 +112,9 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         progress(TrainHook.STATISTICAL_NODE_START, 0)
         further: list[Pass] = []
         if this_pass.streamed is not None:
-            record = stream_pass(self.pipeline, archive, this_pass, self.scaling, self.emit)
+            record = stream_pass(
+                self.pipeline, archive, this_pass.streamed, self.scaling, self.emit
+            )
         else:
             try:
                 record, left = measure_pass(

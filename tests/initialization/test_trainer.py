@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -448,3 +449,38 @@ def test_recordings_with_different_bands_are_named(spoiled, tmp_path):
     edges = [("data.outputs.cube", "rx.inputs.data")]
     with pytest.raises(DataError, match=r"11 channels.*12: recordings with different bands"):
         fit(statistical_trainrun(tmp_path, universe, nodes, edges), workers=2, shard_frames=1)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_skipping_leaves_frames_out_and_says_so(spoiled, tmp_path, streamed):
+    """The result is that of an archive without them; every frame is accounted for."""
+    _, victim = spoiled
+    universe = victim.parent / "universe.csv"
+    settings = {"max_initialization_frames": 99} if streamed else {}
+    nodes = [DATA, ("normalizer", "normalization.MinMaxNormalizer", settings)]
+    edges = [("data.outputs.cube", "normalizer.inputs.data")]
+    victim.write_bytes(b"damaged")
+    rewrite(victim.with_name("recording_02_000.npz"), poison)
+    ours = statistical_trainrun(tmp_path, universe, nodes, edges)
+    trainer = fit(ours, workers=2, shard_frames=1, on_error="skip")
+    (record,) = trainer.records
+    bad = {"recording_01.cu3s#1"} | (set() if streamed else {"recording_02.cu3s#0"})
+    assert set(record.skipped) == bad
+    assert record.frames == 22 - len(bad)
+    assert "recording_01_001.npz" in record.skipped["recording_01.cu3s#1"]
+
+    if not streamed:
+        lines = universe.read_text().splitlines(keepends=True)
+        kept = [x for x in lines if not re.search("_01_001|_02_000", x)]
+        universe.write_text("".join(kept))
+        clean = fitted_upstream(statistical_trainrun(tmp_path, universe, nodes, edges))
+        assert buffers_sha256(ours.pipeline) == buffers_sha256(clean)
+
+
+def test_too_many_skipped_frames_end_the_run(spoiled):
+    trainrun, victim = spoiled
+    for name in ("recording_00_001.npz", "recording_01_000.npz", victim.name):
+        victim.with_name(name).write_bytes(b"damaged")
+    with pytest.raises(DataError, match=r"more than max_skipped \(1\).*recording_0"):
+        fit(trainrun, workers=2, on_error="skip", max_skipped=1)
+    assert not list(trainrun.pipeline.nodes())[1]._statistically_initialized

@@ -1,0 +1,100 @@
+"""How is a node fitted that no recipe knows? By its own code, on a stream of its inputs.
+
+Reading and every node before it run on all workers; the node itself runs in one process, which
+receives one frame at a time in canonical order (as upstream with ``batch_size: 1`` and no
+shuffling). Where a node before it changes its state with every frame, only reading is spread.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from cuvis_ai_core.node.node import Node
+from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from cuvis_ai_core.training.post_fit import EmitFn, FrameProgress, TrainEvent, TrainHook
+from loguru import logger
+
+from cuvis_dist.archive import Archive
+from cuvis_dist.errors import CuvisDistError, one_line
+from cuvis_dist.initialization.passes import PassRecord, Tally, make_task, spread
+from cuvis_dist.initialization.shards import (
+    GatherShard,
+    StatefulNodesError,
+    compute_inputs,
+    row_error,
+)
+from cuvis_dist.scaling import Scaling
+from cuvis_dist.workers import adopt, on_worker
+
+
+def stream_pass(
+    pipeline: CuvisPipeline, archive: Archive, node: Node, scaling: Scaling, emit: EmitFn
+) -> PassRecord:
+    """Fit ``node`` on its inputs for every frame of the archive.
+
+    Raises
+    ------
+    DataError
+        If a frame cannot be read, or the nodes before cannot use it.
+    CuvisDistError
+        If the node's own fit failed.
+    """
+    started = time.perf_counter()
+    # The fitting process mostly waits for the readers: it leaves them the CPUs.
+    beside = scaling.model_copy(update={"cpus_per_worker": 0})
+
+    def fit(in_order: bool) -> tuple[Node, Tally]:
+        arguments = (pipeline, archive, node.name, in_order, scaling)
+        return on_worker(_fit, *arguments, emit=emit, scaling=beside)
+
+    try:
+        fitted, tally = fit(in_order=False)
+    except StatefulNodesError as error:
+        logger.info(f"{error} changes with every frame: the nodes before {node.name} run in order")
+        fitted, tally = fit(in_order=True)
+    adopt(node, fitted)
+    return PassRecord(
+        {node.name: {"statistic": "streamed", "pixels": None}},
+        tally.frames,
+        tally.bytes,
+        len(archive.shards(scaling.shard_frames)),
+        time.perf_counter() - started,
+        tally.peak,
+        tally.skipped,
+    )
+
+
+def _fit(
+    pipeline: CuvisPipeline,
+    archive: Archive,
+    name: str,
+    in_order: bool,
+    scaling: Scaling,
+    emit: EmitFn,
+) -> tuple[Node, Tally]:
+    node = next(n for n in pipeline.nodes() if n.name == name)
+    gather = GatherShard(make_task(pipeline, archive, scaling), None if in_order else name)
+    tally = Tally(archive, scaling.max_skipped)
+
+    def stream() -> Iterator[dict[str, Any]]:
+        for row in spread(archive.shards(scaling.shard_frames), gather, scaling):
+            if row["error"]:
+                raise row_error(row)
+            tally.add(row)
+            progress = FrameProgress(tally.done, len(archive))
+            emit(TrainEvent(TrainHook.STATISTICAL_PROGRESS, node=name, progress=progress))
+            if row["frames"]:
+                data = pickle.loads(row["samples"])
+                frame = row["first_frame"]
+                yield compute_inputs(pipeline, node, data, frame) if in_order else data
+
+    try:
+        node.statistical_initialization(stream())
+    except CuvisDistError:
+        raise
+    except Exception as error:
+        raise CuvisDistError(f"node {name} could not be fitted: {one_line(error)}") from error
+    return node, tally
