@@ -196,9 +196,10 @@ def make_task(pipeline: CuvisPipeline, archive: Archive, scaling: Scaling) -> Ta
 def spread(shards: list[Shard], function: Any, scaling: Scaling) -> Iterator[dict[str, Any]]:
     """Run ``function`` on a row per shard, one task each, and yield its rows as they come."""
     rows = [{"ordinal": s.ordinal, "start": s.start, "stop": s.stop} for s in shards]
+    workers = min(scaling.workers, len(shards)) if scaling.workers else None
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).flat_map(
         function,
-        compute=ray.data.TaskPoolStrategy(size=scaling.workers),
+        compute=ray.data.TaskPoolStrategy(size=workers),
         num_cpus=scaling.cpus_per_worker,
     )
     dataset.context.execution_options.preserve_order = function.ordered

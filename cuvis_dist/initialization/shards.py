@@ -91,19 +91,14 @@ class MeasureShard:
         for index in range(shard["start"], shard["stop"]):
             frame = archive.frames[index]
             try:
-                batch = archive.read(index)
-                pixels = self._pixels(pipeline, targets, batch, str(frame))
-                merged = merged.merge(self._measure(pixels, str(frame)))
+                partial, nbytes, sample = self._frame(archive, pipeline, targets, index)
+                merged = merged.merge(partial)
             except DataError as error:
                 if not self.task.skip:
                     return [_row(shard["ordinal"], error=str(error))]
                 skipped.append((frame.uid, str(error)))
                 continue
-            frames, size = frames + 1, size + batch_bytes(batch)
-            samples = samples or {
-                key: value[:: max(1, len(value) // 256)].cpu().clone()
-                for key, value in pixels.items()
-            }
+            frames, size, samples = frames + 1, size + nbytes, samples or sample
             if changed := _changed(state, _state(pipeline, targets)):
                 return [_row(shard["ordinal"], stateful=True, error=", ".join(changed))]
         return [
@@ -118,6 +113,16 @@ class MeasureShard:
                 skipped=pickle.dumps(skipped),
             )
         ]
+
+    def _frame(
+        self, archive: Archive, pipeline: CuvisPipeline, targets: list[Node], index: int
+    ) -> tuple[Partial, int, dict[str, torch.Tensor]]:
+        """Return a frame's partial, its size and a few of its pixels; the cube ends here."""
+        frame = str(archive.frames[index])
+        batch = archive.read(index)
+        pixels = self._pixels(pipeline, targets, batch, frame)
+        sample = {k: v[:: max(1, len(v) // 256)].cpu().clone() for k, v in pixels.items()}
+        return self._measure(pixels, frame), batch_bytes(batch), sample
 
     def _pixels(
         self, pipeline: CuvisPipeline, targets: list[Node], batch: dict[str, Any], frame: str
