@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 import ray.data
+from loguru import logger
 
 from cuvis_dist.errors import ClusterError, one_line
 from cuvis_dist.scaling import Scaling
@@ -62,25 +63,30 @@ def cpus_wanted(scaling: Scaling) -> int:
 
 
 def require_resources(scaling: Scaling) -> None:
-    """Refuse what the cluster can never offer, instead of waiting for it without end.
+    """Say when the training workers need more than the cluster has, before waiting for it.
 
     Raises
     ------
     ClusterError
-        If the training workers need more CPUs or GPUs than the cluster has. An autoscaling
-        cluster may grow and is not refused.
+        If the cluster was started here, and so will not grow. One that was joined may, so there
+        it is a warning.
     """
-    if any(key.startswith("autoscaler") for key in ray.cluster_resources()):
-        return
     have = ray.cluster_resources()
     need = {
         "CPU": scaling.train_workers * scaling.cpus_per_worker,
         "GPU": scaling.train_workers * scaling.gpus_per_worker,
     }
     for name, amount in need.items():
-        if amount > have.get(name, 0):
+        if amount <= have.get(name, 0):
+            continue
+        message = (
+            f"{scaling.train_workers} training workers need {amount:g} {name}s, the cluster "
+            f"has {have.get(name, 0):g}"
+        )
+        if scaling.address or os.environ.get("RAY_ADDRESS"):
+            logger.warning(f"{message}: training waits until there are as many")
+        else:
             raise ClusterError(
-                f"{scaling.train_workers} training workers need {amount:g} {name}s, the cluster "
-                f"has {have.get(name, 0):g}. Ask for fewer (--train-workers, --gpus-per-worker) "
-                "or join a larger cluster (--address)"
+                f"{message}. Ask for fewer (--train-workers, --gpus-per-worker) or join a larger "
+                "cluster (--address)"
             )
