@@ -13,6 +13,7 @@ import ray
 import torch
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from cuvis_ai_core.training.evaluation import TrainingCancelled
 from cuvis_ai_core.training.post_fit import EmitFn
 from ray.exceptions import (
     ActorDiedError,
@@ -92,7 +93,7 @@ def raise_cause(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except CuvisDistError:
+    except (CuvisDistError, TrainingCancelled):
         raise
     except Exception as error:
         for cause in causes(error):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 import pytest
+from cuvis_ai.node.channel_selector import ChannelSelectorBase
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training import GradientTrainer, StatisticalTrainer
 from cuvis_ai_core.training.config import TrainingConfig
@@ -35,7 +36,15 @@ def test_a_private_name_is_as_we_know_it(home, name):
 
 def test_the_pipeline_keeps_its_graph_and_order():
     assert hasattr(CuvisPipeline("p"), "_graph")
-    assert isinstance(vars(CuvisPipeline)["_sorted_nodes"].func, object)
+    assert "_sorted_nodes" in vars(CuvisPipeline)
+
+
+def test_band_selectors_fit_the_colours_that_they_compute():
+    """The recipe of band selectors replaces ``_compute_raw_rgb`` for the length of a fit."""
+    source = inspect.getsource(ChannelSelectorBase.statistical_initialization)
+    assert 'self._compute_raw_rgb(batch_data["cube"], batch_data["wavelengths"])' in source
+    assert ChannelSelectorBase._NORM_QUANTILE_LOW < 0.49
+    assert ChannelSelectorBase._NORM_QUANTILE_HIGH > 0.51
 
 
 def test_the_rank_trainer_overrides_methods_that_exist():

@@ -74,7 +74,7 @@ class Tally:
 
     def __init__(self, archive: Archive, max_skipped: int) -> None:
         self.archive, self.max_skipped = archive, max_skipped
-        self.frames = self.bytes = self.peak = 0
+        self.frames = self.bytes = self.peak = self.left_out = 0
         self.skipped: dict[str, str] = {}
 
     def add(self, row: dict[str, Any]) -> None:
@@ -85,23 +85,24 @@ class Tally:
         for uid, reason in pickle.loads(row["skipped"]):
             logger.warning(f"skipped: {reason}")
             self.skipped[uid] = reason
-        if len(self.skipped) > self.max_skipped:
+            self.left_out += 1  # a frame that samples_per_frame repeats has one uid
+        if self.left_out > self.max_skipped:
             raise DataError(
-                f"{len(self.skipped)} frames cannot be used, more than max_skipped "
+                f"{self.left_out} frames cannot be used, more than max_skipped "
                 f"({self.max_skipped}). The last: {list(self.skipped.values())[-1]}"
             )
 
     @property
     def done(self) -> int:
         """Frames dealt with."""
-        return self.frames + len(self.skipped)
+        return self.frames + self.left_out
 
     def close(self) -> None:
         """Raise DataError unless every frame of the archive was measured or skipped."""
         if self.done != len(self.archive):
             raise DataError(
                 f"the archive lists {len(self.archive)} frames, but {self.frames} were measured "
-                f"and {len(self.skipped)} skipped"
+                f"and {self.left_out} skipped"
             )
         if not self.frames:
             raise DataError(f"none of {len(self.archive)} frames could be used")

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import textwrap
+import threading
 from collections import Counter
 
 import numpy as np
@@ -20,6 +21,7 @@ from archives import (
 )
 from cuvis import write_session
 from cuvis_ai_core.training import StatisticalTrainer as UpstreamStatisticalTrainer
+from cuvis_ai_core.training.evaluation import TrainingCancelled
 from cuvis_ai_core.training.post_fit import TrainHook
 
 from cuvis_dist import Scaling, StatisticalTrainer
@@ -106,6 +108,25 @@ def test_events_count_every_frame(demo_trainrun):
         done = [e.progress.done for e in mine if e.hook is TrainHook.STATISTICAL_PROGRESS]
         assert done == sorted(done)
         assert done[-1] == mine[0].progress.total == total
+
+
+def test_a_stop_in_the_middle_of_a_pass_is_a_cancellation(demo_trainrun):
+    trainrun, stop = load_trainrun(demo_trainrun), threading.Event()
+
+    def stop_at_the_first_shard(event):
+        if event.hook is TrainHook.STATISTICAL_PROGRESS:
+            stop.set()
+
+    trainer = StatisticalTrainer(
+        trainrun.pipeline,
+        trainrun.datamodule(),
+        stop_event=stop,
+        emit=stop_at_the_first_shard,
+        scaling=Scaling(workers=2, shard_frames=1),
+    )
+    with pytest.raises(TrainingCancelled):
+        trainer.fit()
+    assert trainrun.pipeline.structure_frozen_by is None
 
 
 def test_validate_and_test_equal_upstreams(demo_trainrun):
@@ -437,6 +458,7 @@ def test_a_bad_frame_is_named_and_leaves_the_node_unfitted(spoiled, spoil, messa
     spoil(victim)
     with pytest.raises(DataError, match=message) as caught:
         fit(trainrun, workers=2)
+    assert not list(trainrun.pipeline.nodes())[1]._statistically_initialized
     assert "recording_01.cu3s#1" in str(caught.value)
     assert "recording_01_001.npz" in str(caught.value)
 
