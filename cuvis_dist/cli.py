@@ -102,9 +102,17 @@ def add_scaling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus-per-worker", type=float, metavar="G", help="GPUs of each of them")
     parser.add_argument(
         "--fold",
-        action="store_true",
-        default=None,
-        help="derive what affine nodes separate instead of reading the archive again",
+        action=argparse.BooleanOptionalAction,
+        help="derive what affine nodes separate instead of reading the archive again (default)",
+    )
+    parser.add_argument(
+        "--pixels", metavar="WHICH", help="what phase 1 counts: all, unlabelled or finite"
+    )
+    parser.add_argument(
+        "--sample-frames", type=int, metavar="N", help="phase 1 on so many of the train frames"
+    )
+    parser.add_argument(
+        "--sample-fraction", type=float, metavar="F", help="phase 1 on this fraction of them"
     )
     if not any(action.dest == "verbose" for action in parser._actions):
         _add_verbose(parser)
@@ -142,8 +150,9 @@ def _trainrun(arguments: argparse.Namespace) -> TrainRun:
 def _scaling(arguments: argparse.Namespace) -> Scaling:
     from cuvis_dist.scaling import Scaling
 
-    names = ("address", "workers", "train_workers", "gpus_per_worker", "fold")
-    return Scaling.load(arguments.scaling, **{name: getattr(arguments, name) for name in names})
+    given = {name: getattr(arguments, name, None) for name in Scaling.model_fields}
+    del given["output_dir"]  # the trainrun's
+    return Scaling.load(arguments.scaling, **given)
 
 
 def _run(arguments: argparse.Namespace) -> int:

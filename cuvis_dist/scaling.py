@@ -1,8 +1,9 @@
 """How many workers, on what, and where do results go?
 
-The one configuration object that upstream does not have. It never changes what is computed:
-a run with another :class:`Scaling` ends in the same bits, but for ``shard_frames`` and ``fold``,
-which set the order of merging and what is derived, and for frames that are skipped.
+The one configuration object that upstream does not have. How many workers there are never changes
+what is computed: a run with other resources ends in the same bits. What does change it says so
+below: ``shard_frames`` (the order of merging), ``fold`` (what is derived), ``pixels`` and
+``sample_*`` (what counts), frames that are skipped, and GPUs (their rounding).
 """
 
 from __future__ import annotations
@@ -35,11 +36,22 @@ class Scaling(BaseModel):
         CPUs of each worker, of either phase.
     shard_frames : int
         Frames in a shard, the unit of work of phase 1.
+    worker_gpus : float
+        GPUs of each worker of phase 1, which then computes and measures on it; 0 uses CPUs.
     fold : bool
         Derive the statistics of ports that affine nodes separate from a measured one, instead
         of reading the archive again. What the nodes between round to float32 is then not seen:
         moments change by about 1e-8 relative, the inverse of a covariance by that times its
-        condition. Off by default, so that results are upstream's.
+        condition. False measures every node's own input, as upstream does.
+    pixels : str
+        Which pixels phase 1 counts: ``all``; ``unlabelled``, without those that the annotation
+        marks as anomalies; ``finite``, without those that have a value that is not finite.
+    sample_frames : int or None
+        Measure at most so many frames of the train split, drawn by a hash of their uid.
+    sample_fraction : float or None
+        Or this fraction of them, rounded up; the smaller of both where both are given.
+    sample_seed : int
+        Chooses among such samples.
     on_error : str
         ``raise`` ends phase 1 at the first frame that cannot be used; ``skip`` leaves such frames
         out and names them in ``run.json``.
@@ -60,7 +72,12 @@ class Scaling(BaseModel):
     gpus_per_worker: float = Field(default=0, ge=0)
     cpus_per_worker: float = Field(default=1, gt=0)
     shard_frames: int = Field(default=4, ge=1)
-    fold: bool = False
+    worker_gpus: float = Field(default=0, ge=0)
+    fold: bool = True
+    pixels: Literal["all", "unlabelled", "finite"] = "all"
+    sample_frames: int | None = Field(default=None, ge=1)
+    sample_fraction: float | None = Field(default=None, gt=0, le=1)
+    sample_seed: int = 0
     on_error: Literal["raise", "skip"] = "raise"
     max_skipped: int = Field(default=10, ge=0)
     output_dir: Path = Path("outputs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import resource
@@ -31,8 +32,23 @@ T = TypeVar("T")
 
 
 def prepare_worker(threads: int) -> None:
-    """Pin the threads of this process; Ray's OMP_NUM_THREADS comes too late for a reused one."""
+    """Pin the threads of this process, and let it keep the memory that it frees.
+
+    Ray's OMP_NUM_THREADS comes too late for a process that is used again. And glibc hands each
+    freed cube back to the kernel, whose first touch of the pages of the next one costs as much
+    as measuring them (a chain of nodes ran 2.3 times as fast without).
+    """
     torch.set_num_threads(max(1, threads))
+    _keep_freed_memory()
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc alone has it
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def peak_bytes() -> int:

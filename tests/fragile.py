@@ -1,9 +1,10 @@
-"""A dataset whose reader dies once, in the middle of the archive, and that counts its readings."""
+"""Datasets that are hard to read: one kills its reader and counts its readings, one is slow."""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -41,3 +42,23 @@ class FragileModule(pl.LightningDataModule):
 
     def train_dataloader(self):
         return DataLoader(self.cubes, shuffle=True)
+
+
+class SlowCubes(Dataset):
+    """Another dataset, some of whose frames take a second."""
+
+    def __init__(self, dataset: Dataset, slow: tuple[int, ...]) -> None:
+        self.dataset, self.slow = dataset, slow
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        if index in self.slow:
+            time.sleep(1)
+        return self.dataset[index]
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.dataset, name)

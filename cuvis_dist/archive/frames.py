@@ -8,6 +8,9 @@ shard can be cut and an error can name its culprit.
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -83,7 +86,7 @@ class NamedFrames(Dataset):
 
 
 class Archive:
-    """All frames of one split, in the order that the data module resolved.
+    """The frames of one split, in the order that the data module resolved.
 
     Parameters
     ----------
@@ -92,23 +95,47 @@ class Archive:
         and batch size are not, since a shard is read frame by frame.
     frames : sequence of Frame
         One per item of the dataset.
+
+    Attributes
+    ----------
+    frames : sequence of Frame
+        Identities of the frames, in canonical order.
     """
 
     def __init__(self, loader: DataLoader, frames: Sequence[Frame]) -> None:
         self.dataset = NamedFrames(loader.dataset, tuple(frames))
         self.collate = loader.collate_fn
-
-    @property
-    def frames(self) -> Sequence[Frame]:
-        """Identities of the frames, in canonical order."""
-        return self.dataset.frames
+        self.frames: Sequence[Frame] = self.dataset.frames
+        self._items: Sequence[int] = range(len(frames))
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.frames)
+
+    def sampled(self, count: int | None, fraction: float | None, seed: int = 0) -> Archive:
+        """Return an archive of some of the frames, those whose uids have the smallest hashes.
+
+        Parameters
+        ----------
+        count : int or None
+            At most so many.
+        fraction : float or None
+            At most this fraction, rounded up.
+        seed : int
+            Chooses among samples.
+        """
+        size = len(self) if fraction is None else math.ceil(fraction * len(self))
+        size = size if count is None else min(size, count)
+        if size == len(self):
+            return self
+        drawn = sorted(range(len(self)), key=lambda i: _hash(seed, self.frames[i].uid))[:size]
+        sample = copy.copy(self)
+        sample.frames = [self.frames[i] for i in sorted(drawn)]
+        sample._items = [self._items[i] for i in sorted(drawn)]
+        return sample
 
     def read(self, index: int) -> dict[str, Any]:
         """Read one frame as a batch of one, as the module's own loader would collate it."""
-        item = self.dataset[index]
+        item = self.dataset[self._items[index]]
         try:
             if self.collate is default_collate and isinstance(item, dict):
                 return _batch_of_one(item)
@@ -129,6 +156,10 @@ class Archive:
 
     def _recording(self, index: int) -> str:
         return self.frames[index].recording
+
+
+def _hash(seed: int, uid: str) -> bytes:
+    return hashlib.blake2b(f"{seed}:{uid}".encode(), digest_size=16).digest()
 
 
 def _batch_of_one(item: dict[str, Any]) -> dict[str, Any]:

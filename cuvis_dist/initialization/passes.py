@@ -22,8 +22,9 @@ from loguru import logger
 from cuvis_dist.archive import Archive, Shard
 from cuvis_dist.errors import CuvisDistError, DataError, one_line
 from cuvis_dist.initialization.affine import probe
+from cuvis_dist.initialization.measuring import Partial
 from cuvis_dist.initialization.plan import Fit, Pass
-from cuvis_dist.initialization.shards import MeasureShard, Partial, Task, row_error
+from cuvis_dist.initialization.shards import MeasureShard, Task, row_error
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.statistics import MergeTree, Moments, Statistic, from_bytes
 from cuvis_dist.workers import raise_cause
@@ -178,6 +179,10 @@ def measure_pass(
 
 
 def _freeze(fit: Fit, statistic: Statistic) -> None:
+    if not statistic.n:  # type: ignore[attr-defined]
+        raise DataError(
+            f"no pixel is left for node {fit.node.name}: masks and the setting pixels leave all out"
+        )
     if isinstance(statistic, Moments) and fit.recipe.options.get("diagonal"):
         statistic = statistic.only_diagonal()
     try:
@@ -191,7 +196,8 @@ def _freeze(fit: Fit, statistic: Statistic) -> None:
 def make_task(pipeline: CuvisPipeline, archive: Archive, scaling: Scaling) -> Task:
     """Put the pipeline as it is now, and the archive, where every worker can fetch them."""
     threads = math.floor(scaling.cpus_per_worker)
-    return Task(ray.put(archive), ray.put(pipeline), threads, scaling.on_error == "skip")
+    skip, on_gpu = scaling.on_error == "skip", scaling.worker_gpus > 0
+    return Task(ray.put(archive), ray.put(pipeline), threads, skip, scaling.pixels, on_gpu)
 
 
 def spread(shards: list[Shard], function: Any, scaling: Scaling) -> Iterator[dict[str, Any]]:
@@ -202,6 +208,7 @@ def spread(shards: list[Shard], function: Any, scaling: Scaling) -> Iterator[dic
         function,
         compute=ray.data.TaskPoolStrategy(size=workers),
         num_cpus=scaling.cpus_per_worker,
+        num_gpus=scaling.worker_gpus or None,
     )
     dataset.context.execution_options.preserve_order = function.ordered
     dataset.context.enable_progress_bars = False

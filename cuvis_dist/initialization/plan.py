@@ -96,7 +96,7 @@ def statistical_nodes(pipeline: CuvisPipeline) -> list[Node]:
     return [node for node in topological_order(pipeline) if node.requires_initial_fit]
 
 
-def make_plan(pipeline: CuvisPipeline, fold: bool = False) -> list[Pass]:
+def make_plan(pipeline: CuvisPipeline, fold: bool = True) -> list[Pass]:
     """Return the passes that fit every statistical node of ``pipeline``, in order.
 
     Parameters

@@ -28,10 +28,11 @@ from cuvis_ai.node.normalization import MinMaxNormalizer, PercentileNormalizer
 from cuvis_ai.node.pretreatments.scaling import MeanCenter, UnitVarianceScaling
 from cuvis_ai.node.svm import OneClassSVMDetector
 from cuvis_ai.node.unmixing.nmf import NMFUnmixing
+from cuvis_ai_core.node.metric_utils import subsample_hw
 from cuvis_ai_core.node.node import Node
 from torch import Tensor
 
-from cuvis_dist.statistics import Extrema, FrameQuantiles, Moments, Statistic
+from cuvis_dist.statistics import Extrema, FrameQuantiles, Moments, PixelSample, Statistic
 
 NodeT = TypeVar("NodeT", bound=Node)
 
@@ -68,6 +69,21 @@ class Recipe:
         value: Tensor = inputs[self.port]
         return value.reshape(-1, value.shape[-1])
 
+    def counts(self, node: Node, inputs: dict[str, Any]) -> Tensor | None:
+        """Return which of these pixels the node takes, ``[N]`` bool; None for all of them."""
+        return None
+
+    #: Whether the measurement is the same for every node that is fed from the same port.
+    shareable: ClassVar[bool] = True
+
+    @property
+    def by_strips(self) -> bool:
+        """Whether a frame may be measured a few rows at a time.
+
+        Not where a subclass has pixels of its own making, which might need the whole frame.
+        """
+        return type(self).pixels is Recipe.pixels and not self.statistic.whole_frame
+
     def freeze(self, node: Node, statistic: Statistic) -> None:
         """Let ``node`` fit itself on the surrogate pixels of ``statistic``."""
         pixels = statistic.surrogate(**self.surrogate)
@@ -76,9 +92,6 @@ class Recipe:
         # A single-use generator, as upstream's: some nodes take the first batch with next()
         # and go on iterating.
         node.statistical_initialization({self.port: cube} for cube in cubes)
-
-    #: Whether the measurement is the same for every node that is fed from the same port.
-    shareable: ClassVar[bool] = True
 
     def describe(self, of: str) -> str:
         """Return e.g. ``Moments(data.cube, diagonal=True)``."""
@@ -203,10 +216,11 @@ class _InvertedRecipe(Recipe):
 
 @recipe(PercentileNormalizer)
 def _percentile(node: PercentileNormalizer) -> Recipe | None:
-    if node.statistical_fit != "batch_bounds" or not _carries(
-        node.quantile_low, node.quantile_high
-    ):
-        return None  # pooled quantiles keep every pixel
+    if node.statistical_fit == "pooled":
+        sample = {"size": node.max_fit_values, "seed": node.seed}
+        return _PooledRecipe("data", PixelSample, sample)
+    if not _carries(node.quantile_low, node.quantile_high):
+        return None
     options = {"low": node.quantile_low, "high": node.quantile_high}
     return (_InvertedRecipe if node.invert else Recipe)("data", FrameQuantiles, options)
 
@@ -247,23 +261,58 @@ def _carries(low: float, high: float) -> bool:
     return low < 0.49 and high > 0.51
 
 
+# ---- samples of pixels -----------------------------------------------------------------
+
+
+class _CollectedRecipe(Recipe):
+    """The pixels that a node would collect; a connected mask chooses the foreground."""
+
+    shareable = False
+
+    def counts(self, node: Node, inputs: dict[str, Any]) -> Tensor | None:
+        mask = inputs.get("mask")
+        return None if mask is None else mask.reshape(-1) > 0
+
+
+def _collected(
+    node: KMeansClusterer | GaussianMixtureClusterer | OneClassSVMDetector | NMFUnmixing,
+) -> Recipe | None:
+    if node.max_fit_pixels <= 0:
+        return None  # asks for every pixel
+    options = {"size": node.max_fit_pixels, "seed": node.fit_seed}
+    return _CollectedRecipe("cube", PixelSample, options)
+
+
+recipe(KMeansClusterer)(_collected)
+recipe(GaussianMixtureClusterer)(_collected)
+recipe(OneClassSVMDetector)(_collected)
+recipe(NMFUnmixing)(_collected)
+
+
+class _PooledRecipe(Recipe):
+    """Every ``fit_subsample``-th pixel in both axes of a frame."""
+
+    shareable = False
+    by_strips = False
+
+    def counts(self, node: Any, inputs: dict[str, Any]) -> Tensor:
+        chosen = torch.zeros((*inputs[self.port].shape[:-1], 1), dtype=torch.bool)
+        subsample_hw(chosen, node.fit_subsample).fill_(True)
+        return chosen.reshape(-1)
+
+    def freeze(self, node: Any, statistic: Statistic) -> None:
+        # As frames of one pixel, of which the node's own stride leaves all.
+        frames = statistic.surrogate().reshape(-1, 1, 1, statistic.channels)
+        frames = frames.to(node.running_min.device)
+        node.statistical_initialization({self.port: cube} for cube in frames.split(len(frames)))
+
+
 # ---- nodes that are streamed -----------------------------------------------------------
 
 
-def _streamed(node: Node) -> None:
-    return None
-
-
-for _node_class in (
-    # Keep the pixels themselves.
-    KMeansClusterer,
-    GaussianMixtureClusterer,
-    OneClassSVMDetector,
-    NMFUnmixing,
-    # Sample pixels and rank bands by labels.
-    SupervisedSelectorBase,
-):
-    recipe(_node_class)(_streamed)
+@recipe(SupervisedSelectorBase)
+def _supervised_selector(node: SupervisedSelectorBase) -> None:
+    """Ranks bands by histograms and ROC curves of every labelled pixel: no sample would do."""
 
 
 def is_known(node_class: type[Node]) -> bool:

@@ -6,53 +6,26 @@ without saying which.
 
 from __future__ import annotations
 
+import functools
 import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import networkx as nx
-import torch
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from torch import Tensor
 
 from cuvis_dist.archive import Archive, batch_bytes
-from cuvis_dist.errors import CuvisDistError, DataError, one_line
+from cuvis_dist.errors import CuvisDistError, DataError
+from cuvis_dist.initialization.measuring import Measurer, Partial, compute_inputs
 from cuvis_dist.initialization.recipes import Recipe
-from cuvis_dist.statistics import Statistic
-from cuvis_dist.upstream import node_inputs
+from cuvis_dist.initialization.strips import nodes_before
 from cuvis_dist.workers import fetch_once, peak_bytes, prepare_worker
 
 
 class StatefulNodesError(CuvisDistError):
     """Nodes before the measured ones change their state with every frame."""
-
-
-@dataclass(frozen=True)
-class Partial:
-    """The statistics of one shard, or of several merged ones, by measurement.
-
-    Without statistics: every frame was skipped.
-    """
-
-    statistics: dict[str, Statistic]
-    first_frame: str
-
-    def merge(self, other: Partial) -> Partial:
-        """Merge two partials; raises DataError when their frames have different bands."""
-        if not self.statistics or not other.statistics:
-            return self if self.statistics else other
-        merged = {}
-        for key, statistic in self.statistics.items():
-            theirs = other.statistics[key]
-            if statistic.channels != theirs.channels:
-                raise DataError(
-                    f"{other.first_frame} has {theirs.channels} channels at {key}, "
-                    f"{self.first_frame} has {statistic.channels}: recordings with "
-                    "different bands cannot be fitted together"
-                )
-            merged[key] = statistic.merge(theirs)
-        return Partial(merged, self.first_frame)
 
 
 @dataclass(frozen=True)
@@ -63,11 +36,22 @@ class Task:
     pipeline: Any
     threads: int
     skip: bool
+    pixels: str
+    on_gpu: bool
 
     def open(self) -> tuple[Archive, CuvisPipeline]:
         """Prepare this process and return archive and pipeline, the same ones for every shard."""
         prepare_worker(self.threads)
-        return fetch_once(self.archive), fetch_once(self.pipeline)
+        pipeline = fetch_once(self.pipeline)
+        if self.on_gpu:
+            pipeline.to("cuda")
+        return fetch_once(self.archive), pipeline
+
+
+@functools.lru_cache(maxsize=1)
+def _smallest_ranks(of_pass: Any) -> dict[str, Tensor]:
+    """Return what this process keeps from shard to shard of one pass: see ``Measurer.ranks``."""
+    return {}
 
 
 class MeasureShard:
@@ -81,25 +65,26 @@ class MeasureShard:
     def __call__(self, shard: dict[str, int]) -> list[dict[str, Any]]:
         """Return the row of ``shard``."""
         archive, pipeline = self.task.open()
-        named = {node.name: node for node in pipeline.nodes()}
-        targets = [named[name] for name in dict.fromkeys(n for n, _ in self.measurements.values())]
-        state = _state(pipeline, targets)
-        merged = Partial({}, "")
-        samples: dict[str, torch.Tensor] = {}
+        ranks = _smallest_ranks(self.task.pipeline)
+        measurer = Measurer(pipeline, self.measurements, self.task.pixels, ranks)
+        state = _state(pipeline, measurer.targets)
+        merged, probes = Partial({}, ""), dict[str, Tensor]()
         skipped: list[tuple[str, str]] = []
         frames = size = 0
         for index in range(shard["start"], shard["stop"]):
             frame = archive.frames[index]
+            batch = None  # before the next cube is read
             try:
-                partial, nbytes, sample = self._frame(archive, pipeline, targets, index)
+                batch = archive.read(index)
+                partial, few = measurer.frame(batch, frame, index)
                 merged = merged.merge(partial)
             except DataError as error:
                 if not self.task.skip:
                     return [_row(shard["ordinal"], error=str(error))]
                 skipped.append((frame.uid, str(error)))
                 continue
-            frames, size, samples = frames + 1, size + nbytes, samples or sample
-            if changed := _changed(state, _state(pipeline, targets)):
+            frames, size, probes = frames + 1, size + batch_bytes(batch), probes or few
+            if changed := _changed(state, _state(pipeline, measurer.targets)):
                 return [_row(shard["ordinal"], stateful=True, error=", ".join(changed))]
         return [
             _row(
@@ -109,45 +94,10 @@ class MeasureShard:
                 peak=peak_bytes(),
                 first_frame=merged.first_frame,
                 partials=[s.to_bytes() for s in merged.statistics.values()],
-                samples=pickle.dumps(samples),
+                samples=pickle.dumps(probes),
                 skipped=pickle.dumps(skipped),
             )
         ]
-
-    def _frame(
-        self, archive: Archive, pipeline: CuvisPipeline, targets: list[Node], index: int
-    ) -> tuple[Partial, int, dict[str, torch.Tensor]]:
-        """Return a frame's partial, its size and a few of its pixels; the cube ends here."""
-        frame = str(archive.frames[index])
-        batch = archive.read(index)
-        pixels = self._pixels(pipeline, targets, batch, frame)
-        sample = {k: v[:: max(1, len(v) // 256)].cpu().clone() for k, v in pixels.items()}
-        return self._measure(pixels, frame), batch_bytes(batch), sample
-
-    def _pixels(
-        self, pipeline: CuvisPipeline, targets: list[Node], batch: dict[str, Any], frame: str
-    ) -> dict[str, torch.Tensor]:
-        """Return the pixels of one frame to measure; raises DataError that names it."""
-        inputs = {node.name: compute_inputs(pipeline, node, batch, frame) for node in targets}
-        named = {node.name: node for node in targets}
-        pixels = {}
-        for key, (name, recipe) in self.measurements.items():
-            try:
-                pixels[key] = recipe.pixels(named[name], inputs[name])
-            except Exception as error:
-                raise DataError(
-                    f"{frame} cannot be measured for node {name}: {one_line(error)}"
-                ) from error
-        return pixels
-
-    def _measure(self, pixels: dict[str, torch.Tensor], frame: str) -> Partial:
-        return Partial(
-            {
-                key: _measure(recipe, pixels[key], frame, name)
-                for key, (name, recipe) in self.measurements.items()
-            },
-            frame,
-        )
 
 
 class GatherShard:
@@ -199,41 +149,13 @@ def row_error(row: dict[str, Any]) -> CuvisDistError:
     return (StatefulNodesError if row["stateful"] else DataError)(row["error"])
 
 
-def compute_inputs(
-    pipeline: CuvisPipeline, node: Node, batch: dict[str, Any], frame: str
-) -> dict[str, Any]:
-    """Compute what a node receives for one frame; raises DataError that names both."""
-    try:
-        return node_inputs(pipeline, node, batch)
-    except Exception as error:
-        raise DataError(
-            f"{frame} cannot be used for node {node.name}: {one_line(error)}"
-        ) from error
-
-
-def _measure(recipe: Recipe, pixels: torch.Tensor, frame: str, name: str) -> Statistic:
-    try:
-        statistic = recipe.statistic.measure(pixels, **recipe.options)
-    except Exception as error:
-        raise DataError(f"{frame} cannot be measured for node {name}: {one_line(error)}") from error
-    if not statistic.is_finite():
-        bad = int((~torch.isfinite(pixels)).any(dim=-1).sum())
-        raise DataError(
-            f"{frame} has {bad} pixels that are not finite at {name}.{recipe.port}; "
-            "they would make every fitted value NaN. Correct the recording or leave it out of "
-            "the train split"
-        )
-    return statistic
-
-
 def _state(pipeline: CuvisPipeline, targets: list[Node]) -> dict[str, tuple]:
     """Return a mark of each node before the targets that changes when its tensors do."""
-    before: set[Node] = set().union(*(nx.ancestors(pipeline._graph, n) for n in targets))
     return {
         node.name: tuple(
             (id(tensor), tensor._version) for tensor in (*node.buffers(), *node.parameters())
         )
-        for node in before
+        for node in nodes_before(pipeline, targets)
     }
 
 

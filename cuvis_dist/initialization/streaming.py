@@ -18,14 +18,10 @@ from cuvis_ai_core.training.post_fit import EmitFn, FrameProgress, TrainEvent, T
 from loguru import logger
 
 from cuvis_dist.archive import Archive
-from cuvis_dist.errors import CuvisDistError, one_line
+from cuvis_dist.errors import CuvisDistError, InputError, one_line
+from cuvis_dist.initialization.measuring import compute_inputs
 from cuvis_dist.initialization.passes import PassRecord, Tally, make_task, spread
-from cuvis_dist.initialization.shards import (
-    GatherShard,
-    StatefulNodesError,
-    compute_inputs,
-    row_error,
-)
+from cuvis_dist.initialization.shards import GatherShard, StatefulNodesError, row_error
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.workers import adopt, on_worker
 
@@ -37,12 +33,19 @@ def stream_pass(
 
     Raises
     ------
+    InputError
+        If only some pixels count: the node's own code reads whole frames.
     DataError
         If a frame cannot be read, or the nodes before cannot use it.
     CuvisDistError
         If the node's own fit failed.
     """
     started = time.perf_counter()
+    if scaling.pixels != "all":
+        raise InputError(
+            f"node {node.name} ({type(node).__name__}) is fitted by its own code on whole frames, "
+            f"so that pixels: {scaling.pixels} cannot be applied to it; use pixels: all"
+        )
     # The fitting process mostly waits for the readers: it leaves them the CPUs.
     beside = scaling.model_copy(update={"cpus_per_worker": 0})
 

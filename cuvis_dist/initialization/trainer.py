@@ -80,8 +80,11 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         if not plan:
             logger.info("No statistical nodes to train")
             return
-        archive = open_archive(self.datamodule, "train")
-        connect(self.scaling)
+        scaling = self.scaling
+        archive = open_archive(self.datamodule, "train").sampled(
+            scaling.sample_frames, scaling.sample_fraction, scaling.sample_seed
+        )
+        connect(scaling)
 
         outer_owner = self.pipeline.structure_frozen_by
         self.pipeline.freeze_structure("StatisticalTrainer.fit")

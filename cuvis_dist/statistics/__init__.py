@@ -2,6 +2,7 @@
 
 from cuvis_dist.statistics.extrema import Extrema, FrameQuantiles
 from cuvis_dist.statistics.moments import Moments
+from cuvis_dist.statistics.sample import PixelSample
 from cuvis_dist.statistics.statistic import Statistic, from_arrow, from_bytes
 from cuvis_dist.statistics.tree import MergeTree
 
@@ -10,6 +11,7 @@ __all__ = [
     "FrameQuantiles",
     "MergeTree",
     "Moments",
+    "PixelSample",
     "Statistic",
     "from_arrow",
     "from_bytes",

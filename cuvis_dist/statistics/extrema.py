@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -78,6 +78,8 @@ class FrameQuantiles(Extrema):
     one whole frame (a batch of one), and merging takes the outermost. Not the quantiles of all
     frames together.
     """
+
+    whole_frame: ClassVar[bool] = True
 
     @classmethod
     def measure(cls, pixels: Tensor, low: float = 0.005, high: float = 0.995) -> Self:

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from cuvis_dist.statistics.statistic import Statistic
 
-#: Float64 values in one block of :meth:`Moments.measure`: 2 MiB, which a core's cache holds.
-_BLOCK_VALUES = 1 << 18
+#: Float64 values in one block of :meth:`Moments.measure`: 1 MiB, which a core's cache holds; a
+#: GPU wants larger ones.
+_BLOCK_VALUES = {"cpu": 1 << 17, "cuda": 1 << 25}
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Moments(Statistic):
         """
         channels = pixels.shape[-1]
         result = cls.empty(channels, diagonal)
-        rows = max(1, _BLOCK_VALUES // channels)
+        rows = max(1, _BLOCK_VALUES.get(pixels.device.type, 1 << 17) // channels)
         for block in pixels.detach().split(rows):
             result = result.merge(cls._measure_block(block, diagonal))
         return result

@@ -25,8 +25,12 @@ class Statistic:
     is an identity of ``merge`` when measured on zero pixels.
     """
 
-    #: Field names, in Arrow column order; filled in for each subclass.
+    #: Name of the class, under which Arrow data find it again.
     name: ClassVar[str]
+    #: Whether a measurement needs one whole frame, and not any set of pixels.
+    whole_frame: ClassVar[bool] = False
+    #: Whether ``measure`` also takes where its pixels are: ``uid``, ``position``, ``index``.
+    located: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         """Register the class under its name, for :func:`from_arrow`."""

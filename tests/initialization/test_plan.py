@@ -83,18 +83,20 @@ def test_independent_nodes_share_a_pass_and_unknown_ones_get_their_own():
     data, pipeline = CU3SDataNode(name="data"), CuvisPipeline("p")
     low, rx = MinMaxNormalizer(name="low"), RXGlobal(4, name="rx")
     clusters = KMeansClusterer(n_clusters=2, name="clusters")
+    capped = MinMaxNormalizer(max_initialization_frames=2, name="capped")
     per_sample = MinMaxNormalizer(use_running_stats=False, name="per_sample")
     after = RXGlobal(4, name="after")
     pipeline.connect(
         (data.outputs.cube, low.inputs.data),
         (data.outputs.cube, rx.inputs.data),
         (data.outputs.cube, clusters.inputs.cube),
+        (data.outputs.cube, capped.inputs.data),
         (data.outputs.cube, per_sample.inputs.data),
         (per_sample.outputs.normalized, after.inputs.data),
     )
     together, alone = names(pipeline)
-    assert sorted(together) == ["after", "low", "rx"]
-    assert alone == ["clusters"]
+    assert sorted(together) == ["after", "clusters", "low", "rx"]
+    assert alone == ["capped"]
 
 
 def test_a_pipeline_without_statistical_nodes_needs_none():

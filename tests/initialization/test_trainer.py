@@ -27,6 +27,7 @@ from cuvis_ai_core.training.post_fit import TrainHook
 from cuvis_dist import Scaling, StatisticalTrainer
 from cuvis_dist.errors import DataError
 from cuvis_dist.run import load_trainrun
+from cuvis_dist.statistics import MergeTree
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -49,7 +50,7 @@ def fit(trainrun, **scaling):
 def test_the_guides_pipeline_equals_upstreams(demo_trainrun):
     theirs = fitted_upstream(load_trainrun(demo_trainrun))
     trainrun = load_trainrun(demo_trainrun)
-    trainer = fit(trainrun, workers=2)
+    trainer = fit(trainrun, workers=2, fold=False)
     assert_same_state(trainrun.pipeline, theirs, 1e-6)
     frames = len(trainrun.datamodule().train_ds)
     assert [r.frames for r in trainer.records] == [frames] * 4
@@ -86,13 +87,48 @@ def test_folding_reads_twice_and_changes_rounding_alone(demo_trainrun):
 
 
 @pytest.mark.parametrize("fold", [False, True])
-def test_same_bits_for_one_two_and_three_workers(demo_trainrun, fold):
+def test_same_bits_for_any_number_of_workers(demo_trainrun, fold):
     hashes = set()
-    for workers in (1, 2, 3):
+    for workers in (1, 2, 3, 5):  # 5 share the three CPUs
         trainrun = load_trainrun(demo_trainrun)
-        fit(trainrun, workers=workers, shard_frames=2, fold=fold)
+        cpus = 0.5 if workers == 5 else 1
+        fit(trainrun, workers=workers, cpus_per_worker=cpus, shard_frames=1, fold=fold)
         hashes.add(buffers_sha256(trainrun.pipeline))
     assert len(hashes) == 1
+
+
+def test_same_bits_and_sample_whichever_shard_ends_first(demo_trainrun, tmp_path):
+    """Frames that take a while, other ones each time, let shards overtake each other."""
+    from fragile import SlowCubes
+
+    universe = demo_trainrun.parent / "archive" / "universe.csv"
+    nodes = [
+        DATA,
+        ("rx", "anomaly.rx_detector.RXGlobal", {"num_channels": 12}),
+        ("svm", "svm.OneClassSVMDetector", {"max_fit_pixels": 300}),
+    ]
+    edges = [("data.outputs.cube", "rx.inputs.data"), ("data.outputs.cube", "svm.inputs.cube")]
+    hashes, orders = set(), set()
+    for slow in ((), (0, 1, 2, 3), (9, 5, 1)):
+        trainrun = statistical_trainrun(tmp_path, universe, nodes, edges)
+        module = trainrun.datamodule()
+        module.train_ds = SlowCubes(module.train_ds, slow)
+        trainer = StatisticalTrainer(
+            trainrun.pipeline, module, scaling=Scaling(workers=3, shard_frames=1)
+        )
+        orders.add(order_of_merging(trainer))
+        hashes.add(buffers_sha256(trainrun.pipeline))
+    assert len(orders) > 1, "the shards always ended in the same order"
+    assert len(hashes) == 1
+
+
+def order_of_merging(trainer):
+    """Fit, and return the shards in the order in which they came back."""
+    done, add = [], MergeTree.add
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MergeTree, "add", lambda *a: done.append(a[1]) or add(*a))
+        trainer.fit()
+    return tuple(done)
 
 
 def test_events_count_every_frame(demo_trainrun):
@@ -167,7 +203,7 @@ def test_real_scenes_equal_upstream(scene, channels, tmp_path):
     ]
     make = lambda: statistical_trainrun(tmp_path, universe, nodes, edges)  # noqa: E731
     theirs, ours = fitted_upstream(make()), make()
-    fit(ours, workers=2)
+    fit(ours, workers=2, fold=False)
     mine = {n.name: n.state_dict() for n in ours.pipeline.nodes()}
     for node in theirs.nodes():
         for key, value in node.state_dict().items():
@@ -306,11 +342,13 @@ def test_a_node_without_a_recipe_is_streamed_and_equals_upstream(demo_trainrun, 
     nodes = [
         DATA,
         ("normalizer", "normalization.MinMaxNormalizer", {"max_initialization_frames": 2}),
-        ("clusters", "clustering.kmeans.KMeansClusterer", {"n_clusters": 3}),
+        ("ranked", "channel_selector.SupervisedFullSpectrumSelector", {"num_spectral_bands": 12}),
     ]
     edges = [
         ("data.outputs.cube", "normalizer.inputs.data"),
-        ("normalizer.outputs.normalized", "clusters.inputs.cube"),
+        ("normalizer.outputs.normalized", "ranked.inputs.cube"),
+        ("data.outputs.wavelengths", "ranked.inputs.wavelengths"),
+        ("data.outputs.mask", "ranked.inputs.mask"),
     ]
     theirs = statistical_trainrun(tmp_path, universe, nodes, edges)
     module = theirs.datamodule()
@@ -320,9 +358,9 @@ def test_a_node_without_a_recipe_is_streamed_and_equals_upstream(demo_trainrun, 
     ours = statistical_trainrun(tmp_path, universe, nodes, edges)
     trainer = fit(ours, workers=2, shard_frames=2)
     assert buffers_sha256(ours.pipeline) == buffers_sha256(theirs.pipeline)
-    assert [r.nodes for r in trainer.records] == [
-        {"normalizer": {"statistic": "streamed", "pixels": None}},
-        {"clusters": {"statistic": "streamed", "pixels": None}},
+    assert [list(r.nodes.items()) for r in trainer.records] == [
+        [("normalizer", {"statistic": "streamed", "pixels": None})],
+        [("ranked", {"statistic": "streamed", "pixels": None})],
     ]
 
 

@@ -11,7 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cuvis_dist.statistics import Extrema, FrameQuantiles, Moments, from_arrow, from_bytes
+from cuvis_dist.statistics import (
+    Extrema,
+    FrameQuantiles,
+    Moments,
+    from_arrow,
+    from_bytes,
+)
 
 STATISTICS = {
     "moments": Moments.measure,

@@ -1,0 +1,228 @@
+"""Which pixels of one frame count, and what is measured of them?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from cuvis_ai.node.data import CU3SDataNode
+from cuvis_ai_core.node.node import Node
+from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from torch import Tensor
+
+from cuvis_dist.archive import Frame
+from cuvis_dist.errors import DataError, one_line
+from cuvis_dist.initialization.recipes import Recipe
+from cuvis_dist.initialization.strips import is_pixelwise, nodes_before, strips
+from cuvis_dist.statistics import PixelSample, Statistic
+from cuvis_dist.upstream import node_inputs
+
+#: Pixels of a frame that are kept to check an affine map on.
+_PROBES = 256
+
+
+@dataclass(frozen=True)
+class Partial:
+    """The statistics of one frame, of one shard, or of several merged ones, by measurement.
+
+    Without statistics: every frame was skipped.
+    """
+
+    statistics: dict[str, Statistic]
+    first_frame: str
+
+    def merge(self, other: Partial) -> Partial:
+        """Merge two partials; raises DataError when their frames have different bands."""
+        if not self.statistics or not other.statistics:
+            return self if self.statistics else other
+        merged = {}
+        for key, statistic in self.statistics.items():
+            theirs = other.statistics[key]
+            if statistic.channels != theirs.channels:
+                raise DataError(
+                    f"{other.first_frame} has {theirs.channels} channels at {key}, "
+                    f"{self.first_frame} has {statistic.channels}: recordings with "
+                    "different bands cannot be fitted together"
+                )
+            merged[key] = statistic.merge(theirs)
+        return Partial(merged, self.first_frame)
+
+
+class Measurer:
+    """Measures frames, one after another.
+
+    Parameters
+    ----------
+    pipeline : CuvisPipeline
+        As far as it is fitted.
+    measurements : dict of str to (str, Recipe)
+        By key: the node whose input is measured, and how.
+    pixels : str
+        Which pixels count: ``all``, ``unlabelled`` or ``finite`` (see ``Scaling.pixels``).
+    ranks : dict of str to Tensor, optional
+        Smallest ranks that this process has met per sampled measurement; updated. What lies
+        above them cannot be in the sample of the archive and is left out of the next partials.
+    """
+
+    def __init__(
+        self,
+        pipeline: CuvisPipeline,
+        measurements: dict[str, tuple[str, Recipe]],
+        pixels: str = "all",
+        ranks: dict[str, Tensor] | None = None,
+    ) -> None:
+        self.pipeline, self.pixels = pipeline, pixels
+        self.ranks: dict[str, Tensor] = {} if ranks is None else ranks
+        named = {node.name: node for node in pipeline.nodes()}
+        self.measurements = {key: (named[name], r) for key, (name, r) in measurements.items()}
+        self.targets = list(dict.fromkeys(node for node, _ in self.measurements.values()))
+        self.by_strips = all(r.by_strips for _, r in self.measurements.values()) and all(
+            is_pixelwise(node) for node in nodes_before(pipeline, self.targets)
+        )
+
+    def frame(
+        self, batch: dict[str, Any], frame: Frame, position: int
+    ) -> tuple[Partial, dict[str, Tensor]]:
+        """Measure one frame.
+
+        Parameters
+        ----------
+        batch : dict
+            The frame as a batch of one.
+        frame : Frame
+            Its identity.
+        position : int
+            Of the frame in the archive.
+
+        Returns
+        -------
+        tuple of Partial and dict
+            The statistics, and some of the pixels that each measurement saw.
+
+        Raises
+        ------
+        DataError
+            If a node cannot use the frame, or values are not finite; the message names it.
+        """
+        partial = Partial({}, str(frame))
+        bad, seen = Counter[str](), Counter[str]()
+        probes: dict[str, list[Tensor]] = {key: [] for key in self.measurements}
+        for part in strips(batch) if self.by_strips else [batch]:
+            inputs = {n: compute_inputs(self.pipeline, n, part, str(frame)) for n in self.targets}
+            wanted = self._wanted(part, frame)
+            measured: dict[str, Statistic] = {}
+            for key, (node, recipe) in self.measurements.items():
+                with _naming(f"{frame} cannot be measured for node {node.name}"):
+                    every = recipe.pixels(node, inputs[node])
+                    pixels, index = _selected(every, recipe.counts(node, inputs[node]), wanted)
+                    if self.pixels == "finite":
+                        pixels, index = _finite_only(pixels, index)
+                    options = dict(recipe.options)
+                    if recipe.statistic.located:
+                        options |= {"uid": frame.uid, "position": position}
+                        options |= {"index": index + seen[key], "bound": self._bound(key, options)}
+                    measured[key] = recipe.statistic.measure(pixels, **options)
+                seen[key] += len(every)
+                bad[key] += _not_finite(measured[key], pixels)
+                probes[key].append(_thinned(pixels))
+            partial = partial.merge(Partial(measured, str(frame)))
+        for key, count in bad.items():
+            if count:
+                node, recipe = self.measurements[key]
+                raise DataError(
+                    f"{frame} has {count} pixels that are not finite at "
+                    f"{node.name}.{recipe.port}; they would make every fitted value NaN. Correct "
+                    "the recording, leave it out of the train split, or leave such pixels out "
+                    "(pixels: finite)"
+                )
+        self._note_ranks(partial)
+        return partial, {key: _thinned(torch.cat(few)) for key, few in probes.items()}
+
+    def _wanted(self, batch: dict[str, Any], frame: Frame) -> Tensor | None:
+        """Return which pixels the annotation leaves, ``[N]``; None where all of them count."""
+        if self.pixels != "unlabelled":
+            return None
+        anomalies = annotated(self.pipeline, batch)
+        if anomalies is None:
+            raise DataError(
+                f"{frame} has no annotation (no mask in its batch): pixels: unlabelled leaves out "
+                "annotated anomalies. Annotate the recording or use pixels: all"
+            )
+        return anomalies.reshape(-1) == 0
+
+    def _bound(self, key: str, options: dict[str, Any]) -> float:
+        ranks = self.ranks.get(key)
+        full = ranks is not None and len(ranks) >= options["size"]
+        return float(ranks[options["size"] - 1]) if full and ranks is not None else 1.0
+
+    def _note_ranks(self, partial: Partial) -> None:
+        for key, sample in partial.statistics.items():
+            if isinstance(sample, PixelSample):
+                known = [self.ranks[key]] if key in self.ranks else []
+                # Each rank once: a frame that is measured again must not count twice.
+                self.ranks[key] = torch.cat([*known, sample.rank]).unique()[: sample.size]
+
+
+def compute_inputs(
+    pipeline: CuvisPipeline, node: Node, batch: dict[str, Any], frame: str
+) -> dict[str, Any]:
+    """Compute what a node receives for one frame; raises DataError that names both."""
+    with _naming(f"{frame} cannot be used for node {node.name}"):
+        return node_inputs(pipeline, node, batch)
+
+
+def annotated(pipeline: CuvisPipeline, batch: dict[str, Any]) -> Tensor | None:
+    """Return the annotation of a batch, nonzero where an anomaly is marked.
+
+    What the pipeline's data node makes of it, since that node knows which classes are normal;
+    the batch's own ``mask`` where there is no such node. None without annotation.
+    """
+    if batch.get("mask") is None:
+        return None
+    for node in pipeline.nodes():
+        if isinstance(node, CU3SDataNode):
+            ports = {port: batch[port] for port in node.INPUT_SPECS if port in batch}
+            return node.forward(**ports)["mask"]
+    return batch["mask"]
+
+
+def _selected(
+    pixels: Tensor, counts: Tensor | None, wanted: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the pixels that count, and their indices."""
+    given = [mask.to(pixels.device) for mask in (counts, wanted) if mask is not None]
+    if not given:
+        return pixels, torch.arange(len(pixels))
+    if any(len(mask) != len(pixels) for mask in given):
+        raise ValueError(f"a mask has {len(given[-1])} pixels, the port has {len(pixels)}")
+    index = torch.stack(given).all(dim=0).nonzero().flatten()
+    return pixels[index], index.cpu()
+
+
+def _finite_only(pixels: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    finite = torch.isfinite(pixels).all(dim=-1)
+    return pixels[finite], index[finite.cpu()]
+
+
+def _not_finite(statistic: Statistic, pixels: Tensor) -> int:
+    """Count the pixels that are not finite; looked for one by one only where there are some."""
+    if not len(pixels) or (statistic.is_finite() and not statistic.located):
+        return 0
+    return int((~torch.isfinite(pixels)).any(dim=-1).sum())
+
+
+def _thinned(pixels: Tensor) -> Tensor:
+    return pixels[:: max(1, len(pixels) // _PROBES)].cpu().clone()
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Turn any error into a DataError that opens with ``what``."""
+    try:
+        yield
+    except Exception as error:
+        raise DataError(f"{what}: {one_line(error)}") from error
