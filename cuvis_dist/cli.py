@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from cuvis_dist.errors import INTERRUPTED, CuvisDistError, one_line
 
 if TYPE_CHECKING:
+    from cuvis_dist.record import RunRecord
     from cuvis_dist.run import TrainRun
     from cuvis_dist.scaling import Scaling
 
@@ -47,6 +48,13 @@ def _parser() -> argparse.ArgumentParser:
     add_trainrun_options(run)
     add_scaling_options(run)
     run.set_defaults(command=_run)
+
+    init = commands.add_parser(
+        "init", help="run phase 1 alone, say whether the fit looks sound, and save the pipeline"
+    )
+    add_trainrun_options(init)
+    add_scaling_options(init)
+    init.set_defaults(command=_init)
 
     info = commands.add_parser(
         "info", help="print nodes, what is statistical or unfrozen, and frames per split"
@@ -156,17 +164,32 @@ def _scaling(arguments: argparse.Namespace) -> Scaling:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    _run_and_print(arguments, _trainrun(arguments))
+    return 0
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    record = _run_and_print(arguments, _trainrun(arguments).initialization_only())
+    if not record.passes:
+        print("nothing to fit: the pipeline has no statistical node")
+    elif not record.findings:
+        print("the fit looks sound")
+    return 0
+
+
+def _run_and_print(arguments: argparse.Namespace, trainrun: TrainRun) -> RunRecord:
     from cuvis_dist.progress import ProgressLines
     from cuvis_dist.run import run_trainrun
 
-    scaling = _scaling(arguments)
-    record = run_trainrun(_trainrun(arguments), scaling, ProgressLines(), arguments.verbose)
+    record = run_trainrun(trainrun, _scaling(arguments), ProgressLines(), arguments.verbose)
     for split, metrics in record.metrics.items():
         for name, value in metrics.items():
             print(f"{split:5} {name} {value:.4f}")
     print(f"pipeline {record.pipeline}")
     print(f"record   {Path(record.output_dir) / 'run.json'}")
-    return 0
+    for finding in record.findings:
+        print(f"warning: {finding}")
+    return record
 
 
 def _info(arguments: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 
-from cuvis_dist.initialization import PassRecord
+from cuvis_dist.initialization import Finding, PassRecord
 
 _PACKAGES = (
     "cuvis-dist",
@@ -43,6 +43,8 @@ class RunRecord:
         Phase 1, pass by pass: nodes, statistics, pixels, frames and bytes read, seconds.
     skipped_frames : dict of str to str
         Frames that phase 1 left out, by uid, each with its reason.
+    findings : list of Finding
+        What looks bad about the fit of phase 1, node by node.
     epochs : int
         Epochs that phase 2 completed.
     checkpoint, calibration : dict or None
@@ -67,6 +69,7 @@ class RunRecord:
     versions: dict[str, str] = field(default_factory=dict)
     passes: list[PassRecord] = field(default_factory=list)
     skipped_frames: dict[str, str] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
     epochs: int = 0
     checkpoint: Any = None
     calibration: Any = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,15 @@ class TrainRun:
         Resolved and overridden.
     plugins_dirs : list of Path
         Where plugin manifests are looked up.
+    result : str
+        Ending of the saved pipeline's name; upstream's by default.
     """
 
     path: Path
     config: TrainRunConfig
     pipeline: CuvisPipeline
     plugins_dirs: list[Path]
+    result: str = "restored"
 
     @property
     def loss_nodes(self) -> list[Node]:
@@ -81,7 +84,12 @@ class TrainRun:
     @property
     def saved_pipeline(self) -> Path:
         """Where the result goes: upstream's place and name."""
-        return self.output_dir / "trained_models" / f"{self.pipeline.name}_restored.yaml"
+        return self.output_dir / "trained_models" / f"{self.pipeline.name}_{self.result}.yaml"
+
+    def initialization_only(self) -> TrainRun:
+        """Return this trainrun without phase 2; its result does not replace a trained one."""
+        config = self.config.model_copy(update={"training": None})
+        return replace(self, config=config, result="initialized")
 
     def datamodule(self) -> pl.LightningDataModule:
         """Build the data module, set up for fitting.
@@ -258,6 +266,7 @@ def _run(
                 record.skipped_frames = {
                     uid: reason for done in trainer.records for uid, reason in done.skipped.items()
                 }
+            record.findings = trainer.diagnose()
 
     if config.training is None:
         with _timed(record, "evaluation"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from cuvis_ai.node.conversion import ScoreToLogit
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training import StatisticalTrainer
@@ -25,6 +26,7 @@ from cuvis_ai_core.utils.restore import (
 from cuvis_ai_schemas.enums import ExecutionStage
 
 __all__ = [
+    "accumulated_mean",
     "build_pipeline",  # a trainrun's pipeline reference, built as restore-trainrun builds it
     "create_datamodule",  # its data module, from the same plugins and splits
     "discover_plugins_dirs",  # the same search order for plugin manifests
@@ -40,6 +42,14 @@ def topological_order(pipeline: CuvisPipeline) -> list[Node]:
     Private: ``pipeline._sorted_nodes``; an order of our own could break ties otherwise.
     """
     return list(pipeline._sorted_nodes)
+
+
+def accumulated_mean(node: ScoreToLogit) -> float | None:
+    """Return the mean of the scores that ``node`` was fitted on, None before a fit.
+
+    Private: ``ScoreToLogit._welford``, since the node freezes mean + 2 standard deviations only.
+    """
+    return float(node._welford.mean) if node._welford.count else None
 
 
 def edges_into(pipeline: CuvisPipeline, node: Node) -> list[tuple[Node, str, str]]:

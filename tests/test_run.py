@@ -107,6 +107,50 @@ def test_a_statistical_trainrun_and_restore_trainrun_test(demo):
     restore_trainrun(demo, mode="test", plugins_dirs=installed_plugins_dirs())
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_init_runs_phase_1_alone_and_says_whether_the_fit_looks_sound(demo, capsys):
+    """It trains nothing, and an earlier trained result stays; ``run`` says the same findings."""
+    results = demo.parent / "results"
+    trained = results / "trained_models" / "Channel_Selector_restored.pt"
+    trained.parent.mkdir(parents=True)
+    trained.write_text("an earlier, trained result")
+    assert main(["init", str(demo), "--workers", "2"]) == 0
+    printed = capsys.readouterr().out
+    saved = trained.with_name("Channel_Selector_initialized.yaml")
+    assert f"pipeline {saved}" in printed
+    assert "test  metrics_anomaly/iou" in printed
+    assert printed.splitlines()[-1] == "the fit looks sound"
+    assert saved.with_suffix(".pt").is_file()
+    assert trained.read_text() == "an earlier, trained result"
+    record = json.loads((results / "run.json").read_text())
+    assert record["findings"] == []
+    assert record["epochs"] == 0
+    assert set(record["seconds"]) == {"start", "initialization", "evaluation"}
+    assert set(record["metrics"]) == {"val", "test"}
+
+    for path in (demo.parent / "archive").glob("*.npz"):
+        with np.load(path) as content:
+            arrays = dict(content)
+        arrays["cube"][..., 4] = 0.25
+        np.savez(path, **arrays)
+    edit(demo, lambda run: run.pop("training"))
+    for command in ("init", "run"):
+        assert main([command, str(demo)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        nanometres = arrays["wavelengths"][4]
+        warning = (
+            f"warning: rx_detector: constant over the train split: band 4 ({nanometres} nm); "
+            "drop such bands"
+        )
+        assert warning in lines
+        assert "the fit looks sound" not in lines
+        findings = json.loads((results / "run.json").read_text())["findings"]
+        assert [f"warning: {f['node']}: {f['message']}" for f in findings] == [
+            line for line in lines if line.startswith("warning: ")
+        ]
+
+
 @pytest.mark.usefixtures("ray_session")
 def test_hydra_defaults_overrides_and_splits_files(demo):
     """A composed trainrun with a pipeline by name and a splits file, overridden on the way."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import inspect
 
 import pytest
+import torch
 from cuvis_ai.node.channel_selector import ChannelSelectorBase
+from cuvis_ai.node.conversion import ScoreToLogit
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training import GradientTrainer, StatisticalTrainer
 from cuvis_ai_core.training.config import TrainingConfig
 from cuvis_ai_core.utils import restore
 
 from cuvis_dist.training.rank import RankTrainer
+from cuvis_dist.upstream import accumulated_mean
 
 PRIVATE = {
     (restore, "_build_pipeline_from_config"): ["trainrun_config", "device", "base_dir"],
@@ -37,6 +40,13 @@ def test_a_private_name_is_as_we_know_it(home, name):
 def test_the_pipeline_keeps_its_graph_and_order():
     assert hasattr(CuvisPipeline("p"), "_graph")
     assert "_sorted_nodes" in vars(CuvisPipeline)
+
+
+def test_the_logit_head_keeps_the_mean_of_its_scores():
+    head = ScoreToLogit()
+    assert accumulated_mean(head) is None
+    head.statistical_initialization([{"scores": torch.tensor([1.0, 2.0, 6.0])}])
+    assert accumulated_mean(head) == 3.0
 
 
 def test_band_selectors_fit_the_colours_that_they_compute():

@@ -1,15 +1,18 @@
 """How does an archive become frozen buffers?"""
 
+from cuvis_dist.initialization.diagnosis import Finding, diagnose
 from cuvis_dist.initialization.passes import PassRecord
 from cuvis_dist.initialization.plan import Pass, make_plan, statistical_nodes
 from cuvis_dist.initialization.recipes import Recipe, recipe, recipe_for
 from cuvis_dist.initialization.trainer import StatisticalTrainer
 
 __all__ = [
+    "Finding",
     "Pass",
     "PassRecord",
     "Recipe",
     "StatisticalTrainer",
+    "diagnose",
     "make_plan",
     "recipe",
     "recipe_for",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import pytorch_lightning as pl
 from cuvis_ai_core.node.node import Node
@@ -16,7 +17,9 @@ from cuvis_ai_schemas.enums import ExecutionStage
 from loguru import logger
 
 from cuvis_dist.archive import Archive, open_archive
+from cuvis_dist.errors import DataError
 from cuvis_dist.evaluation import evaluate
+from cuvis_dist.initialization.diagnosis import Finding, diagnose
 from cuvis_dist.initialization.passes import PassRecord, measure_pass
 from cuvis_dist.initialization.plan import Pass, make_plan, measured_directly, share
 from cuvis_dist.initialization.shards import StatefulNodesError
@@ -135,6 +138,19 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         for name in record.nodes:
             self.emit(TrainEvent(TrainHook.STATISTICAL_NODE_END, node=name))
         return further
+
+    def diagnose(self) -> list[Finding]:
+        """Return what looks bad about the last :meth:`fit`; nothing when it looks sound.
+
+        Reads one frame when a band is to be named, for its wavelengths.
+        """
+        return diagnose(self.pipeline, self.records, self._wavelengths)
+
+    def _wavelengths(self) -> Any:
+        try:
+            return open_archive(self.datamodule, "train").read(0).get("wavelengths")
+        except DataError:  # a frame that the fit skipped
+            return None
 
     def validate(self) -> EvaluationSummary:
         """Evaluate the validation split on the cluster; metrics keyed ``<node>/<metric>``."""
