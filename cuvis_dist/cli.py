@@ -67,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_trainrun_options(plan)
     add_scaling_options(plan)
+    plan.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="try each pass on a few frames to estimate its time",
+    )
     plan.set_defaults(command=_plan)
 
     demo = commands.add_parser(
@@ -209,17 +214,26 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from cuvis_dist.run import preview
+    from cuvis_dist.initialization import preview
 
-    scaling = _scaling(arguments)
-    preview_ = preview(_trainrun(arguments), scaling)
-    frame, frames = preview_.frame_bytes, preview_.frames
-    print(f"{frames} frames in {preview_.shards} shards, {frame / 1e6:.1f} MB a frame")
-    for number, this_pass in enumerate(preview_.passes, 1):
-        print(f"pass {number}: reads {frame * frames / 1e9:.3g} GB, {this_pass}")
-        for fit in this_pass.fits:
+    trainrun = _trainrun(arguments)
+    scaling, datamodule = _scaling(arguments), trainrun.datamodule()
+    plan = preview(trainrun.pipeline, datamodule, scaling, arguments.calibrate)
+    frame, frames = plan.frame_bytes, plan.frames
+    print(f"{frames} frames in {plan.shards} shards, {frame / 1e6:.1f} MB a frame")
+    for number, cost in enumerate(plan.costs, 1):
+        memory = f"{cost.worker_bytes / 1e9:.2f} GB per worker"
+        print(f"pass {number}: reads {frame * frames / 1e9:.3g} GB, {memory}, {cost.step}")
+        for fit in cost.step.fits:
             print(f"  {fit.node.name}: {fit}")
-    if not preview_.passes:
+        if cost.seconds is not None:
+            print(f"  {cost.seconds:.3g} s a frame on one worker")
+    if plan.seconds is not None and plan.costs:
+        workers = f"{plan.workers} workers" if plan.workers > 1 else "1 worker"
+        print(f"about {plan.seconds:.3g} s with {workers}, start-up apart")
+        if any(cost.step.streamed for cost in plan.costs):
+            print("the fits of streamed nodes come on top")
+    if not plan.costs:
         print("nothing to fit: the pipeline has no statistical node")
     return 0
 

@@ -25,16 +25,10 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from cuvis_dist import upstream
-from cuvis_dist.archive import batch_bytes, open_archive, setup_error
+from cuvis_dist.archive import open_archive, setup_error
 from cuvis_dist.errors import INTERRUPTED, CuvisDistError, DataError, InputError, one_line
 from cuvis_dist.evaluation import failed_split, post_fit
-from cuvis_dist.initialization import (
-    Pass,
-    StatisticalTrainer,
-    make_plan,
-    recipe_for,
-    statistical_nodes,
-)
+from cuvis_dist.initialization import StatisticalTrainer, recipe_for, statistical_nodes
 from cuvis_dist.record import RunRecord, now, save_pipeline
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.session import connect, require_resources
@@ -329,45 +323,6 @@ def _timed(record: RunRecord, phase: str) -> Iterator[None]:
         yield
     finally:
         record.seconds[phase] = round(time.perf_counter() - started, 3)
-
-
-@dataclass(frozen=True)
-class Preview:
-    """What phase 1 would do: its passes, and what each of them reads.
-
-    Attributes
-    ----------
-    passes : list of Pass
-        In order.
-    frames, shards : int
-        Of the train split.
-    frame_bytes : int
-        Size of the first frame's tensors, read to find out.
-    """
-
-    passes: list[Pass]
-    frames: int
-    shards: int
-    frame_bytes: int
-
-
-def preview(trainrun: TrainRun, scaling: Scaling) -> Preview:
-    """Return what ``cuvis-dist plan`` prints; reads one frame, starts no Ray.
-
-    Raises
-    ------
-    InputError
-        If the data module cannot be set up.
-    DataError
-        If the first frame cannot be read.
-    """
-    archive = open_archive(trainrun.datamodule(), "train")
-    return Preview(
-        make_plan(trainrun.pipeline, scaling.fold),
-        len(archive),
-        len(archive.shards(scaling.shard_frames)),
-        batch_bytes(archive.read(0)),
-    )
 
 
 def describe(trainrun: TrainRun) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,9 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from archives import buffers_sha256
 
+from cuvis_dist import Scaling
 from cuvis_dist.cli import main
 from cuvis_dist.errors import InputError
+from cuvis_dist.initialization import preview
 from cuvis_dist.run import load_trainrun
 
 
@@ -194,14 +198,24 @@ def test_info_starts_no_ray(demo):
 
 
 def test_plan_tells_the_passes(demo, capsys):
-    assert main(["plan", str(demo), "--fold"]) == 0
+    assert main(["plan", str(demo)]) == 0
     out = capsys.readouterr().out
     assert "10 frames in 3 shards, 0.0 MB a frame" in out
     assert "pass 2: reads" in out
     assert "pass 3" not in out
     assert "rx_detector: Moments(data) derived from Moments(data.cube) through normalizer" in out
-    assert main(["plan", str(demo)]) == 0
-    assert "pass 4: reads" in capsys.readouterr().out
+    assert "a frame on one worker" not in out
+    assert main(["plan", str(demo), "--no-fold", "--calibrate", "--workers", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "pass 4: reads" in out
+    assert out.count("a frame on one worker") == 4
+    assert re.search(r"about \S+ s with 3 workers", out)
+    trainrun = load_trainrun(demo)
+    before = buffers_sha256(trainrun.pipeline)
+    tried = preview(trainrun.pipeline, trainrun.datamodule(), Scaling(workers=2), calibrate=True)
+    assert tried.seconds > 0
+    assert all(cost.worker_bytes > 3e8 for cost in tried.costs)
+    assert buffers_sha256(trainrun.pipeline) == before, "a plan must not fit the pipeline"
 
 
 # ---- bad input -------------------------------------------------------------------------

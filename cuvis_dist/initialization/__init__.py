@@ -3,6 +3,7 @@
 from cuvis_dist.initialization.diagnosis import Finding, diagnose
 from cuvis_dist.initialization.passes import PassRecord
 from cuvis_dist.initialization.plan import Pass, make_plan, statistical_nodes
+from cuvis_dist.initialization.preview import Preview, preview
 from cuvis_dist.initialization.recipes import Recipe, recipe, recipe_for
 from cuvis_dist.initialization.trainer import StatisticalTrainer
 
@@ -10,10 +11,12 @@ __all__ = [
     "Finding",
     "Pass",
     "PassRecord",
+    "Preview",
     "Recipe",
     "StatisticalTrainer",
     "diagnose",
     "make_plan",
+    "preview",
     "recipe",
     "recipe_for",
     "statistical_nodes",

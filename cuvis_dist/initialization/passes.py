@@ -135,7 +135,7 @@ def measure_pass(
     """
     started = time.perf_counter()
     shards = archive.shards(scaling.shard_frames)
-    measurements = {m.key: (m.node.name, m.recipe) for m in this_pass.measurements}
+    measurements = this_pass.by_key()
     measure = MeasureShard(make_task(pipeline, archive, scaling), measurements)
     tree: MergeTree[Partial] = MergeTree(len(shards), Partial.merge)
     tally = Tally(archive, scaling.max_skipped)
@@ -154,8 +154,35 @@ def measure_pass(
                 if row["ordinal"] <= min(samples, default=row["ordinal"]) and row["frames"]:
                     samples = {row["ordinal"]: pickle.loads(row["samples"])}
     tally.close()
-    (sample,) = samples.values()
-    merged = tree.root().statistics
+    (probes,) = samples.values()
+    fitted, left = freeze_fits(this_pass, tree.root().statistics, probes)
+    seconds = time.perf_counter() - started
+    record = PassRecord(
+        fitted, tally.frames, tally.bytes, len(shards), seconds, tally.peak, tally.skipped
+    )
+    return record, left
+
+
+def freeze_fits(
+    this_pass: Pass, merged: dict[str, Statistic], probes: dict[str, torch.Tensor]
+) -> tuple[dict[str, dict[str, Any]], list[Fit]]:
+    """Let the nodes of a pass freeze what was measured for them, in order.
+
+    Parameters
+    ----------
+    this_pass : Pass
+        What was measured, and for which nodes.
+    merged : dict of str to Statistic
+        By measurement, of the whole archive.
+    probes : dict of str to Tensor
+        By measurement, real pixels ``[N, C]`` to check affine maps on.
+
+    Returns
+    -------
+    tuple of dict and list of Fit
+        Per fitted node its statistic and number of pixels, and the fits that have to be measured
+        directly (see :func:`measure_pass`).
+    """
     fitted: dict[str, dict[str, Any]] = {}
     left: list[Fit] = []
     for fit in this_pass.fits:
@@ -164,18 +191,14 @@ def measure_pass(
             try:
                 if left:
                     raise ValueError(f"{left[0].node.name} is not fitted yet")
-                statistic = statistic.affine(*probe(fit.chain, sample[fit.source.key]))
+                statistic = statistic.affine(*probe(fit.chain, probes[fit.source.key]))
             except ValueError as error:
                 logger.info(f"{fit.node.name} is measured directly: {error}")
                 left.append(fit)
                 continue
         _freeze(fit, statistic)
         fitted[fit.node.name] = {"statistic": str(fit), "pixels": statistic.n}  # type: ignore[attr-defined]
-    seconds = time.perf_counter() - started
-    record = PassRecord(
-        fitted, tally.frames, tally.bytes, len(shards), seconds, tally.peak, tally.skipped
-    )
-    return record, left
+    return fitted, left
 
 
 def _freeze(fit: Fit, statistic: Statistic) -> None:

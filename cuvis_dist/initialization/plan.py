@@ -84,6 +84,10 @@ class Pass:
         """The nodes that this pass fits, in topological order."""
         return [self.streamed] if self.streamed is not None else [fit.node for fit in self.fits]
 
+    def by_key(self) -> dict[str, tuple[str, Recipe]]:
+        """Return the measurements by key: the name of the node, and its recipe."""
+        return {m.key: (m.node.name, m.recipe) for m in self.measurements}
+
     def __str__(self) -> str:
         if self.streamed is not None:
             return f"fits {self.streamed.name} by streaming its inputs"

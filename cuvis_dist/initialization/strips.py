@@ -24,6 +24,7 @@ from cuvis_ai.node.conversion import ScoreToLogit
 from cuvis_ai.node.data import AnomalyDataNode, CU3SDataNode
 from cuvis_ai.node.dimensionality_reduction import TrainablePCA
 from cuvis_ai.node.normalization import IdentityNormalizer, MinMaxNormalizer, PerPixelUnitNorm
+from cuvis_ai.node.preprocessors import BandpassByWavelength
 from cuvis_ai.node.pretreatments.scaling import MeanCenter, UnitVarianceScaling
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
@@ -32,6 +33,7 @@ from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 #: share ``forward``. Any other node is given whole frames.
 _PIXELWISE: tuple[type[Node], ...] = (
     AnomalyDataNode,
+    BandpassByWavelength,
     CU3SDataNode,
     DeepSVDDProjection,
     DeepSVDDScores,

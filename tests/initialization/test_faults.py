@@ -1,29 +1,40 @@
-"""A worker that is killed in the middle of a pass: same bits, and nothing counted twice."""
+"""Every frame is read once per pass, also when a worker is killed in the middle of one."""
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
+from pathlib import Path
 
+import cuvis_ai
 import pytest
 from archives import buffers_sha256
 from cuvis_ai.node.anomaly.rx_detector import RXGlobal
 from cuvis_ai.node.data import CU3SDataNode
 from cuvis_ai.node.normalization import MinMaxNormalizer
+from cuvis_ai_core.pipeline.factory import PipelineBuilder
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
-from fragile import FragileModule
+from cuvis_ai_schemas.pipeline import PipelineConfig
+from fragile import CountedCubes, FragileCubes, FragileModule, wrap_train
 
 from cuvis_dist import Scaling, StatisticalTrainer
+from cuvis_dist.run import load_trainrun
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-def fit(folder, fragile, fold):
-    data, normalizer, rx = CU3SDataNode(), MinMaxNormalizer(), RXGlobal(5)
-    pipeline = CuvisPipeline("fragile")
+def chain(normalizer, rx):
+    """A pipeline of these two."""
+    data, pipeline = CU3SDataNode(), CuvisPipeline("fragile")
     pipeline.connect(
         (data.outputs.cube, normalizer.inputs.data),
         (normalizer.outputs.normalized, rx.inputs.data),
     )
+    return pipeline
+
+
+def fit(folder, fragile, fold):
+    pipeline = chain(MinMaxNormalizer(), RXGlobal(5))
     scaling = Scaling(workers=2, shard_frames=2, fold=fold)
     trainer = StatisticalTrainer(pipeline, FragileModule(folder, fragile), scaling=scaling)
     trainer.fit()
@@ -48,3 +59,31 @@ def test_a_killed_worker_changes_no_bit(tmp_path, fold):
     again = {index: n - passes for index, n in readings.items() if n > passes}
     assert set(again) <= {4, 5, 6, 7, 8, 9}, "only work in flight may be read again"
     assert 7 in again
+
+
+DEEP_SVDD = "configs/pipeline/anomaly/deep_svdd/deep_svdd.yaml"
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "passes"), [("guide", 2), ("normalizer and RX", 1), ("Deep SVDD", 2)]
+)
+def test_readings_of_well_known_pipelines(demo_trainrun, tmp_path, pipeline, passes):
+    if pipeline == "guide":
+        run = load_trainrun(demo_trainrun)
+        module, built = run.datamodule(), run.pipeline
+    else:
+        module = FragileModule(tmp_path, cubes=FragileCubes(tmp_path, False, bands=54))
+        built = chain(MinMaxNormalizer(), RXGlobal(54))
+    if pipeline == "Deep SVDD":
+        path = Path(cuvis_ai.__file__).parent / DEEP_SVDD
+        config = PipelineConfig.load_from_file(path).to_dict()
+        built = PipelineBuilder().build_from_config(config)
+    log = tmp_path / "counted.log"
+    wrap_train(module, functools.partial(CountedCubes, log=log))
+    trainer = StatisticalTrainer(built, module, scaling=Scaling(workers=2, shard_frames=2))
+    trainer.fit()
+    assert len(trainer.records) == passes
+    readings = Counter(map(int, log.read_text().split()))
+    frames = 10 if pipeline == "guide" else 12
+    assert readings == Counter(dict.fromkeys(range(frames), passes))
+    assert all(record.frames == frames for record in trainer.records)

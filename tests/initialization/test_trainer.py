@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import sys
@@ -99,7 +100,7 @@ def test_same_bits_for_any_number_of_workers(demo_trainrun, fold):
 
 def test_same_bits_and_sample_whichever_shard_ends_first(demo_trainrun, tmp_path):
     """Frames that take a while, other ones each time, let shards overtake each other."""
-    from fragile import SlowCubes
+    from fragile import SlowCubes, wrap_train
 
     universe = demo_trainrun.parent / "archive" / "universe.csv"
     nodes = [
@@ -112,7 +113,7 @@ def test_same_bits_and_sample_whichever_shard_ends_first(demo_trainrun, tmp_path
     for slow in ((), (0, 1, 2, 3), (9, 5, 1)):
         trainrun = statistical_trainrun(tmp_path, universe, nodes, edges)
         module = trainrun.datamodule()
-        module.train_ds = SlowCubes(module.train_ds, slow)
+        wrap_train(module, functools.partial(SlowCubes, slow=slow))
         trainer = StatisticalTrainer(
             trainrun.pipeline, module, scaling=Scaling(workers=3, shard_frames=1)
         )

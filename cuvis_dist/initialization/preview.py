@@ -1,0 +1,159 @@
+"""What would phase 1 read, hold and take? Answered on this machine, without Ray."""
+
+from __future__ import annotations
+
+import copy
+import os
+import statistics
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import pytorch_lightning as pl
+from cuvis_ai_core.node.node import Node
+from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from torch import Tensor
+
+from cuvis_dist.archive import Archive, batch_bytes, open_archive
+from cuvis_dist.errors import CuvisDistError, one_line
+from cuvis_dist.initialization.measuring import Measurer, Partial, compute_inputs
+from cuvis_dist.initialization.passes import freeze_fits
+from cuvis_dist.initialization.plan import Pass, make_plan, measured_directly, share
+from cuvis_dist.initialization.strips import nodes_before
+from cuvis_dist.scaling import Scaling
+from cuvis_dist.workers import peak_bytes, prepare_worker
+
+#: What a worker holds before it has read anything: the imports of torch, Ray and cuvis.ai.
+_EMPTY_WORKER_BYTES = 1_050_000_000
+#: Frames that are measured, per pass, to estimate its time.
+_CALIBRATION_FRAMES = 5
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one pass asks of a worker.
+
+    Attributes
+    ----------
+    step : Pass
+        The pass.
+    worker_bytes : int
+        Memory of a worker, at least; measured where ``seconds`` is.
+    seconds : float or None
+        To read and measure one frame on one worker (median), if it was tried.
+    """
+
+    step: Pass
+    worker_bytes: int
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What phase 1 would do.
+
+    Attributes
+    ----------
+    costs : list of Cost
+        Pass by pass.
+    frames, shards : int
+        Of what each pass reads.
+    frame_bytes : int
+        Size of the first frame's tensors, read to find out.
+    workers : int
+        For how many workers :attr:`seconds` holds.
+    """
+
+    costs: list[Cost]
+    frames: int
+    shards: int
+    frame_bytes: int
+    workers: int
+
+    @property
+    def seconds(self) -> float | None:
+        """Estimated time of all passes, start-up apart; None without a calibration."""
+        each = [cost.seconds for cost in self.costs if cost.seconds is not None]
+        if len(each) < len(self.costs):
+            return None
+        return sum(each) * self.frames / min(self.workers, self.shards)
+
+
+def preview(
+    pipeline: CuvisPipeline,
+    datamodule: pl.LightningDataModule,
+    scaling: Scaling,
+    calibrate: bool = False,
+) -> Preview:
+    """Return what phase 1 would do; reads one frame, or a few per pass to ``calibrate``.
+
+    Raises
+    ------
+    InputError
+        If the data module cannot be set up.
+    DataError
+        If a frame cannot be read or used.
+    """
+    archive = open_archive(datamodule, "train").sampled(
+        scaling.sample_frames, scaling.sample_fraction, scaling.sample_seed
+    )
+    frame_bytes = batch_bytes(archive.read(0))
+    if calibrate:
+        costs = _tried(copy.deepcopy(pipeline), archive, scaling)
+    else:
+        plan = make_plan(pipeline, scaling.fold)
+        costs = [Cost(step, _worker_bytes(pipeline, step, frame_bytes)) for step in plan]
+    workers = scaling.workers or max(1, int((os.cpu_count() or 1) / scaling.cpus_per_worker))
+    shards = len(archive.shards(scaling.shard_frames))
+    return Preview(costs, len(archive), shards, frame_bytes, workers)
+
+
+def _worker_bytes(pipeline: CuvisPipeline, step: Pass, frame_bytes: int) -> int:
+    """Estimate a worker's memory: one cube, and one per node where whole frames go through."""
+    cubes = 1
+    if step.streamed is not None:
+        cubes += len(nodes_before(pipeline, [step.streamed]))
+    else:
+        measurer = Measurer(pipeline, step.by_key())
+        if not measurer.by_strips:
+            cubes += len(nodes_before(pipeline, measurer.targets))
+    return _EMPTY_WORKER_BYTES + cubes * frame_bytes
+
+
+def _tried(pipeline: CuvisPipeline, archive: Archive, scaling: Scaling) -> list[Cost]:
+    """Carry the plan out on a few frames, other ones in every pass: the first reading is cold."""
+    prepare_worker(int(scaling.cpus_per_worker))
+    costs: list[Cost] = []
+    plan = deque(make_plan(pipeline, scaling.fold))
+    while plan:
+        step = plan.popleft()
+        few = archive.sampled(_CALIBRATION_FRAMES, None, scaling.sample_seed + len(costs))
+        if step.streamed is not None:
+            costs.append(_try_streaming(pipeline, few, step, step.streamed))
+            continue
+        measurer = Measurer(pipeline, step.by_key(), scaling.pixels)
+        partial, probes = Partial({}, ""), dict[str, Tensor]()
+        seconds = []
+        for position, frame in enumerate(few.frames):
+            started = time.perf_counter()
+            measured, probes = measurer.frame(few.read(position), frame, position)
+            partial = partial.merge(measured)
+            seconds.append(time.perf_counter() - started)
+        _, left = freeze_fits(step, partial.statistics, probes)
+        plan.extendleft(share([measured_directly(pipeline, fit)]) for fit in reversed(left))
+        costs.append(Cost(step, peak_bytes(), statistics.median(seconds)))
+    return costs
+
+
+def _try_streaming(pipeline: CuvisPipeline, few: Archive, step: Pass, node: Node) -> Cost:
+    """Read and compute a node's inputs; its own fit takes as long as it takes."""
+    inputs, seconds = [], []
+    for position, frame in enumerate(few.frames):
+        started = time.perf_counter()
+        inputs.append(compute_inputs(pipeline, node, few.read(position), str(frame)))
+        seconds.append(time.perf_counter() - started)
+    try:
+        node.statistical_initialization(iter(inputs))
+    except Exception as error:
+        raise CuvisDistError(f"node {node.name} could not be fitted: {one_line(error)}") from error
+    return Cost(step, peak_bytes(), statistics.median(seconds))
