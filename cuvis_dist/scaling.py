@@ -26,12 +26,14 @@ class Scaling(BaseModel):
         Ray cluster to join (``auto``, ``host:port`` or ``ray://host:port``). None joins the
         cluster that ``RAY_ADDRESS`` names (as inside ``ray job submit``), or starts Ray here.
     workers : int or None
-        Shards measured at the same time in phase 1; None: one per CPU of the cluster.
+        Shards measured at the same time in phase 1, and parts of a split evaluated; None: one per
+        CPU of the cluster.
     train_workers : int
         DDP processes of phase 2. ``batch_size`` of a trainrun stays the global batch size: a
         step's frames are dealt over these processes.
     gpus_per_worker : float
-        GPUs of each DDP process (nccl) and of the evaluation; 0 trains on CPUs (gloo).
+        GPUs of each DDP process (nccl), and of as many processes of an evaluation; 0 trains on
+        CPUs (gloo).
     cpus_per_worker : float
         CPUs of each worker, of either phase.
     shard_frames : int

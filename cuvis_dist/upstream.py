@@ -14,6 +14,9 @@ from cuvis_ai.node.conversion import ScoreToLogit
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training import StatisticalTrainer
+from cuvis_ai_core.training.evaluation import (
+    _pooled_objects as pooled_objects,
+)
 from cuvis_ai_core.utils.restore import (
     _build_pipeline_from_config as build_pipeline,
 )
@@ -32,6 +35,7 @@ __all__ = [
     "discover_plugins_dirs",  # the same search order for plugin manifests
     "edges_into",
     "node_inputs",
+    "pooled_objects",  # a metric node's live torchmetrics, as an evaluation resets and reads them
     "topological_order",
 ]
 

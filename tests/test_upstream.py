@@ -9,7 +9,7 @@ import torch
 from cuvis_ai.node.channel_selector import ChannelSelectorBase
 from cuvis_ai.node.conversion import ScoreToLogit
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
-from cuvis_ai_core.training import GradientTrainer, StatisticalTrainer
+from cuvis_ai_core.training import GradientTrainer, StatisticalTrainer, evaluation
 from cuvis_ai_core.training.config import TrainingConfig
 from cuvis_ai_core.utils import restore
 
@@ -20,6 +20,7 @@ PRIVATE = {
     (restore, "_build_pipeline_from_config"): ["trainrun_config", "device", "base_dir"],
     (restore, "_create_datamodule_from_config"): ["trainrun_config", "candidate_dirs", "base_dir"],
     (restore, "_discover_plugins_dirs"): ["pipeline_path", "explicit_dirs"],
+    (evaluation, "_pooled_objects"): ["node"],
     (CuvisPipeline, "_gather_node_inputs"): ["self", "node", "port_data", "batch"],
     (StatisticalTrainer, "_require_predecessor_outputs"): ["self", "target_node", "outputs"],
     (StatisticalTrainer, "_raise_if_cancelled"): ["self"],

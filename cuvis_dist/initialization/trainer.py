@@ -173,4 +173,5 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
             metric_nodes=nodes,
             emit=self.emit,
             scaling=self.scaling,
+            stop_event=self.stop_event,
         )

@@ -130,7 +130,7 @@ class RankTrainer(UpstreamGradientTrainer):
     events: Callback | None = None
 
     def _build_trainer(self) -> pl.Trainer:
-        """Build upstream's trainer, less the post-fit steps, which follow on one worker."""
+        """Build upstream's trainer, less the post-fit steps, which follow on all workers."""
         trainer = super()._build_trainer()
         trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, PostFitCallback)]
         if self.events is not None:

@@ -47,7 +47,7 @@ class GradientTrainer(UpstreamGradientTrainer):
     pipeline, datamodule, loss_nodes, metric_nodes, training_config, monitors, callbacks
         As upstream's. Callbacks run on the workers and come back with their state; a
         ``PostFitCallback`` among them gives its ``emit`` and ``metric_nodes`` to the post-fit
-        steps, which run on one worker after the training workers have ended.
+        steps, which follow after the training workers have ended.
     emit : callable, optional
         Where the events of epochs and post-fit steps go; the log by default.
     scaling : Scaling, optional

@@ -1,0 +1,240 @@
+"""How is a fitted pipeline calibrated and evaluated on the cluster?
+
+By upstream's own post-fit steps and evaluation loop, over batches that all workers compute
+(:mod:`~cuvis_dist.evaluation.cluster`). The loop of a single evaluation runs in the driver, which
+then holds metric values and states; that of the post-fit steps on a worker, since calibration
+gathers the scores and masks of the whole split and fits the deciders in one process.
+
+A pipeline that leaves something behind with every frame (a sink writes files, a tracker follows
+objects) or has a pooled metric that cannot be merged runs on one worker, in order.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import closing
+from typing import Any
+
+import pytorch_lightning as pl
+from cuvis_ai_core.node.node import Node
+from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from cuvis_ai_core.training.evaluation import (
+    EvaluationSummary,
+    OnBatch,
+    default_metric_nodes,
+    evaluate_split,
+)
+from cuvis_ai_core.training.post_fit import (
+    EmitFn,
+    EvaluationStatus,
+    FrameProgress,
+    PostFitCallback,
+    PostFitResult,
+    TrainEvent,
+    TrainHook,
+)
+from cuvis_ai_schemas.enums import ExecutionStage, NodeCategory, NodeTag
+from loguru import logger
+
+from cuvis_dist.evaluation.cluster import ClusterPipeline, Split
+from cuvis_dist.evaluation.merging import unmergeable
+from cuvis_dist.scaling import Scaling
+from cuvis_dist.session import connect
+from cuvis_dist.workers import adopt_all, on_worker, prepare_worker, raise_cause
+
+_POST_FIT_STAGES = (ExecutionStage.INFERENCE, ExecutionStage.VAL, ExecutionStage.TEST)
+
+
+def post_fit(
+    pipeline: CuvisPipeline,
+    datamodule: pl.LightningDataModule,
+    *,
+    metric_nodes: Sequence[Node] | None,
+    emit: EmitFn,
+    scaling: Scaling,
+    release_cuda_cache: bool = False,
+) -> PostFitResult:
+    """Calibrate the deciders on val, evaluate val and test; ``pipeline`` takes over the result.
+
+    Returns
+    -------
+    PostFitResult
+        Upstream's record. An evaluation that failed is in it, and does not raise.
+    """
+    connect(scaling)
+    nodes = list(metric_nodes if metric_nodes is not None else default_metric_nodes(pipeline))
+    reason = why_one_worker(pipeline, nodes, _POST_FIT_STAGES)
+    if reason:
+        logger.info(f"calibrated and evaluated on one worker: {reason}")
+        host, gpus = scaling, scaling.gpus_per_worker
+    else:  # it mostly waits for the workers, and leaves them the CPUs and GPUs
+        host, gpus = scaling.model_copy(update={"cpus_per_worker": 0}), 0
+    result, fitted = on_worker(
+        _post_fit,
+        pipeline,
+        datamodule,
+        [node.name for node in nodes],
+        release_cuda_cache,
+        bool(reason),
+        scaling,
+        emit=emit,
+        scaling=host,
+        gpus=gpus,
+    )
+    adopt_all(pipeline, fitted)
+    return result
+
+
+def evaluate(
+    pipeline: CuvisPipeline,
+    datamodule: pl.LightningDataModule,
+    stage: ExecutionStage,
+    *,
+    metric_nodes: Sequence[Node],
+    emit: EmitFn,
+    scaling: Scaling,
+    stop_event: threading.Event | None = None,
+) -> EvaluationSummary:
+    """Reduce the metric nodes over the split of ``stage`` (VAL or TEST), every frame once.
+
+    The result is that of upstream's ``evaluate_split`` in one process, for any number of workers:
+    pooled metrics are merged, other values averaged over the batches that the data module makes.
+
+    Raises
+    ------
+    InputError
+        If the data module cannot serve the split.
+    DataError
+        If a frame cannot be read or used (the message names it), or frames are missing.
+    ClusterError
+        If the cluster cannot be reached or lost the work.
+    TrainingCancelled
+        If the stop event was set; it is read before each batch, but not while one worker does it
+        all.
+    """
+    connect(scaling)
+    if reason := why_one_worker(pipeline, metric_nodes, [stage]):
+        logger.info(f"{stage.value} is evaluated on one worker: {reason}")
+        return on_worker(
+            _evaluate,
+            pipeline,
+            datamodule,
+            stage,
+            [node.name for node in metric_nodes],
+            scaling.gpus_per_worker > 0,
+            emit=emit,
+            scaling=scaling,
+            gpus=scaling.gpus_per_worker,
+        )
+    spread: Any = ClusterPipeline(pipeline, metric_nodes, scaling)
+    split: Any = Split(datamodule, stage.value)
+    with closing(spread), raise_cause(f"evaluating {stage.value}"):
+        return evaluate_split(
+            spread,
+            split,
+            stage=stage,
+            metric_nodes=metric_nodes,
+            stop_event=stop_event,
+            on_batch=_progress(stage, emit),
+        )
+
+
+def why_one_worker(
+    pipeline: CuvisPipeline, metric_nodes: Sequence[Node], stages: Sequence[ExecutionStage]
+) -> str | None:
+    """Return why the pipeline must see a split in one process, or None when it need not."""
+    for node in pipeline.nodes():
+        if not any(node.should_execute(stage) for stage in stages):
+            continue
+        if node.get_category() is NodeCategory.SINK:
+            return f"{node.name} writes what it is given ({type(node).__name__})"
+        if NodeTag.TRACKING in node.get_tags():
+            return f"{node.name} depends on the frames before ({type(node).__name__})"
+    for node in metric_nodes:
+        if metric := unmergeable(node):
+            return f"the {metric} of {node.name} cannot be merged"
+    return None
+
+
+def failed_split(result: PostFitResult) -> str | None:
+    """Return why an evaluation failed, or None when none did."""
+    for split, outcome in result.evaluations.items():
+        if outcome.status is EvaluationStatus.FAILED:
+            return f"evaluating {split}: {outcome.error}"
+    return None
+
+
+def _progress(stage: ExecutionStage, emit: EmitFn) -> OnBatch:
+    return lambda done, total: emit(
+        TrainEvent(TrainHook.EVALUATION_PROGRESS, split=stage, progress=FrameProgress(done, total))
+    )
+
+
+# ---- on the worker ---------------------------------------------------------------------
+
+
+class _NamedSplits:
+    """A data module whose val and test loaders are :class:`Split`, or load as one."""
+
+    def __init__(self, datamodule: pl.LightningDataModule, here: bool) -> None:
+        self._datamodule, self._here = datamodule, here
+        self._splits: dict[str, Split] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._datamodule, name)
+
+    def val_dataloader(self) -> Any:
+        return self._open("val")
+
+    def test_dataloader(self) -> Any:
+        return self._open("test")
+
+    def _open(self, name: str) -> Any:
+        if name not in self._splits:
+            self._splits[name] = Split(self._datamodule, name)
+        return self._splits[name].loader() if self._here else self._splits[name]
+
+
+def _post_fit(
+    pipeline: CuvisPipeline,
+    datamodule: pl.LightningDataModule,
+    metric_nodes: list[str],
+    release_cuda_cache: bool,
+    here: bool,
+    scaling: Scaling,
+    emit: EmitFn,
+) -> tuple[PostFitResult, list[Node]]:
+    prepare_worker(int(scaling.cpus_per_worker))
+    nodes = _nodes(pipeline, metric_nodes)
+    callback = PostFitCallback(emit=emit, metric_nodes=nodes, release_cuda_cache=release_cuda_cache)
+    if here:
+        pipeline.to("cuda" if scaling.gpus_per_worker else "cpu")
+    spread = ClusterPipeline(pipeline, nodes, scaling)
+    computing: Any = pipeline if here else spread
+    with closing(spread):
+        result = callback.run(computing, _NamedSplits(datamodule, here), restore=False)
+    pipeline.cpu()
+    return result, list(pipeline.nodes())
+
+
+def _evaluate(
+    pipeline: CuvisPipeline,
+    datamodule: pl.LightningDataModule,
+    stage: ExecutionStage,
+    metric_nodes: list[str],
+    on_gpu: bool,
+    emit: EmitFn,
+) -> EvaluationSummary:
+    pipeline.to("cuda" if on_gpu else "cpu")
+    return evaluate_split(
+        pipeline,
+        Split(datamodule, stage.value).loader(),
+        stage=stage,
+        metric_nodes=_nodes(pipeline, metric_nodes),
+        on_batch=_progress(stage, emit),
+    )
+
+
+def _nodes(pipeline: CuvisPipeline, names: list[str]) -> list[Node]:
+    return [node for node in pipeline.nodes() if node.name in names]
