@@ -1,18 +1,19 @@
 """How fast is phase 1, against upstream and against the hardware? Ratios in one run.
 
-    python tests/benchmarks/initialization.py [--frames N] [--size S] [--json FILE]
+    python tests/benchmarks/initialization.py [--frames N] [--size S] [--repeats R] [--json FILE]
 
 Measures on one generated archive (uncompressed .npz, S x S x 61 float32): upstream's
 ``StatisticalTrainer`` on the guide's pipeline; ours with 1 and 2 workers, workers already up; the
 floor, that is reading every frame once per pass and one float64 matrix product per frame in a
-plain loop; and what a first pass costs before any frame is read. ``--large`` measures the peak
-memory of a worker on 1000 x 1080 x 61 frames instead.
+plain loop. Medians over the rounds; a first fit, workers not up, is reported beside them.
+``--large`` measures the peak memory of a worker on 1000 x 1080 x 61 frames instead.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -81,8 +82,9 @@ def floor(path: Path, passes: int) -> None:
 def main() -> None:
     """Run the benchmark, print a table, and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--frames", type=int, default=24)
+    parser.add_argument("--frames", type=int, default=96)
     parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--json", type=Path, default=Path("outputs/bench/initialization.json"))
     options = parser.parse_args()
@@ -93,46 +95,54 @@ def main() -> None:
         path = fill(Path(folder), options.frames, shape)
         first = ours(path, 2)
         start = timed(first.fit)
-        trainers = {n: ours(path, n) for n in (2, 1)}
-        times = {f"{n} worker{'s' * (n > 1)}": timed(trainers[n].fit) for n in trainers}
-        times["2 workers, not folded"] = timed(ours(path, 2, fold=False).fit)
-        passes = len(trainers[2].records)
-        peaks = [record.peak_worker_bytes for record in first.records]
-        times["floor, 1 thread"] = _with_threads(1, lambda: floor(path, passes))
-        times["floor, 2 threads"] = _with_threads(2, lambda: floor(path, passes))
-        if not options.large:
-            run = load(path)
-            upstream = UpstreamStatisticalTrainer(run.pipeline, run.datamodule())
-            times["upstream"] = _with_threads(2, upstream.fit)
+        passes = len(first.records)
+        runs = {
+            "2 workers": lambda: ours(path, 2).fit(),
+            "1 worker": lambda: ours(path, 1).fit(),
+            "2 workers, not folded": lambda: ours(path, 2, fold=False).fit(),
+            "floor, 1 thread": lambda: _with_threads(1, lambda: floor(path, passes)),
+            "floor, 2 threads": lambda: _with_threads(2, lambda: floor(path, passes)),
+            "upstream": lambda: _with_threads(2, lambda: upstream(path)),
+        }
+        if options.large:
+            runs = {"2 workers": runs["2 workers"]}
+        # Round after round, so that a slow minute of the machine hits all of them.
+        rounds = [{name: timed(run) for name, run in runs.items()} for _ in range(options.repeats)]
+    times = {name: statistics.median(r[name] for r in rounds) for name in runs}
     reference = times["2 workers"]
-    cube = np.prod(shape) * 4
     print(f"{options.frames} frames of {' x '.join(map(str, shape))}, {passes} passes")
     for name, seconds in times.items():
-        print(f"{name:22} {seconds:8.2f} s   {seconds / reference:6.2f} x 2 workers")
-    for number, record in enumerate(trainers[2].records):
-        alone = trainers[1].records[number].seconds
-        memory = f"{peaks[number] / 1e6:.0f} MB at most in a worker"
-        print(f"  pass {number + 1}: {record.seconds:.2f} s, 1 worker {alone:.2f} s, {memory}")
+        spread = f"{min(r[name] for r in rounds):.2f} to {max(r[name] for r in rounds):.2f}"
+        print(f"{name:22} {seconds:8.2f} s   {seconds / reference:6.2f} x 2 workers   ({spread})")
+    for number, record in enumerate(first.records, 1):
+        print(f"pass {number}: at most {record.peak_worker_bytes / 1e6:.0f} MB in a worker")
     print(f"first fit, workers not up: {start:.2f} s")
-    print(f"a cube: {cube / 1e6:.0f} MB")
+    print(f"a cube: {np.prod(shape) * 4 / 1e6:.0f} MB")
     options.json.parent.mkdir(parents=True, exist_ok=True)
     result = {
         "frames": options.frames,
         "shape": shape,
         "passes": passes,
-        "seconds": times,
+        "median_seconds": times,
+        "rounds": rounds,
         "first_fit_seconds": start,
-        "peak_worker_bytes": peaks,
-        "cube_bytes": int(cube),
+        "peak_worker_bytes": [record.peak_worker_bytes for record in first.records],
+        "cube_bytes": int(np.prod(shape) * 4),
     }
     options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def _with_threads(threads: int, function) -> float:
+def upstream(path: Path) -> None:
+    """Fit with upstream's trainer, in this process."""
+    run = load(path)
+    UpstreamStatisticalTrainer(run.pipeline, run.datamodule()).fit()
+
+
+def _with_threads(threads: int, function) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        return timed(function)
+        function()
     finally:
         torch.set_num_threads(before)
 
