@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cuvis_dist.errors import INTERRUPTED, CuvisDistError, one_line
+from cuvis_dist.errors import INTERRUPTED, CuvisDistError, InputError, one_line
 
 if TYPE_CHECKING:
     from cuvis_dist.run import TrainRun
@@ -46,6 +46,11 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run both phases of a trainrun and save the pipeline")
     add_trainrun_options(run)
     add_scaling_options(run)
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the plan and the resources it would ask for; starts no Ray",
+    )
     run.set_defaults(command=_run)
 
     info = commands.add_parser(
@@ -69,6 +74,30 @@ def _parser() -> argparse.ArgumentParser:
         demo.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, metavar="N")
     add_scaling_options(demo)
     demo.set_defaults(command=_demo)
+
+    submit = commands.add_parser(
+        "submit", help="run a command as a job of a cluster and end with its exit code"
+    )
+    submit.add_argument(
+        "--address",
+        metavar="URL",
+        help="the head node's dashboard; default: RAY_API_SERVER_ADDRESS or http://127.0.0.1:8265",
+    )
+    submit.add_argument(
+        "--working-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder to upload and run in; without it the job's paths are the cluster's",
+    )
+    submit.add_argument("--no-follow", action="store_true", help="do not wait for the job to end")
+    _add_verbose(submit)
+    submit.add_argument(
+        "job",
+        nargs=argparse.REMAINDER,
+        metavar="COMMAND ...",
+        help="e.g. run trainrun.yaml --train-workers 2",
+    )
+    submit.set_defaults(command=_submit)
     return parser
 
 
@@ -150,6 +179,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from cuvis_dist.progress import ProgressLines
     from cuvis_dist.run import run_trainrun
 
+    if arguments.dry_run:
+        return _dry_run(arguments)
     scaling = _scaling(arguments)
     record = run_trainrun(_trainrun(arguments), scaling, ProgressLines(), arguments.verbose)
     for split, metrics in record.metrics.items():
@@ -157,6 +188,22 @@ def _run(arguments: argparse.Namespace) -> int:
             print(f"{split:5} {name} {value:.4f}")
     print(f"pipeline {record.pipeline}")
     print(f"record   {Path(record.output_dir) / 'run.json'}")
+    return 0
+
+
+def _dry_run(arguments: argparse.Namespace) -> int:
+    scaling, trainrun = _scaling(arguments), _trainrun(arguments)
+    _print_plan(trainrun, scaling)
+    each = f"{scaling.cpus_per_worker:g} CPUs each"
+    print(f"phase 1  {scaling.workers or 'one per CPU of the cluster'} workers, {each}")
+    if trainrun.config.training is None:
+        print("phase 2  none: the trainrun has no training block")
+    else:
+        gpus = f" and {scaling.gpus_per_worker:g} GPUs" if scaling.gpus_per_worker else ""
+        each = each.replace(" each", f"{gpus} each")
+        epochs = trainrun.config.training.max_epochs
+        print(f"phase 2  {scaling.train_workers} workers, {each}; at most {epochs} epochs")
+    print(f"result   {trainrun.saved_pipeline}")
     return 0
 
 
@@ -177,10 +224,15 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    scaling = _scaling(arguments)
+    _print_plan(_trainrun(arguments), scaling)
+    return 0
+
+
+def _print_plan(trainrun: TrainRun, scaling: Scaling) -> None:
     from cuvis_dist.run import preview
 
-    scaling = _scaling(arguments)
-    preview_ = preview(_trainrun(arguments), scaling)
+    preview_ = preview(trainrun, scaling)
     frame, frames = preview_.frame_bytes, preview_.frames
     print(f"{frames} frames in {preview_.shards} shards, {frame / 1e6:.1f} MB a frame")
     for number, this_pass in enumerate(preview_.passes, 1):
@@ -189,7 +241,35 @@ def _plan(arguments: argparse.Namespace) -> int:
             print(f"  {fit.node.name}: {fit}")
     if not preview_.passes:
         print("nothing to fit: the pipeline has no statistical node")
-    return 0
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from cuvis_dist.submission import Submission, submit
+
+    command = arguments.job[arguments.job[:1] == ["--"] :]
+    job = _parser().parse_args(command)  # a wrong option is found here, not on the cluster
+    if job.command is _submit:
+        raise InputError("a job that submits a job would wait for itself")
+    for name in ("trainrun", "scaling"):
+        if path := getattr(job, name, None):
+            _check_uploaded(Path(path), arguments.working_dir)
+    options = {"address": arguments.address} if arguments.address else {}
+    submission = Submission(command, working_dir=arguments.working_dir, **options)
+    print(submission.as_ray_command(), flush=True)
+    return submit(submission, follow=not arguments.no_follow)
+
+
+def _check_uploaded(path: Path, working_dir: Path | None) -> None:
+    """Refuse a relative path that the job would not find."""
+    if path.is_absolute():
+        return
+    if working_dir is None:
+        raise InputError(
+            f"{path} is relative to a folder that is not uploaded: give that folder "
+            "(--working-dir .), or a path that the cluster knows"
+        )
+    if not (working_dir / path).is_file():
+        raise InputError(f"{path} is not in {working_dir}, the folder that the job runs in")
 
 
 def _demo_defaults() -> dict[str, int]:
@@ -210,7 +290,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     print(f"trainrun {trainrun}")
     for name in ("plugins_dir", "override"):
         setattr(arguments, name, [])
-    arguments.trainrun, arguments.output_dir = trainrun, None
+    arguments.trainrun, arguments.output_dir, arguments.dry_run = trainrun, None, False
     return _run(arguments)
 
 
