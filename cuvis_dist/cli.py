@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cuvis_dist.errors import INTERRUPTED, CuvisDistError, one_line
+from cuvis_dist.errors import INTERRUPTED, CuvisDistError, InputError, one_line
 
 if TYPE_CHECKING:
     from cuvis_dist.record import RunRecord
@@ -55,6 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     add_trainrun_options(init)
     add_scaling_options(init)
     init.set_defaults(command=_init)
+    for command in (run, init):
+        command.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="print the plan and the resources it would ask for; starts no Ray",
+        )
 
     info = commands.add_parser(
         "info", help="print nodes, what is statistical or unfrozen, and frames per split"
@@ -82,6 +88,30 @@ def _parser() -> argparse.ArgumentParser:
         demo.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, metavar="N")
     add_scaling_options(demo)
     demo.set_defaults(command=_demo)
+
+    submit = commands.add_parser(
+        "submit", help="run a command as a job of a cluster and end with its exit code"
+    )
+    submit.add_argument(
+        "--address",
+        metavar="URL",
+        help="the head node's dashboard; default: RAY_API_SERVER_ADDRESS or http://127.0.0.1:8265",
+    )
+    submit.add_argument(
+        "--working-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder to upload and run in; without it the job's paths are the cluster's",
+    )
+    submit.add_argument("--no-follow", action="store_true", help="do not wait for the job to end")
+    _add_verbose(submit)
+    submit.add_argument(
+        "job",
+        nargs=argparse.REMAINDER,
+        metavar="COMMAND ...",
+        help="e.g. run trainrun.yaml --train-workers 2",
+    )
+    submit.set_defaults(command=_submit)
     return parser
 
 
@@ -169,12 +199,18 @@ def _scaling(arguments: argparse.Namespace) -> Scaling:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    _run_and_print(arguments, _trainrun(arguments))
+    trainrun = _trainrun(arguments)
+    if arguments.dry_run:
+        return _dry_run(trainrun, _scaling(arguments))
+    _run_and_print(arguments, trainrun)
     return 0
 
 
 def _init(arguments: argparse.Namespace) -> int:
-    record = _run_and_print(arguments, _trainrun(arguments).initialization_only())
+    trainrun = _trainrun(arguments).initialization_only()
+    if arguments.dry_run:
+        return _dry_run(trainrun, _scaling(arguments))
+    record = _run_and_print(arguments, trainrun)
     if not record.passes:
         print("nothing to fit: the pipeline has no statistical node")
     elif not record.findings:
@@ -197,6 +233,21 @@ def _run_and_print(arguments: argparse.Namespace, trainrun: TrainRun) -> RunReco
     return record
 
 
+def _dry_run(trainrun: TrainRun, scaling: Scaling) -> int:
+    _print_plan(trainrun, scaling)
+    each = f"{scaling.cpus_per_worker:g} CPUs each"
+    print(f"phase 1  {scaling.workers or 'one per CPU of the cluster'} workers, {each}")
+    if trainrun.config.training is None:
+        print("phase 2  none: phase 1 alone")
+    else:
+        gpus = f" and {scaling.gpus_per_worker:g} GPUs" if scaling.gpus_per_worker else ""
+        each = each.replace(" each", f"{gpus} each")
+        epochs = trainrun.config.training.max_epochs
+        print(f"phase 2  {scaling.train_workers} workers, {each}; at most {epochs} epochs")
+    print(f"result   {trainrun.saved_pipeline}")
+    return 0
+
+
 def _info(arguments: argparse.Namespace) -> int:
     from cuvis_dist.run import describe
 
@@ -214,11 +265,15 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
+    scaling = _scaling(arguments)
+    _print_plan(_trainrun(arguments), scaling, arguments.calibrate)
+    return 0
+
+
+def _print_plan(trainrun: TrainRun, scaling: Scaling, calibrate: bool = False) -> None:
     from cuvis_dist.initialization import preview
 
-    trainrun = _trainrun(arguments)
-    scaling, datamodule = _scaling(arguments), trainrun.datamodule()
-    plan = preview(trainrun.pipeline, datamodule, scaling, arguments.calibrate)
+    plan = preview(trainrun.pipeline, trainrun.datamodule(), scaling, calibrate)
     frame, frames = plan.frame_bytes, plan.frames
     print(f"{frames} frames in {plan.shards} shards, {frame / 1e6:.1f} MB a frame")
     for number, cost in enumerate(plan.costs, 1):
@@ -235,7 +290,35 @@ def _plan(arguments: argparse.Namespace) -> int:
             print("the fits of streamed nodes come on top")
     if not plan.costs:
         print("nothing to fit: the pipeline has no statistical node")
-    return 0
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from cuvis_dist.submission import Submission, submit
+
+    command = arguments.job[arguments.job[:1] == ["--"] :]
+    job = _parser().parse_args(command)  # a wrong option is found here, not on the cluster
+    if job.command is _submit:
+        raise InputError("a job that submits a job would wait for itself")
+    for name in ("trainrun", "scaling"):
+        if path := getattr(job, name, None):
+            _check_uploaded(Path(path), arguments.working_dir)
+    options = {"address": arguments.address} if arguments.address else {}
+    submission = Submission(command, working_dir=arguments.working_dir, **options)
+    print(submission.as_ray_command(), flush=True)
+    return submit(submission, follow=not arguments.no_follow)
+
+
+def _check_uploaded(path: Path, working_dir: Path | None) -> None:
+    """Refuse a relative path that the job would not find."""
+    if path.is_absolute():
+        return
+    if working_dir is None:
+        raise InputError(
+            f"{path} is relative to a folder that is not uploaded: give that folder "
+            "(--working-dir .), or a path that the cluster knows"
+        )
+    if not (working_dir / path).is_file():
+        raise InputError(f"{path} is not in {working_dir}, the folder that the job runs in")
 
 
 def _demo_defaults() -> dict[str, int]:
@@ -256,7 +339,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     print(f"trainrun {trainrun}")
     for name in ("plugins_dir", "override"):
         setattr(arguments, name, [])
-    arguments.trainrun, arguments.output_dir = trainrun, None
+    arguments.trainrun, arguments.output_dir, arguments.dry_run = trainrun, None, False
     return _run(arguments)
 
 

@@ -1,4 +1,4 @@
-"""What does a run leave behind? The saved pipeline and ``run.json``, never half-written."""
+"""What does a run leave behind? The saved pipeline and the run's record, never half-written."""
 
 from __future__ import annotations
 
@@ -81,15 +81,40 @@ class RunRecord:
         self.versions = self.versions or {name: version(name) for name in _PACKAGES}
 
     def write(self) -> Path:
-        """Write ``<output_dir>/run.json`` and return its path."""
-        path = Path(self.output_dir) / "run.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(
-            json.dumps(asdict(self), indent=2, default=_as_json) + "\n", encoding="utf-8"
-        )
-        os.replace(temporary, path)
+        """Write ``<output_dir>/run.json`` and return its path.
+
+        Once the run has ended, :meth:`result` goes beside it as ``result.json``; before, that of
+        an earlier run goes away: where there is one, this run has ended.
+        """
+        folder = Path(self.output_dir)
+        content = json.dumps(asdict(self), indent=2, default=_as_json) + "\n"
+        path = write_atomically(folder / "run.json", content.encode())
+        if self.finished is None:
+            (folder / "result.json").unlink(missing_ok=True)
+        else:
+            content = json.dumps(self.result(), indent=2) + "\n"
+            write_atomically(folder / "result.json", content.encode())
         return path
+
+    def result(self) -> dict[str, Any]:
+        """Return what whoever submitted the run asks first; the rest is in ``run.json``."""
+        return {
+            "status": self.status,
+            "exit_code": self.exit_code,
+            "error": self.error,
+            "pipeline": self.pipeline or None,
+            "metrics": self.metrics,
+            "run": str(Path(self.output_dir) / "run.json"),
+        }
+
+
+def write_atomically(path: Path, content: bytes) -> Path:
+    """Write a file under a temporary name and rename it; return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+    return path
 
 
 def now() -> str:

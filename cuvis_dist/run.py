@@ -221,12 +221,13 @@ def run_trainrun(
         str(trainrun.output_dir),
         scaling=scaling.model_dump(mode="json"),
     )
+    record.write()
     try:
         _run(trainrun, scaling, record, emit or log_event, verbose)
         record.status, record.exit_code = "done", 0
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:  # Ray makes the latter of SIGTERM
         record.status, record.exit_code = "interrupted", INTERRUPTED
-        raise
+        raise KeyboardInterrupt from stop
     except BaseException as error:
         record.status, record.error = "failed", one_line(error)
         record.exit_code = getattr(error, "exit_code", 1)

@@ -1,6 +1,7 @@
 """Submit both phases of a trainrun: ``python -m jobs.two_phase TRAINRUN [options]``.
 
-Takes the options of ``cuvis-dist run`` and ends with its exit code.
+Takes the options of ``cuvis-dist run`` (``--dry-run`` prints the plan and what it would ask the
+cluster for), leaves ``result.json`` in the output folder and ends with the same exit code.
 """
 
 import sys
