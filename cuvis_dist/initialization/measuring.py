@@ -109,38 +109,55 @@ class Measurer:
             If a node cannot use the frame, or values are not finite; the message names it.
         """
         partial = Partial({}, str(frame))
-        bad, seen = Counter[str](), Counter[str]()
         probes: dict[str, list[Tensor]] = {key: [] for key in self.measurements}
+        for chosen in self._chosen(batch, frame):
+            measured = {}
+            for key, (pixels, index) in chosen.items():
+                node, recipe = self.measurements[key]
+                where: dict[str, Any] = {}
+                if recipe.statistic.located:
+                    where = {"uid": frame.uid, "position": position, "index": index}
+                    where["bound"] = self._bound(key, recipe.options["size"])
+                with _naming(f"{frame} cannot be measured for node {node.name}"):
+                    measured[key] = recipe.statistic.measure(pixels, **recipe.options, **where)
+                probes[key].append(_thinned(pixels))
+            partial = partial.merge(Partial(measured, str(frame)))
+        for key, statistic in partial.statistics.items():
+            if statistic.n and not statistic.is_finite():  # type: ignore[attr-defined]
+                raise self._not_finite(key, batch, frame)
+        self._note_ranks(partial)
+        return partial, {key: _thinned(torch.cat(few)) for key, few in probes.items()}
+
+    def _chosen(
+        self, batch: dict[str, Any], frame: Frame
+    ) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+        """Yield, strip by strip, the pixels ``[N, C]`` that count and their indices, by key."""
+        seen = Counter[str]()
         for part in strips(batch) if self.by_strips else [batch]:
             inputs = {n: compute_inputs(self.pipeline, n, part, str(frame)) for n in self.targets}
             wanted = self._wanted(part, frame)
-            measured: dict[str, Statistic] = {}
+            chosen = {}
             for key, (node, recipe) in self.measurements.items():
                 with _naming(f"{frame} cannot be measured for node {node.name}"):
                     every = recipe.pixels(node, inputs[node])
                     pixels, index = _selected(every, recipe.counts(node, inputs[node]), wanted)
                     if self.pixels == "finite":
                         pixels, index = _finite_only(pixels, index)
-                    options = dict(recipe.options)
-                    if recipe.statistic.located:
-                        options |= {"uid": frame.uid, "position": position}
-                        options |= {"index": index + seen[key], "bound": self._bound(key, options)}
-                    measured[key] = recipe.statistic.measure(pixels, **options)
+                chosen[key] = pixels, index + seen[key]
                 seen[key] += len(every)
-                bad[key] += _not_finite(measured[key], pixels)
-                probes[key].append(_thinned(pixels))
-            partial = partial.merge(Partial(measured, str(frame)))
-        for key, count in bad.items():
-            if count:
-                node, recipe = self.measurements[key]
-                raise DataError(
-                    f"{frame} has {count} pixels that are not finite at "
-                    f"{node.name}.{recipe.port}; they would make every fitted value NaN. Correct "
-                    "the recording, leave it out of the train split, or leave such pixels out "
-                    "(pixels: finite)"
-                )
-        self._note_ranks(partial)
-        return partial, {key: _thinned(torch.cat(few)) for key, few in probes.items()}
+            yield chosen
+
+    def _not_finite(self, key: str, batch: dict[str, Any], frame: Frame) -> DataError:
+        """Return what to say about a frame with values that are not finite."""
+        count = 0
+        for chosen in self._chosen(batch, frame):
+            count += int((~torch.isfinite(chosen[key][0])).any(dim=-1).sum())
+        node, recipe = self.measurements[key]
+        return DataError(
+            f"{frame} has {count} pixels that are not finite at {node.name}.{recipe.port}; they "
+            "would make every fitted value NaN. Correct the recording, leave it out of the train "
+            "split, or leave such pixels out (pixels: finite)"
+        )
 
     def _wanted(self, batch: dict[str, Any], frame: Frame) -> Tensor | None:
         """Return which pixels the annotation leaves, ``[N]``; None where all of them count."""
@@ -154,10 +171,9 @@ class Measurer:
             )
         return anomalies.reshape(-1) == 0
 
-    def _bound(self, key: str, options: dict[str, Any]) -> float:
+    def _bound(self, key: str, size: int) -> float:
         ranks = self.ranks.get(key)
-        full = ranks is not None and len(ranks) >= options["size"]
-        return float(ranks[options["size"] - 1]) if full and ranks is not None else 1.0
+        return 1.0 if ranks is None or len(ranks) < size else float(ranks[size - 1])
 
     def _note_ranks(self, partial: Partial) -> None:
         for key, sample in partial.statistics.items():
@@ -206,13 +222,6 @@ def _selected(
 def _finite_only(pixels: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     finite = torch.isfinite(pixels).all(dim=-1)
     return pixels[finite], index[finite.cpu()]
-
-
-def _not_finite(statistic: Statistic, pixels: Tensor) -> int:
-    """Count the pixels that are not finite; looked for one by one only where there are some."""
-    if not len(pixels) or (statistic.is_finite() and not statistic.located):
-        return 0
-    return int((~torch.isfinite(pixels)).any(dim=-1).sum())
 
 
 def _thinned(pixels: Tensor) -> Tensor:

@@ -59,6 +59,8 @@ class PixelSample(Statistic):
     ) -> Self:
         """Sample ``pixels`` ``[N, C]`` of one frame.
 
+        Pixels that are not finite come before all others (rank -1), so that they are found.
+
         Parameters
         ----------
         size : int
@@ -77,6 +79,7 @@ class PixelSample(Statistic):
         n = pixels.shape[0]
         where = np.arange(n) if index is None else index.cpu().numpy()
         rank = _ranks(where, seed, uid)
+        rank[~torch.isfinite(pixels).all(dim=-1).cpu().numpy()] = -1
         chosen = np.flatnonzero(rank <= bound)
         if len(chosen) > size:
             chosen = chosen[np.argpartition(rank[chosen], size - 1)[:size]]
