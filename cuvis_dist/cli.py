@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CuvisDistError as error:
         print(f"cuvis-dist: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Ray makes the latter of SIGTERM
         print("cuvis-dist: interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run both phases of a trainrun and save the pipeline")
     add_trainrun_options(run)
     add_scaling_options(run)
+    _add_restart(run)
     run.set_defaults(command=_run)
 
     info = commands.add_parser(
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, default in _demo_defaults().items():
         demo.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, metavar="N")
     add_scaling_options(demo)
+    _add_restart(demo)
     demo.set_defaults(command=_demo)
     return parser
 
@@ -108,6 +110,14 @@ def add_scaling_options(parser: argparse.ArgumentParser) -> None:
     )
     if not any(action.dest == "verbose" for action in parser._actions):
         _add_verbose(parser)
+
+
+def _add_restart(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="run from the beginning, whatever an earlier run of the same trainrun left",
+    )
 
 
 def _add_verbose(parser: argparse.ArgumentParser) -> None:
@@ -151,7 +161,9 @@ def _run(arguments: argparse.Namespace) -> int:
     from cuvis_dist.run import run_trainrun
 
     scaling = _scaling(arguments)
-    record = run_trainrun(_trainrun(arguments), scaling, ProgressLines(), arguments.verbose)
+    record = run_trainrun(
+        _trainrun(arguments), scaling, ProgressLines(), arguments.verbose, arguments.restart
+    )
     for split, metrics in record.metrics.items():
         for name, value in metrics.items():
             print(f"{split:5} {name} {value:.4f}")

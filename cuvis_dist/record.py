@@ -79,14 +79,28 @@ class RunRecord:
 
     def write(self) -> Path:
         """Write ``<output_dir>/run.json`` and return its path."""
-        path = Path(self.output_dir) / "run.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(
-            json.dumps(asdict(self), indent=2, default=_as_json) + "\n", encoding="utf-8"
-        )
-        os.replace(temporary, path)
-        return path
+        content = json.dumps(asdict(self), indent=2, default=_as_json) + "\n"
+        return write_atomically(Path(self.output_dir) / "run.json", content.encode())
+
+    @classmethod
+    def load(cls, output_dir: Path) -> RunRecord:
+        """Read ``<output_dir>/run.json``; what was nested comes back as mappings.
+
+        Raises
+        ------
+        OSError, ValueError, TypeError
+            If there is none, or it is another release's.
+        """
+        return cls(**json.loads((output_dir / "run.json").read_text(encoding="utf-8")))
+
+
+def write_atomically(path: Path, content: bytes) -> Path:
+    """Write a file under a temporary name and rename it; return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+    return path
 
 
 def now() -> str:
