@@ -27,6 +27,7 @@ from ray.exceptions import (
 from cuvis_dist.errors import CuvisDistError, LostWorkerError, one_line
 from cuvis_dist.events import relayed
 from cuvis_dist.scaling import Scaling
+from cuvis_dist.sinks import close_sinks
 
 T = TypeVar("T")
 
@@ -78,7 +79,12 @@ def _call_on_worker(
     prepare_worker(threads)
     if os.path.isdir(directory):
         os.chdir(directory)
-    return function(*args, emit=emit)
+    try:
+        return function(*args, emit=emit)
+    finally:
+        for argument in args:  # what comes back may be its nodes
+            if isinstance(argument, CuvisPipeline):
+                close_sinks(argument)
 
 
 @contextmanager

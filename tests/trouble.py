@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch.distributed
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 
 class Troubled(Dataset):
@@ -51,8 +51,6 @@ class TroubledModule(pl.LightningDataModule):
         self.module.setup(stage)
 
     def train_dataloader(self):
-        from torch.utils.data import DataLoader
-
         loader = self.module.train_dataloader()
         return DataLoader(
             Troubled(loader.dataset, *self.options),
@@ -66,3 +64,18 @@ class TroubledModule(pl.LightningDataModule):
 
     def test_dataloader(self):
         return self.module.test_dataloader()
+
+
+class OwnFrames(TroubledModule):
+    """A module that splits its frames itself, and unequally."""
+
+    def __init__(self, module):
+        pl.LightningDataModule.__init__(self)
+        self.module = module
+
+    def train_dataloader(self):
+        loader = self.module.train_dataloader()
+        frames = range(10 - 4 * torch.distributed.get_rank())
+        return DataLoader(
+            Subset(loader.dataset, frames), batch_size=2, collate_fn=loader.collate_fn
+        )

@@ -23,7 +23,7 @@ from pytorch_lightning import Callback
 from ray import cloudpickle
 from torchmetrics import Metric
 
-from cuvis_dist.training.sinks import is_sink
+from cuvis_dist.sinks import is_sink
 from cuvis_dist.workers import adopt_all
 
 

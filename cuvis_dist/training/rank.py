@@ -42,7 +42,7 @@ from torchmetrics import Metric
 
 from cuvis_dist.archive import NamedFrames, open_split
 from cuvis_dist.errors import InputError
-from cuvis_dist.training import sinks
+from cuvis_dist.sinks import close_sinks, silence_sinks
 from cuvis_dist.training.checkpoint import LastEpoch
 from cuvis_dist.training.dealing import DealtBatches, deal
 from cuvis_dist.training.lightning import RankConfig
@@ -114,14 +114,15 @@ def run_rank(config: dict[str, Any]) -> Outcome | None:
         [named[name] for name in job.loss_nodes],
         [named[name] for name in job.metric_nodes],
         RankConfig.of(job.training_config, job.on_gpu, job.log_dir, heartbeat),
-        job.monitors if first else [],
-        job.callbacks,
+        callbacks=job.callbacks,
     )
     module.heartbeat = heartbeat
+    if job.monitors:
+        module.monitors = [StepMonitor(module, job.monitors if first else [])]
     if first:
         module.events = EpochEvents(job.emit)
     else:
-        sinks.silence(job.pipeline)
+        silence_sinks(job.pipeline)
     checkpoint, metrics = None, []
     if job.verb == "fit":
         module.last = LastEpoch(job.last, job.pipeline)
@@ -135,7 +136,7 @@ def run_rank(config: dict[str, Any]) -> Outcome | None:
     if not first:
         return None
     module.zero_grad(set_to_none=True)
-    sinks.close(job.pipeline)
+    close_sinks(job.pipeline)
     job.pipeline.cpu()
     return Outcome(
         list(job.pipeline.nodes()),
@@ -177,6 +178,23 @@ class RankTrainer(UpstreamGradientTrainer):
             loader = trainer.test_dataloaders
         return loader.batch_sampler
 
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        """Run a step; before an epoch's first one, make sure that all ranks have as many."""
+        if batch_idx == 0:
+            with self.heartbeat.doing("counting steps"):
+                mine = torch.tensor(len(self._dealt.weights), device=self.device)
+                steps = self.all_gather(mine).flatten().tolist()
+            if len(set(steps)) > 1:
+                counts = ", ".join(f"rank {rank} {n}" for rank, n in enumerate(steps))
+                raise InputError(
+                    f"the workers have unequal numbers of batches in epoch "
+                    f"{self.current_epoch + 1} ({counts}): the train loader of "
+                    f"{type(self.datamodule.module).__name__} is another one in each process. It "
+                    "must list the same batches everywhere under the same seed; cuvis_dist deals "
+                    "them"
+                )
+        return super().training_step(batch, batch_idx)
+
     def _run_step(self, batch: Any, batch_idx: int, **kwargs: Any) -> torch.Tensor:
         """Run upstream's step with this worker's share of the loss and of what is logged."""
         dealt = self._dealt
@@ -216,6 +234,27 @@ class RankTrainer(UpstreamGradientTrainer):
             else:
                 share = torch.as_tensor(value, device=self.device) * self._share
                 super().log(name, share, sync_dist=True, reduce_fx=torch.sum, **kwargs)
+
+
+class StepMonitor:
+    """Gives rank 0's monitors a training step's loss over all of its frames.
+
+    Validation batches go to one worker whole: of these the monitors see rank 0's.
+    """
+
+    def __init__(self, module: RankTrainer, monitors: Sequence[Any]) -> None:
+        self.module, self.monitors = module, monitors
+
+    def log(self, name: str, value: torch.Tensor, step: int) -> None:
+        """Reduce over the workers in training, and pass on."""
+        module = self.module
+        if module.trainer.training:
+            with module.heartbeat.doing("logging"):
+                value = module.trainer.strategy.reduce(
+                    value.detach() * module._share, reduce_op="mean"
+                )
+        for monitor in self.monitors:
+            monitor.log(name, value, step=step)
 
 
 def _not_now() -> bool:

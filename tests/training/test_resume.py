@@ -6,9 +6,9 @@ import pytest
 from archives import assert_same_state
 from gradients import initialized, train, train_upstream
 from loguru import logger
-from trouble import TroubledModule
+from trouble import OwnFrames, TroubledModule
 
-from cuvis_dist.errors import ClusterError
+from cuvis_dist.errors import ClusterError, InputError
 
 pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.slow]
 OVERRIDES = ("data.batch_size=3", "training.scheduler.patience=0")
@@ -50,3 +50,9 @@ def test_a_stuck_worker_is_named(demo_trainrun, tmp_path):
         train(trainrun, 2, module, {"stall_seconds": 4})
     assert "meanwhile: rank 0" in str(error.value)
     assert (tmp_path / "happened").exists()
+
+
+def test_unequal_steps_are_told_before_the_first_one(demo_trainrun, tmp_path):
+    trainrun = initialized(demo_trainrun, tmp_path)
+    with pytest.raises(InputError, match=r"epoch 1 \(rank 0 5, rank 1 3\).*of OwnFrames"):
+        train(trainrun, 2, OwnFrames(trainrun.datamodule()))

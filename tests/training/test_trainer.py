@@ -20,12 +20,18 @@ from cuvis_dist.errors import ClusterError, DataError
 pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.slow]
 
 
+OPTIMIZERS = {
+    "adamw": ("training.optimizer.name=adamw",),
+    "sgd": ("training.optimizer.name=sgd", "training.optimizer.lr=1.0e-6"),
+}
+
+
 @pytest.fixture(scope="module")
 def references(demo_trainrun, tmp_path_factory):
     """Upstream in one process, per optimizer: 10 train frames in batches of 3 leave one over."""
     runs = {}
-    for name in ("adamw", "sgd"):
-        overrides = "data.batch_size=3", f"training.optimizer.name={name}"
+    for name, options in OPTIMIZERS.items():
+        overrides = "data.batch_size=3", *options
         trainrun = initialized(demo_trainrun, tmp_path_factory.mktemp(name), *overrides)
         runs[name] = trainrun, train_upstream(trainrun)
     return runs
@@ -64,8 +70,7 @@ def assert_same_values(trainer, expected):
 def test_equals_one_process_of_upstream(demo_trainrun, tmp_path, references, workers, optimizer):
     expected_run, expected = references[optimizer]
     assert len(expected_run.datamodule().train_ds) % 3, "the last batch should be a small one"
-    overrides = "data.batch_size=3", f"training.optimizer.name={optimizer}"
-    trainrun = initialized(demo_trainrun, tmp_path, *overrides)
+    trainrun = initialized(demo_trainrun, tmp_path, "data.batch_size=3", *OPTIMIZERS[optimizer])
     before = state(trainrun)
     events = []
     trainer = train(trainrun, workers, emit=events.append)
@@ -172,20 +177,25 @@ def test_monitors_write_on_rank_zero_alone(demo_trainrun, tmp_path):
     trainrun = initialized(folder / "trainrun.yaml", tmp_path / "out", *overrides)
     (board,) = (node for node in trainrun.pipeline.nodes() if node.name == "board")
     before = state(trainrun)
-    train(trainrun, 3, monitors=[board])
+    trainer = train(trainrun, 3, monitors=[board])
     assert_frozen_as_before(trainrun, before)
 
-    written = []
+    written, losses = [], {}
     for run in sorted((tmp_path / "runs").iterdir()):
         (file,) = run.iterdir()  # one event file
         events = EventAccumulator(str(file)).Reload()
-        written.append(
-            {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-            | {tag: [event.step for event in events.Images(tag)] for tag in events.Tags()["images"]}
-        )
+        tags = events.Tags()
+        steps = {tag: [event.step for event in events.Scalars(tag)] for tag in tags["scalars"]}
+        steps |= {tag: [event.step for event in events.Images(tag)] for tag in tags["images"]}
+        written.append(steps)
+        if "train/loss" in tags["scalars"]:
+            losses = {event.step: event.value for event in events.Scalars("train/loss")}
     training, _evaluation = written  # the second by the post-fit steps, in one process
     steps = 2 * 4
     assert training["train/loss"] == list(range(steps))
+    # The loss of a step is that of all its frames.
+    for epoch, values in enumerate(trainer.callbacks[0].values):
+        assert losses[4 * epoch + 3] == pytest.approx(values["train_loss"], rel=1e-5)
     # Of the two validation batches of an epoch rank 0 has the first; also one before training.
     assert training["val/score_heatmap_img00"] == [0, 4, 8]
     assert training["val/iou"] == [0, 4, 8]

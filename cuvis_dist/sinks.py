@@ -33,13 +33,13 @@ def rank_zero_nodes(pipeline: CuvisPipeline) -> list[Node]:
     return found
 
 
-def silence(pipeline: CuvisPipeline) -> None:
+def silence_sinks(pipeline: CuvisPipeline) -> None:
     """Let the nodes that belong to rank 0 not run in this process."""
     for node in rank_zero_nodes(pipeline):
         node.should_execute = _never
 
 
-def close(pipeline: CuvisPipeline) -> None:
+def close_sinks(pipeline: CuvisPipeline) -> None:
     """Close what sinks have open, so that they can travel back to the driver."""
     for node in pipeline.nodes():
         if is_sink(node):
