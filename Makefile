@@ -14,7 +14,7 @@ demo: outputs/demo/summary.txt
 
 outputs/demo/summary.txt: $(INSTALLED) $(SOURCES)
 	@mkdir -p $(@D)
-	$(BIN)/cuvis-dist demo --folder outputs/demo --workers 2 --train-workers 2 > $@.part
+	$(BIN)/cuvis-dist demo --folder outputs/demo --workers 2 --train-workers 2 --restart > $@.part
 	@mv $@.part $@
 
 test: $(INSTALLED) sdk

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CuvisDistError as error:
         print(f"cuvis-dist: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Ray makes the latter of SIGTERM
         print("cuvis-dist: interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     add_scaling_options(init)
     init.set_defaults(command=_init)
     for command in (run, init):
+        _add_restart(command)
         command.add_argument(
             "--dry-run",
             action="store_true",
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, default in _demo_defaults().items():
         demo.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, metavar="N")
     add_scaling_options(demo)
+    _add_restart(demo)
     demo.set_defaults(command=_demo)
 
     submit = commands.add_parser(
@@ -161,6 +163,14 @@ def add_scaling_options(parser: argparse.ArgumentParser) -> None:
         _add_verbose(parser)
 
 
+def _add_restart(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="run from the beginning, whatever an earlier run of the same trainrun left",
+    )
+
+
 def _add_verbose(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-v", "--verbose", action="store_true", help="show Ray's and cuvis.ai's logs"
@@ -222,7 +232,9 @@ def _run_and_print(arguments: argparse.Namespace, trainrun: TrainRun) -> RunReco
     from cuvis_dist.progress import ProgressLines
     from cuvis_dist.run import run_trainrun
 
-    record = run_trainrun(trainrun, _scaling(arguments), ProgressLines(), arguments.verbose)
+    record = run_trainrun(
+        trainrun, _scaling(arguments), ProgressLines(), arguments.verbose, arguments.restart
+    )
     for split, metrics in record.metrics.items():
         for name, value in metrics.items():
             print(f"{split:5} {name} {value:.4f}")

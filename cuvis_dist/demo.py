@@ -208,7 +208,6 @@ def _trainrun(folder: Path, rows: list[tuple[str, int]], settings: DemoSettings)
         "training": {
             "seed": 42,
             "max_epochs": settings.max_epochs,
-            "accelerator": "cpu",
             "enable_progress_bar": False,
             "optimizer": {"name": "adamw", "lr": 1e-3},
             "scheduler": {

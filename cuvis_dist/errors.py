@@ -31,6 +31,10 @@ class ClusterError(CuvisDistError):
     exit_code = 4
 
 
+class LostWorkerError(ClusterError):
+    """A worker died, or its node did; another try may go well."""
+
+
 #: Exit code of a run that was interrupted (Ctrl-C, SIGTERM), as shells have it.
 INTERRUPTED = 130
 

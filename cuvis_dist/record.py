@@ -96,6 +96,19 @@ class RunRecord:
             write_atomically(folder / "result.json", content.encode())
         return path
 
+    @classmethod
+    def load(cls, output_dir: Path) -> RunRecord:
+        """Read ``<output_dir>/run.json``; what was nested comes back as mappings.
+
+        Raises
+        ------
+        OSError, ValueError, TypeError, KeyError
+            If there is none, or it is another release's.
+        """
+        values = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
+        values["findings"] = [Finding(**finding) for finding in values["findings"]]
+        return cls(**values)
+
     def result(self) -> dict[str, Any]:
         """Return what whoever submitted the run asks first; the rest is in ``run.json``."""
         return {

@@ -30,9 +30,11 @@ from cuvis_dist.errors import INTERRUPTED, CuvisDistError, DataError, InputError
 from cuvis_dist.evaluation import failed_split, post_fit
 from cuvis_dist.initialization import StatisticalTrainer, recipe_for, statistical_nodes
 from cuvis_dist.record import RunRecord, now, save_pipeline
+from cuvis_dist.resume import Resume, fingerprint
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.session import connect, require_resources
-from cuvis_dist.training import GradientTrainer
+from cuvis_dist.session import connect, require_resources, terminable
+from cuvis_dist.training import GradientTrainer, check_training
+from cuvis_dist.workers import adopt_all
 
 
 @dataclass
@@ -191,8 +193,13 @@ def run_trainrun(
     scaling: Scaling | None = None,
     emit: EmitFn | None = None,
     verbose: bool = False,
+    restart: bool = False,
 ) -> RunRecord:
     """Run both phases of a trainrun (the first alone without a ``training`` block) and save.
+
+    A run of the same trainrun that was cut off in the same ``output_dir`` is continued: phase 1
+    is not repeated when it was finished, and phase 2 goes on after its last finished epoch. One
+    that is done is left as it is.
 
     Parameters
     ----------
@@ -202,6 +209,8 @@ def run_trainrun(
         Resources; ``output_dir`` is taken from the trainrun.
     emit : callable, optional
         Where the events of both phases go; the log by default.
+    restart : bool
+        Run from the beginning, whatever an earlier run left.
 
     Returns
     -------
@@ -221,35 +230,69 @@ def run_trainrun(
         str(trainrun.output_dir),
         scaling=scaling.model_dump(mode="json"),
     )
+    with _recorded(record), terminable():
+        if trainrun.config.training is not None:
+            check_training(trainrun.config.training, scaling)
+        datamodule = trainrun.datamodule()
+        parts = fingerprint(trainrun.config, trainrun.pipeline, datamodule, scaling)
+        resume = Resume(trainrun.output_dir, parts, restart)
+    if finished := resume.finished():
+        logger.warning(
+            f"this run is done since {finished.finished}, its result is in {finished.pipeline}; "
+            "--restart runs it again"
+        )
+        return finished
+    resume.begin()
     record.write()
-    try:
-        _run(trainrun, scaling, record, emit or log_event, verbose)
-        record.status, record.exit_code = "done", 0
-    except (KeyboardInterrupt, SystemExit) as stop:  # Ray makes the latter of SIGTERM
-        record.status, record.exit_code = "interrupted", INTERRUPTED
-        raise KeyboardInterrupt from stop
-    except BaseException as error:
-        record.status, record.error = "failed", one_line(error)
-        record.exit_code = getattr(error, "exit_code", 1)
-        raise
-    finally:
-        record.finished = now()
+    with _recorded(record), terminable():
+        _run(trainrun, datamodule, scaling, record, resume, emit or log_event, verbose)
+        record.status, record.exit_code, record.finished = "done", 0, now()
         record.write()
+    resume.finish()
     return record
 
 
+@contextmanager
+def _recorded(record: RunRecord) -> Iterator[None]:
+    """Write down how the run ended, if it did not end well."""
+    try:
+        yield
+    except BaseException as error:
+        # Ray ends a driver by SystemExit, both on SIGTERM and on Ctrl-C while it trains.
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+        record.status = "interrupted" if stopped else "failed"
+        record.exit_code = INTERRUPTED if stopped else getattr(error, "exit_code", 1)
+        record.error = None if stopped else one_line(error)
+        record.finished = now()
+        record.write()
+        if stopped:
+            logger.warning("interrupted; the same command goes on from here")
+            raise KeyboardInterrupt from error
+        raise
+
+
 def _run(
-    trainrun: TrainRun, scaling: Scaling, record: RunRecord, emit: EmitFn, verbose: bool
+    trainrun: TrainRun,
+    datamodule: pl.LightningDataModule,
+    scaling: Scaling,
+    record: RunRecord,
+    resume: Resume,
+    emit: EmitFn,
+    verbose: bool,
 ) -> None:
     pipeline, config = trainrun.pipeline, trainrun.config
-    datamodule = trainrun.datamodule()
-    with _timed(record, "start"):
+    with _timed(record, "start"), terminable():  # Ray sets a handler of its own
         connect(scaling, verbose)
         if config.training is not None:
             require_resources(scaling)
 
     metric_nodes = trainrun.metric_nodes or None
-    if statistical_nodes(pipeline):
+    if earlier := resume.load_initialized():
+        logger.warning(f"phase 1 was finished before: its result in {resume.folder} is used")
+        adopt_all(pipeline, earlier["nodes"])
+        record.passes, record.skipped_frames = earlier["passes"], earlier["skipped_frames"]
+        record.findings = earlier["findings"]
+    elif statistical_nodes(pipeline):
         with _timed(record, "initialization"):
             trainer = StatisticalTrainer(
                 pipeline, datamodule, metric_nodes=metric_nodes, emit=emit, scaling=scaling
@@ -262,6 +305,12 @@ def _run(
                     uid: reason for done in trainer.records for uid, reason in done.skipped.items()
                 }
             record.findings = trainer.diagnose()
+        resume.save_initialized(
+            nodes=list(pipeline.nodes()),
+            passes=record.passes,
+            skipped_frames=record.skipped_frames,
+            findings=record.findings,
+        )
 
     if config.training is None:
         with _timed(record, "evaluation"):
@@ -304,7 +353,7 @@ def _train(
         emit=emit,
         scaling=scaling,
     )
-    trainer.fit()
+    trainer.fit(resume=True)  # what is there is this run's: see Resume
     record.epochs = trainer.epochs
     assert trainer.outcome is not None
     return trainer.outcome

@@ -63,7 +63,13 @@ class Scaling(BaseModel):
         Where checkpoints and logs go when the training configuration does not say. Several
         nodes must all see this folder.
     max_failures : int
-        How often the training workers may be lost before the run gives up.
+        How often training workers may be lost before the run gives up. Training then goes on
+        from the end of the last finished epoch. Errors that would come again (a frame that
+        cannot be read, a stuck worker) end the run at once.
+    stall_seconds : float
+        How long a training worker may do nothing at all, neither computing nor reading or
+        writing, before the run ends with an error that names it. A slow read that goes on is
+        no pause.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -83,7 +89,8 @@ class Scaling(BaseModel):
     on_error: Literal["raise", "skip"] = "raise"
     max_skipped: int = Field(default=10, ge=0)
     output_dir: Path = Path("outputs")
-    max_failures: int = Field(default=0, ge=0)
+    max_failures: int = Field(default=3, ge=0)
+    stall_seconds: float = Field(default=45, gt=0)
 
     @classmethod
     def load(cls, path: str | Path | None = None, **overrides: Any) -> Scaling:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import re
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,9 +25,10 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from cuvis_dist.errors import ClusterError, CuvisDistError, one_line
+from cuvis_dist.errors import CuvisDistError, LostWorkerError, one_line
 from cuvis_dist.events import relayed
 from cuvis_dist.scaling import Scaling
+from cuvis_dist.sinks import close_sinks
 
 T = TypeVar("T")
 
@@ -93,7 +95,12 @@ def _call_on_worker(
     prepare_worker(threads)
     if os.path.isdir(directory):
         os.chdir(directory)
-    return function(*args, emit=emit)
+    try:
+        return function(*args, emit=emit)
+    finally:
+        for argument in args:  # what comes back may be its nodes
+            if isinstance(argument, CuvisPipeline):
+                close_sinks(argument)
 
 
 @contextmanager
@@ -104,7 +111,7 @@ def raise_cause(what: str) -> Iterator[None]:
     ------
     CuvisDistError
         The first of its kind in the chain of causes, else one that gives the root cause.
-    ClusterError
+    LostWorkerError
         If a worker, node or its memory was lost.
     """
     try:
@@ -115,14 +122,37 @@ def raise_cause(what: str) -> Iterator[None]:
         for cause in causes(error):
             if isinstance(cause, CuvisDistError):
                 raise cause from None
-        lost = (WorkerCrashedError, ActorDiedError, NodeDiedError, OutOfMemoryError)
-        for cause in causes(error):
-            if isinstance(cause, lost):
-                raise ClusterError(
-                    f"{what} lost its worker: {one_line(cause)}. A worker that ran out of "
-                    "memory needs more of it, or fewer workers per machine"
-                ) from error
-        raise CuvisDistError(f"{what} failed: {one_line(list(causes(error))[-1])}") from error
+        everything = list(causes(error))
+        # The others of a group may be the first to notice, by a broken connection.
+        lost: list[BaseException] = [c for c in everything if isinstance(c, _LOST)] or [
+            cause for cause in everything if _BROKEN_CONNECTION.search(str(cause))
+        ]
+        if lost:
+            raise LostWorkerError(
+                f"{what} lost {_which(error)}: {one_line(lost[0])}. A worker that ran out of "
+                "memory needs more of it, or fewer workers per machine"
+            ) from error
+        raise CuvisDistError(f"{what} failed: {one_line(everything[-1])}") from error
+
+
+_LOST = (WorkerCrashedError, ActorDiedError, NodeDiedError, OutOfMemoryError)
+_BROKEN_CONNECTION = re.compile(
+    r"Connection (closed by|reset by) peer|gloo/transport/.*(Broken pipe|Connection refused)"
+    r"|NCCL.*(remote process exited|remote error)",
+    re.DOTALL,
+)
+
+
+def _which(error: BaseException) -> str:
+    """Name the rank of a training worker that died, where it is known."""
+    for cause in causes(error):
+        failures = getattr(cause, "worker_failures", None) or {}
+        ranks = [
+            r for r in sorted(failures) if any(isinstance(c, _LOST) for c in causes(failures[r]))
+        ]
+        if ranks:
+            return f"worker {', '.join(map(str, ranks))}"
+    return "a worker"
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -131,10 +161,10 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         yield error
+        failures = getattr(error, "worker_failures", None) or {}
+        for rank in sorted(failures):
+            yield from causes(failures[rank])
         inner = error.cause if isinstance(error, RayTaskError) else None
-        failures = getattr(error, "worker_failures", None)
-        if failures:
-            inner = failures[min(failures)]
         error = inner or error.__cause__ or error.__context__
 
 
@@ -155,6 +185,6 @@ def adopt(node: Node, fitted: Node) -> None:
 
 def adopt_all(pipeline: CuvisPipeline, fitted: list[Node]) -> None:
     """:func:`adopt` for the nodes of a pipeline that came back from a worker."""
-    by_name = {node.name: node for node in fitted}
-    for node in pipeline.nodes():
-        adopt(node, by_name[node.name])
+    by_name = {node.name: node for node in pipeline.nodes()}
+    for node in fitted:
+        adopt(by_name[node.name], node)

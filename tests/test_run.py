@@ -96,13 +96,33 @@ def test_both_phases_leave_a_pipeline_that_plain_cuvis_ai_loads(demo, capsys):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-def test_a_statistical_trainrun_and_restore_trainrun_test(demo):
+def test_a_statistical_trainrun_and_restore_trainrun_test(demo, capsys):
     """Phase 1 alone; then upstream's own command finds the result and tests it."""
     edit(demo, lambda run: run.pop("training"))
     assert main(["run", str(demo)]) == 0
     record = json.loads((demo.parent / "results" / "run.json").read_text())
     assert record["epochs"] == 0
     assert "training" not in record["seconds"]
+    saved = Path(record["pipeline"])
+
+    def again(*options):
+        before = saved.stat().st_mtime_ns
+        capsys.readouterr()
+        assert main(["run", str(demo), *options]) == 0
+        said = capsys.readouterr()
+        assert f"pipeline {saved}" in said.out
+        return saved.stat().st_mtime_ns > before, "fitted rx_detector" in said.err, said.err
+
+    ran, fitted, said = again("--workers", "3", "--train-workers", "2")
+    assert not ran, "a finished run was run again"
+    assert not fitted
+    assert "this run is done since" in said
+    assert again("--restart")[:2] == (True, True)
+    ran, fitted, said = again("--override", "data.batch_size=1")
+    assert ran
+    assert fitted
+    assert "starting anew: an earlier run" in said
+    assert "had another trainrun" in said
 
     from cuvis_ai_core.utils.restore import restore_trainrun
 

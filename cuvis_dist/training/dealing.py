@@ -54,6 +54,9 @@ class DealtBatches(Sampler[list[int]]):
         keeps the worker in step.
     frames : int
         Frames of all global batches of the current epoch.
+    generator : torch.Generator
+        For the loader, seeded for the current epoch: its workers then have the same seeds in a
+        run that goes on from this epoch, and the process's own random state is left alone.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class DealtBatches(Sampler[list[int]]):
         self.epoch = 0
         self.weights: list[float] = []
         self.frames = 0
+        self.generator = torch.Generator()
 
     @property
     def sampler(self) -> DealtBatches:
@@ -97,6 +101,7 @@ class DealtBatches(Sampler[list[int]]):
         with isolate_rng(include_cuda=False):
             torch.manual_seed(self.seed + self.epoch)
             batches = list(islice(self.batches, self._size()))
+        self.generator.manual_seed((self.seed + self.epoch) * self.world_size + self.rank)
         self.frames = sum(map(len, batches))
         if self.whole:
             mine = [(batch, 1.0) for batch in batches[self.rank :: self.world_size]]
@@ -123,5 +128,6 @@ def deal(loader: DataLoader, dataset: Dataset, batches: DealtBatches) -> DataLoa
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
         persistent_workers=loader.persistent_workers,
+        generator=batches.generator,
         **options,
     )

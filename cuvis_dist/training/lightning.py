@@ -15,6 +15,7 @@ import torch
 from cuvis_ai_core.training.config import TrainingConfig
 from pydantic import PrivateAttr
 from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.profilers import Profiler
 from pytorch_lightning.strategies import DDPStrategy
 
 
@@ -75,7 +76,9 @@ class RankConfig(TrainingConfig):
     _extra: dict[str, Any] = PrivateAttr(default_factory=dict)
 
     @classmethod
-    def of(cls, config: TrainingConfig, on_gpu: bool, log_dir: str) -> RankConfig:
+    def of(
+        cls, config: TrainingConfig, on_gpu: bool, log_dir: str, profiler: Profiler
+    ) -> RankConfig:
         """Return ``config`` for one worker; ``log_dir`` is used where it names no root."""
         rank_config = cls.model_validate(config.model_dump())
         rank_config._extra = {
@@ -85,6 +88,7 @@ class RankConfig(TrainingConfig):
             # beside its cached inverse. DDP would wait for their gradients.
             "strategy": RayDDPStrategy(find_unused_parameters=True),
             "plugins": [RayEnvironment()],
+            "profiler": profiler,
             "use_distributed_sampler": False,  # frames are dealt by training/dealing.py
             "default_root_dir": config.default_root_dir or log_dir,
         }
@@ -93,7 +97,8 @@ class RankConfig(TrainingConfig):
         return rank_config
 
     def to_lightning_kwargs(self) -> dict[str, Any]:
-        """Return upstream's keywords and this worker's; validation is limited when dealt."""
+        """Return upstream's keywords and this worker's; batches are limited when dealt."""
         kwargs = super().to_lightning_kwargs() | self._extra
-        kwargs.pop("limit_val_batches", None)
+        for name in ("limit_train_batches", "limit_val_batches"):
+            kwargs.pop(name, None)
         return kwargs

@@ -11,6 +11,8 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -39,8 +41,12 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from cuvis_dist.archive import NamedFrames, open_split
+from cuvis_dist.errors import InputError
+from cuvis_dist.sinks import close_sinks, silence_sinks
+from cuvis_dist.training.checkpoint import LastEpoch
 from cuvis_dist.training.dealing import DealtBatches, deal
 from cuvis_dist.training.lightning import RankConfig
+from cuvis_dist.training.watch import COMPUTING, Heartbeat
 from cuvis_dist.workers import prepare_worker
 
 
@@ -53,7 +59,11 @@ class Assignment:
     verb : str
         ``fit``, ``validate`` or ``test``.
     checkpoint : str or None
-        Lightning checkpoint to evaluate.
+        Lightning checkpoint to evaluate; for ``fit`` the one to go on from.
+    last : Path
+        Where ``fit`` keeps the state of its last finished epoch.
+    watch : actor handle
+        Of a :class:`~cuvis_dist.training.watch.Watch`.
     directory : str
         The driver's working directory, against which relative paths are meant.
     """
@@ -71,6 +81,9 @@ class Assignment:
     on_gpu: bool
     threads: int
     directory: str
+    last: Path
+    watch: Any
+    stall_seconds: float
     checkpoint: str | None = None
 
 
@@ -94,26 +107,36 @@ def run_rank(config: dict[str, Any]) -> Outcome | None:
     context = ray.train.get_context()
     first = context.get_world_rank() == 0
     named = {node.name: node for node in job.pipeline.nodes()}
+    heartbeat = Heartbeat(job.watch, context.get_world_rank(), job.stall_seconds)
     module = RankTrainer(
         job.pipeline,
         DealtDataModule(job, context.get_world_rank(), context.get_world_size()),
         [named[name] for name in job.loss_nodes],
         [named[name] for name in job.metric_nodes],
-        RankConfig.of(job.training_config, job.on_gpu, job.log_dir),
-        job.monitors if first else [],
-        job.callbacks,
+        RankConfig.of(job.training_config, job.on_gpu, job.log_dir, heartbeat),
+        callbacks=job.callbacks,
     )
+    module.heartbeat = heartbeat
+    if job.monitors:
+        module.monitors = [StepMonitor(module, job.monitors if first else [])]
     if first:
         module.events = EpochEvents(job.emit)
+    else:
+        silence_sinks(job.pipeline)
     checkpoint, metrics = None, []
     if job.verb == "fit":
-        module.fit()
+        module.last = LastEpoch(job.last, job.pipeline)
+        module.resume_from = job.checkpoint
+        with heartbeat:
+            module.fit()
         checkpoint = module.load_best_checkpoint() if first else None
     else:
-        metrics = getattr(module, job.verb)(ckpt_path=job.checkpoint)
+        with heartbeat:
+            metrics = getattr(module, job.verb)(ckpt_path=job.checkpoint)
     if not first:
         return None
     module.zero_grad(set_to_none=True)
+    close_sinks(job.pipeline)
     job.pipeline.cpu()
     return Outcome(
         list(job.pipeline.nodes()),
@@ -127,14 +150,21 @@ def run_rank(config: dict[str, Any]) -> Outcome | None:
 class RankTrainer(UpstreamGradientTrainer):
     """Upstream's gradient trainer as one of several."""
 
+    heartbeat: Heartbeat
     events: Callback | None = None
+    last: LastEpoch | None = None
+    resume_from: str | None = None
 
     def _build_trainer(self) -> pl.Trainer:
         """Build upstream's trainer, less the post-fit steps, which follow on all workers."""
         trainer = super()._build_trainer()
         trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, PostFitCallback)]
+        if self.last is not None:  # before the user's, which may change nodes at an epoch's start
+            trainer.callbacks.insert(0, self.last)
         if self.events is not None:
             trainer.callbacks.append(self.events)
+        if self.resume_from is not None:  # upstream's fit has no argument for it
+            trainer.fit = partial(trainer.fit, ckpt_path=self.resume_from, weights_only=False)
         return trainer
 
     @property
@@ -147,6 +177,23 @@ class RankTrainer(UpstreamGradientTrainer):
         if trainer.testing:
             loader = trainer.test_dataloaders
         return loader.batch_sampler
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        """Run a step; before an epoch's first one, make sure that all ranks have as many."""
+        if batch_idx == 0:
+            with self.heartbeat.doing("counting steps"):
+                mine = torch.tensor(len(self._dealt.weights), device=self.device)
+                steps = self.all_gather(mine).flatten().tolist()
+            if len(set(steps)) > 1:
+                counts = ", ".join(f"rank {rank} {n}" for rank, n in enumerate(steps))
+                raise InputError(
+                    f"the workers have unequal numbers of batches in epoch "
+                    f"{self.current_epoch + 1} ({counts}): the train loader of "
+                    f"{type(self.datamodule.module).__name__} is another one in each process. It "
+                    "must list the same batches everywhere under the same seed; cuvis_dist deals "
+                    "them"
+                )
+        return super().training_step(batch, batch_idx)
 
     def _run_step(self, batch: Any, batch_idx: int, **kwargs: Any) -> torch.Tensor:
         """Run upstream's step with this worker's share of the loss and of what is logged."""
@@ -162,7 +209,8 @@ class RankTrainer(UpstreamGradientTrainer):
             metric.compute_with_cache = False
             metric.distributed_available_fn = _not_now
         try:
-            loss = super()._run_step(batch, batch_idx, **kwargs)
+            with self.heartbeat.doing(COMPUTING):
+                loss = super()._run_step(batch, batch_idx, **kwargs)
         finally:
             for metric, function in zip(pooled, available, strict=True):
                 metric.distributed_available_fn = function
@@ -178,13 +226,35 @@ class RankTrainer(UpstreamGradientTrainer):
         evaluation the shares of all batches of the split add up to 1. A torchmetrics object
         synchronizes its own states when Lightning computes it at the end.
         """
-        if isinstance(value, Metric):
-            super().log(name, value, **kwargs)
-        elif self.trainer.training:
-            super().log(name, value * self._share, sync_dist=True, **kwargs)
-        else:
-            share = torch.as_tensor(value, device=self.device) * self._share
-            super().log(name, share, sync_dist=True, reduce_fx=torch.sum, **kwargs)
+        with self.heartbeat.doing("logging"):  # the others may be waited for here
+            if isinstance(value, Metric):
+                super().log(name, value, **kwargs)
+            elif self.trainer.training:
+                super().log(name, value * self._share, sync_dist=True, **kwargs)
+            else:
+                share = torch.as_tensor(value, device=self.device) * self._share
+                super().log(name, share, sync_dist=True, reduce_fx=torch.sum, **kwargs)
+
+
+class StepMonitor:
+    """Gives rank 0's monitors a training step's loss over all of its frames.
+
+    Validation batches go to one worker whole: of these the monitors see rank 0's.
+    """
+
+    def __init__(self, module: RankTrainer, monitors: Sequence[Any]) -> None:
+        self.module, self.monitors = module, monitors
+
+    def log(self, name: str, value: torch.Tensor, step: int) -> None:
+        """Reduce over the workers in training, and pass on."""
+        module = self.module
+        if module.trainer.training:
+            with module.heartbeat.doing("logging"):
+                value = module.trainer.strategy.reduce(
+                    value.detach() * module._share, reduce_op="mean"
+                )
+        for monitor in self.monitors:
+            monitor.log(name, value, step=step)
 
 
 def _not_now() -> bool:
@@ -213,11 +283,20 @@ class DealtDataModule(pl.LightningDataModule):
             whole=split != "train",
             limit=limit,
         )
+        if (
+            self.trainer is not None
+        ):  # a fit that goes on asks for its first epoch before it says so
+            batches.set_epoch(self.trainer.current_epoch)
+        if limit and not len(batches):
+            raise InputError(
+                f"training.limit_{split}_batches is {limit}, which leaves none of the "
+                f"{len(loader)} batches of the {split} split"
+            )
         return deal(loader, NamedFrames(loader.dataset, frames), batches)
 
     def train_dataloader(self) -> DataLoader:
         """Return this worker's part of every training batch."""
-        return self._loader("train")
+        return self._loader("train", self.config.limit_train_batches)
 
     def val_dataloader(self) -> DataLoader:
         """Return this worker's validation batches."""

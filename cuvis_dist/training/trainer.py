@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,19 @@ from cuvis_ai_core.training.post_fit import (
     TrainHook,
     log_event,
 )
+from loguru import logger
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from cuvis_dist.errors import ClusterError
+from cuvis_dist.errors import ClusterError, CuvisDistError, InputError, LostWorkerError
 from cuvis_dist.evaluation import post_fit
 from cuvis_dist.events import relayed
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.session import connect, require_resources
+from cuvis_dist.training.checkpoint import finished_epochs, last_checkpoint
+from cuvis_dist.training.configuration import check_training
 from cuvis_dist.training.rank import Assignment, Outcome, run_rank
+from cuvis_dist.training.watch import Watch
 from cuvis_dist.workers import adopt_all, raise_cause
 
 
@@ -90,19 +96,38 @@ class GradientTrainer(UpstreamGradientTrainer):
         self.epochs = 0
         self._best: CheckpointRestored | None = None
 
-    def fit(self) -> None:
+    def fit(self, *, resume: bool = False) -> None:
         """Train, restore the best checkpoint, calibrate, evaluate val and test.
+
+        A lost worker is replaced, ``scaling.max_failures`` times at most, and training goes on
+        from the end of the last finished epoch: ``<output_dir>/resume/last.ckpt``.
+
+        Parameters
+        ----------
+        resume : bool
+            Go on where an earlier fit of the same pipeline in ``output_dir`` was cut off.
 
         Raises
         ------
         InputError
-            If the data module cannot serve a split that training needs.
+            If the configuration cannot run on these workers, no node is unfrozen, or the data
+            module cannot serve a split that training needs.
         DataError
             If a frame cannot be read; the message names it.
         ClusterError
-            If the workers were lost or the cluster cannot offer what they need.
+            If the workers were lost or one is stuck (the message names its rank), or the cluster
+            cannot offer what they need.
         """
-        result = self._run("fit")
+        check_training(self.training_config, self.scaling)
+        if not any(parameter.requires_grad for parameter in self.pipeline.parameters()):
+            raise InputError(
+                "nothing to train: no node of the pipeline has unfrozen parameters. Name nodes in "
+                "unfreeze_nodes, or call pipeline.unfreeze_nodes_by_name first"
+            )
+        last = last_checkpoint(self.scaling.output_dir.resolve())
+        if not resume:
+            last.unlink(missing_ok=True)
+        result = self._fit(last)
         self.epochs, self._best = result.epochs, result.checkpoint
         self.emit(TrainEvent(TrainHook.CHECKPOINT_RESTORED, checkpoint=result.checkpoint))
         given = next((c for c in self.callbacks if isinstance(c, PostFitCallback)), None)
@@ -134,13 +159,30 @@ class GradientTrainer(UpstreamGradientTrainer):
             ckpt_path = self._best.path if self._best and self._best.restored else None
         return self._run("test", ckpt_path).metrics
 
+    def _fit(self, last: Path) -> Outcome:
+        """Train; after a loss of workers, go on from the last finished epoch."""
+        for failure in count(1):
+            try:
+                return self._run("fit", str(last) if last.is_file() else None)
+            except LostWorkerError as error:
+                if failure > self.scaling.max_failures:
+                    raise
+                epochs = finished_epochs(last)
+                where = f"from the end of epoch {epochs}" if epochs else "from the beginning"
+                logger.warning(
+                    f"{error}. Training goes on {where} (failure {failure}, at most "
+                    f"{self.scaling.max_failures})"
+                )
+        raise AssertionError
+
     def _run(self, verb: str, checkpoint: str | None = None) -> Outcome:
         """Start the workers, let them carry out ``verb``, and take over the nodes' state."""
         connect(self.scaling)
         require_resources(self.scaling)
         output_dir = self.scaling.output_dir.resolve()
         storage = output_dir / "ray_train"
-        with relayed(self.emit) as emit, raise_cause("training" if verb == "fit" else verb):
+        what = "training" if verb == "fit" else verb
+        with relayed(self.emit) as emit, self._watched(what) as watch, raise_cause(what):
             assignment = Assignment(
                 verb,
                 self.pipeline,
@@ -155,6 +197,9 @@ class GradientTrainer(UpstreamGradientTrainer):
                 self.scaling.gpus_per_worker > 0,
                 int(self.scaling.cpus_per_worker),
                 os.getcwd(),
+                last_checkpoint(output_dir),
+                watch,
+                self.scaling.stall_seconds,
                 checkpoint,
             )
             result: Any = TorchTrainer(
@@ -163,7 +208,8 @@ class GradientTrainer(UpstreamGradientTrainer):
                 scaling_config=_scaling_config(self.scaling),
                 run_config=RunConfig(
                     storage_path=str(storage),
-                    failure_config=FailureConfig(max_failures=self.scaling.max_failures),
+                    # Ray Train would try again after an error of any kind: see _fit.
+                    failure_config=FailureConfig(max_failures=0),
                 ),
             ).fit()
         shutil.rmtree(storage, ignore_errors=True)  # checkpoints are Lightning's, beside it
@@ -174,6 +220,22 @@ class GradientTrainer(UpstreamGradientTrainer):
         for callback, state in zip(assignment.callbacks, outcome.callback_states, strict=True):
             callback.load_state_dict(state)
         return outcome
+
+    @contextmanager
+    def _watched(self, what: str) -> Iterator[Any]:
+        """Watch the ranks; a group that ended because one was stuck is an error that names it."""
+        watch: Any = ray.remote(num_cpus=0)(Watch).remote(
+            self.scaling.train_workers, self.scaling.stall_seconds
+        )
+        try:
+            yield watch
+        except CuvisDistError:
+            verdict = ray.get(watch.verdict.remote())
+            if verdict:
+                raise ClusterError(f"{what} was ended: {verdict}") from None
+            raise
+        finally:
+            ray.kill(watch)
 
 
 def _scaling_config(scaling: Scaling) -> ScalingConfig:

@@ -2,113 +2,84 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
-import pytorch_lightning as pl
 import torch
+import yaml
 from archives import assert_same_state
-from cuvis_ai_core.training import GradientTrainer as UpstreamGradientTrainer
-from cuvis_ai_core.training import StatisticalTrainer as UpstreamStatisticalTrainer
-from cuvis_ai_core.training.config import create_callbacks_from_config
 from cuvis_ai_core.training.evaluation import evaluate_split
 from cuvis_ai_core.training.post_fit import TrainHook
 from cuvis_ai_schemas.enums import ExecutionStage
+from gradients import initialized, train, train_upstream
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cuvis_dist import GradientTrainer, Scaling
 from cuvis_dist.errors import ClusterError, DataError
-from cuvis_dist.run import load_trainrun
-from cuvis_dist.training.dealing import DealtBatches, deal
 
 pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.slow]
 
 
-class Epochs(pl.Callback):
-    """Keeps every value that callbacks can monitor, epoch by epoch."""
-
-    def __init__(self):
-        self.values = []
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        self.values.append({k: float(v) for k, v in trainer.callback_metrics.items()})
-
-    def state_dict(self):
-        return {"values": self.values}
-
-    def load_state_dict(self, state_dict):
-        self.values = state_dict["values"]
-
-
-def initialized(path, folder, *overrides):
-    """A trainrun after phase 1, its nodes unfrozen, its checkpoints in ``folder``."""
-    trainrun = load_trainrun(path, [f"output_dir={folder}", *overrides])
-    UpstreamStatisticalTrainer(trainrun.pipeline, trainrun.datamodule()).fit()
-    trainrun.pipeline.unfreeze_nodes_by_name(trainrun.config.unfreeze_nodes)
-    trainrun.config.training.callbacks.checkpoint.dirpath = str(folder / "checkpoints")
-    return trainrun
-
-
-def callbacks(trainrun):
-    return [Epochs(), *create_callbacks_from_config(trainrun.config.training.callbacks)]
-
-
-def train_upstream(trainrun):
-    """Upstream's trainer in this process, on the global batches that the workers are dealt."""
-    config, module = trainrun.config.training, trainrun.datamodule()
-    loader = module.train_dataloader()
-    module.train_dataloader = lambda: deal(
-        loader, loader.dataset, DealtBatches(loader.batch_sampler, 0, 1, config.seed)
-    )
-    trainer = UpstreamGradientTrainer(
-        trainrun.pipeline,
-        module,
-        trainrun.loss_nodes,
-        trainrun.metric_nodes,
-        config.model_copy(update={"default_root_dir": str(trainrun.output_dir)}),
-        callbacks=callbacks(trainrun),
-    )
-    trainer.fit()
-    return trainer
-
-
-def train(trainrun, workers, **options):
-    trainer = GradientTrainer(
-        trainrun.pipeline,
-        trainrun.datamodule(),
-        trainrun.loss_nodes,
-        trainrun.metric_nodes,
-        trainrun.config.training,
-        callbacks=callbacks(trainrun),
-        scaling=Scaling(train_workers=workers, output_dir=trainrun.output_dir),
-        **options,
-    )
-    trainer.fit()
-    return trainer
+OPTIMIZERS = {
+    "adamw": ("training.optimizer.name=adamw",),
+    "sgd": ("training.optimizer.name=sgd", "training.optimizer.lr=1.0e-6"),
+}
 
 
 @pytest.fixture(scope="module")
-def reference(demo_trainrun, tmp_path_factory):
-    """Upstream in one process: 10 train frames in batches of 3 leave one over."""
-    trainrun = initialized(demo_trainrun, tmp_path_factory.mktemp("one"), "data.batch_size=3")
-    return trainrun, train_upstream(trainrun)
+def references(demo_trainrun, tmp_path_factory):
+    """Upstream in one process, per optimizer: 10 train frames in batches of 3 leave one over."""
+    runs = {}
+    for name, options in OPTIMIZERS.items():
+        overrides = "data.batch_size=3", *options
+        trainrun = initialized(demo_trainrun, tmp_path_factory.mktemp(name), *overrides)
+        runs[name] = trainrun, train_upstream(trainrun)
+    return runs
 
 
-@pytest.mark.parametrize("workers", [2, 3])
-def test_equals_one_process_of_upstream(demo_trainrun, tmp_path, reference, workers):
-    expected_run, expected = reference
-    assert len(expected_run.datamodule().train_ds) % 3, "the last batch should be a small one"
-    trainrun = initialized(demo_trainrun, tmp_path, "data.batch_size=3")
-    events = []
-    trainer = train(trainrun, workers, emit=events.append)
+def state(trainrun):
+    return {
+        node.name: {name: value.clone() for name, value in node.state_dict().items()}
+        for node in trainrun.pipeline.nodes()
+    }
 
-    assert_same_state(trainrun.pipeline, expected_run.pipeline, 1e-5)
+
+def assert_frozen_as_before(trainrun, before):
+    """Frozen nodes have the same bits; unfrozen ones have parameters, and have learned."""
+    for node in trainrun.pipeline.nodes():
+        same = all(torch.equal(before[node.name][k], v) for k, v in node.state_dict().items())
+        if node.name in trainrun.config.unfreeze_nodes:
+            assert not same, node.name
+            assert any(parameter.requires_grad for parameter in node.parameters())
+        elif node.name not in ("metrics_anomaly", "decider"):
+            assert same, node.name
+
+
+def assert_same_values(trainer, expected):
+    """Assert that callbacks could monitor the same values in every epoch."""
     ours, theirs = trainer.callbacks[0].values, expected.callbacks[0].values
-    assert len(ours) == len(theirs) == 3
+    assert len(ours) == len(theirs)
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.keys() == other.keys()
         for name, value in other.items():
             tolerance = {"abs": 1e-6} if "metrics" in name else {"rel": 1e-5}
             assert mine[name] == pytest.approx(value, **tolerance), name
+
+
+@pytest.mark.parametrize(("workers", "optimizer"), [(1, "sgd"), (2, "adamw"), (3, "sgd")])
+def test_equals_one_process_of_upstream(demo_trainrun, tmp_path, references, workers, optimizer):
+    expected_run, expected = references[optimizer]
+    assert len(expected_run.datamodule().train_ds) % 3, "the last batch should be a small one"
+    trainrun = initialized(demo_trainrun, tmp_path, "data.batch_size=3", *OPTIMIZERS[optimizer])
+    before = state(trainrun)
+    events = []
+    trainer = train(trainrun, workers, emit=events.append)
+
+    assert_same_state(trainrun.pipeline, expected_run.pipeline, 1e-5)
+    assert_frozen_as_before(trainrun, before)
+    assert_same_values(trainer, expected)
+    ours = trainer.callbacks[0].values
+    assert len(ours) == 3
     assert ours[-1]["val_loss"] < ours[0]["val_loss"]
 
     best, other = trainer.outcome.checkpoint, expected.callbacks[1]
@@ -134,25 +105,103 @@ def test_equals_one_process_of_upstream(demo_trainrun, tmp_path, reference, work
         assert row[name] == pytest.approx(value, abs=1e-6)
 
 
-def test_only_unfrozen_nodes_change_and_their_parameters_come_back(demo_trainrun, tmp_path):
-    trainrun = initialized(demo_trainrun, tmp_path, "unfreeze_nodes=[logit_head]")
-    before = {
-        node.name: {k: v.clone() for k, v in node.state_dict().items()}
-        for node in trainrun.pipeline.nodes()
-    }
-    train(trainrun, 1)
-    for node in trainrun.pipeline.nodes():
-        same = all(torch.equal(before[node.name][k], v) for k, v in node.state_dict().items())
-        if node.name == "logit_head":
-            assert not same
-            assert isinstance(node.scale, torch.nn.Parameter)
-        elif node.name not in ("metrics_anomaly", "decider"):
-            assert same, node.name
+SETTINGS = {
+    "accumulation, clipping, plateau, stops early": (
+        "unfreeze_nodes=[selector]",
+        "training.max_epochs=6",
+        "training.optimizer={name: sgd, lr: 0.001, momentum: 0.9}",
+        "training.accumulate_grad_batches=3",  # of 4 batches: the last step is of one
+        "training.gradient_clip_val=0.001",
+        "training.val_check_interval=2",
+        "training.limit_val_batches=1",
+        "training.scheduler={name: plateau, monitor: val_loss, patience: 0, threshold: 0.5}",
+        "training.callbacks={checkpoint: {monitor: val_loss, save_top_k: 2}, early_stopping: "
+        "[{monitor: val_loss, patience: 50}, "
+        "{monitor: train_loss, min_delta: 1000, patience: 4, verbose: false}]}",
+    ),
+    "limits, warmup, validation every other epoch": (
+        "unfreeze_nodes=[logit_head]",
+        "training.max_epochs=4",
+        "training.limit_train_batches=0.75",
+        "training.check_val_every_n_epoch=2",
+        "training.scheduler={name: cosine, warmup_epochs: 1}",
+        "training.optimizer={name: adamw, lr: 0.01, betas: [0.8, 0.9], weight_decay: 0.1}",
+        "training.callbacks={checkpoint: {monitor: val_loss, save_last: true}, "
+        "learning_rate_monitor: {logging_interval: step}}",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_settings_mean_what_they_mean_in_one_process(demo_trainrun, tmp_path, case):
+    overrides = ("data.batch_size=3", *SETTINGS[case])
+    expected_run = initialized(demo_trainrun, tmp_path / "one", *overrides)
+    expected = train_upstream(expected_run)
+    trainrun = initialized(demo_trainrun, tmp_path / "two", *overrides)
+    before = state(trainrun)
+    trainer = train(trainrun, 2)
+
+    assert_same_state(trainrun.pipeline, expected_run.pipeline, 1e-5)
+    assert_frozen_as_before(trainrun, before)
+    assert_same_values(trainer, expected)
+    if "early" in case:
+        assert 1 < trainer.epochs < 6, "no rule stopped the training"
+    kept, others = (
+        sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir())
+        for name in ("two", "one")
+    )
+    assert kept == others
+
+
+def test_monitors_write_on_rank_zero_alone(demo_trainrun, tmp_path):
+    """Three workers, one TensorBoard node with metrics and pictures."""
+    folder = tmp_path / "demo"
+    shutil.copytree(demo_trainrun.parent, folder)
+    pipeline = yaml.safe_load((folder / "pipeline.yaml").read_text())
+    visualizer = "cuvis_ai.node.anomaly_visualization.ScoreHeatmapVisualizer"
+    monitor = "cuvis_ai.node.monitor.TensorBoardMonitorNode"
+    pipeline["nodes"] += [
+        {"name": "heatmap", "class_name": visualizer, "hparams": {"up_to": 1}},
+        {"name": "board", "class_name": monitor, "hparams": {"output_dir": str(tmp_path / "runs")}},
+    ]
+    pipeline["connections"] += [
+        {"source": f"{source}", "target": f"{target}"}
+        for source, target in (
+            ("rx_detector.outputs.scores", "heatmap.inputs.scores"),
+            ("heatmap.outputs.artifacts", "board.inputs.artifacts"),
+            ("metrics_anomaly.outputs.metrics", "board.inputs.metrics"),
+        )
+    ]
+    (folder / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
+    overrides = "data.batch_size=3", "unfreeze_nodes=[rx_detector]", "training.max_epochs=2"
+    trainrun = initialized(folder / "trainrun.yaml", tmp_path / "out", *overrides)
+    (board,) = (node for node in trainrun.pipeline.nodes() if node.name == "board")
+    before = state(trainrun)
+    trainer = train(trainrun, 3, monitors=[board])
+    assert_frozen_as_before(trainrun, before)
+
+    written, losses = [], {}
+    for run in sorted((tmp_path / "runs").iterdir()):
+        (file,) = run.iterdir()  # one event file
+        events = EventAccumulator(str(file)).Reload()
+        tags = events.Tags()
+        steps = {tag: [event.step for event in events.Scalars(tag)] for tag in tags["scalars"]}
+        steps |= {tag: [event.step for event in events.Images(tag)] for tag in tags["images"]}
+        written.append(steps)
+        if "train/loss" in tags["scalars"]:
+            losses = {event.step: event.value for event in events.Scalars("train/loss")}
+    training, _evaluation = written  # the second by the post-fit steps, in one process
+    steps = 2 * 4
+    assert training["train/loss"] == list(range(steps))
+    # The loss of a step is that of all its frames.
+    for epoch, values in enumerate(trainer.callbacks[0].values):
+        assert losses[4 * epoch + 3] == pytest.approx(values["train_loss"], rel=1e-5)
+    # Of the two validation batches of an epoch rank 0 has the first; also one before training.
+    assert training["val/score_heatmap_img00"] == [0, 4, 8]
+    assert training["val/iou"] == [0, 4, 8]
 
 
 def test_a_frame_that_cannot_be_read_is_named(demo_trainrun, tmp_path):
-    import shutil
-
     folder = tmp_path / "demo"
     shutil.copytree(demo_trainrun.parent, folder)
     universe = folder / "archive" / "universe.csv"

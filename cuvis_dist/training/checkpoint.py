@@ -1,0 +1,169 @@
+"""How does a fit go on after a failure? From a checkpoint of everything, at the start of an epoch.
+
+Lightning's checkpoint has parameters, optimizers, schedulers, callbacks and loops. Added here is
+what state dicts leave out: the nodes' plain attributes (temperatures, fitted flags), the states
+of torchmetrics and the random generators of every rank. Written under a temporary name, then
+renamed. The user's own checkpoints are not touched.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import torch.distributed
+from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from pytorch_lightning import Callback
+from ray import cloudpickle
+from torchmetrics import Metric
+
+from cuvis_dist.sinks import is_sink
+from cuvis_dist.workers import adopt_all
+
+
+def last_checkpoint(output_dir: Path) -> Path:
+    """Return where a run keeps the state to go on from."""
+    return output_dir / "resume" / "last.ckpt"
+
+
+def finished_epochs(path: Path) -> int:
+    """Return how many epochs a checkpoint has behind it; reads no parameters."""
+    if not path.is_file():
+        return 0
+    return int(torch.load(path, map_location="cpu", weights_only=False, mmap=True)["epoch"])
+
+
+class LastEpoch(Callback):
+    """Keeps the state of the last finished epoch, and takes it up again.
+
+    Saves at the start of the next epoch, which is when the last one is over for schedulers and
+    callbacks, too; a fit that goes on starts there.
+
+    Parameters
+    ----------
+    path : Path
+        From :func:`last_checkpoint`; all ranks must see it.
+    """
+
+    def __init__(self, path: Path, pipeline: CuvisPipeline) -> None:
+        super().__init__()
+        self.path = path
+        self.pipeline = pipeline
+        self._saving: dict[str, Any] = {}
+        self._loaded: dict[str, Any] | None = None
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take up a loaded state, or save this one."""
+        if self._loaded is not None:
+            # Lightning takes a checkpoint for one of the middle of an epoch: it would count
+            # the last epoch's batches as this one's, and leave out its schedulers.
+            trainer.fit_loop.restarting = False
+            self._restore_rank(pl_module)
+            self._loaded = None
+        elif trainer.current_epoch:
+            self._save(trainer, pl_module)
+
+    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        ranks = _gathered({"random": _random_state(), "metrics": _metric_states(pl_module)})
+        self._saving = {"ranks": ranks}
+        if trainer.is_global_zero:
+            self._saving["nodes"] = _dumped(self.pipeline)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        trainer.save_checkpoint(temporary)
+        self._saving = {}
+        if trainer.is_global_zero:
+            os.replace(temporary, self.path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the additions; empty in the user's own checkpoints."""
+        return self._saving
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Give the nodes their attributes; the rest follows when the epoch starts."""
+        nodes = torch.load(io.BytesIO(state_dict["nodes"]), map_location="cpu", weights_only=False)
+        adopt_all(self.pipeline, nodes)
+        self._loaded = state_dict
+
+    def _restore_rank(self, pl_module: pl.LightningModule) -> None:
+        assert self._loaded is not None
+        ranks = self._loaded["ranks"]
+        if len(ranks) != _world_size():
+            return  # other workers than before: nothing here is one rank's own
+        mine = ranks[pl_module.global_rank]
+        metrics = dict(_metrics(pl_module))
+        for name, (updates, states) in mine["metrics"].items():
+            metric = metrics[name]
+            metric._update_count = updates
+            for key, value in states.items():
+                setattr(metric, key, _moved(value, metric.device))
+        _set_random_state(mine["random"])
+
+
+def _dumped(pipeline: CuvisPipeline) -> bytes:
+    """Pickle the nodes, but for sinks: these hold open files."""
+    buffer = io.BytesIO()
+    nodes = [node for node in pipeline.nodes() if not is_sink(node)]
+    torch.save(nodes, buffer, pickle_module=cloudpickle)
+    return buffer.getvalue()
+
+
+def _world_size() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def _gathered(value: Any) -> list[Any]:
+    """Return what every rank gave, in the order of ranks."""
+    values = [value] * _world_size()
+    if len(values) > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _metrics(module: torch.nn.Module) -> list[tuple[str, Metric]]:
+    return [(name, m) for name, m in module.named_modules() if isinstance(m, Metric)]
+
+
+def _metric_states(module: torch.nn.Module) -> dict[str, tuple[int, dict[str, Any]]]:
+    """Return the states of every torchmetrics object that has seen something."""
+    return {
+        name: (metric._update_count, _moved(metric.metric_state, torch.device("cpu")))
+        for name, metric in _metrics(module)
+        if metric._update_count
+    }
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().to(device)
+    if isinstance(value, list):
+        return [_moved(item, device) for item in value]
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    return value
+
+
+def _random_state() -> dict[str, Any]:
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,116 @@
+"""Can a training configuration run on these workers? Asked before any data is read.
+
+Every field of upstream's ``TrainingConfig`` either means on many workers what it means in one
+process, or is refused here. What upstream and Lightning would refuse later, on a worker and
+after phase 1, they are asked to refuse now.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytorch_lightning as pl
+import torch
+from cuvis_ai_core.training.config import TrainingConfig, create_callbacks_from_config
+from cuvis_ai_core.training.optimizer_registry import create_optimizer, create_scheduler
+
+from cuvis_dist.errors import InputError, one_line
+from cuvis_dist.scaling import Scaling
+
+#: Settings that change the state of a whole process, or need the workers' devices.
+_ONLY_ON_WORKERS = {"accelerator", "devices", "deterministic", "benchmark", "default_root_dir"}
+
+
+def check_training(config: TrainingConfig, scaling: Scaling) -> None:
+    """Refuse what cannot work.
+
+    Raises
+    ------
+    InputError
+        Naming the setting, why it cannot work, and what to do.
+    """
+    for problem in (
+        _devices(config, scaling),
+        _accelerator(config, scaling),
+        _precision(config, scaling),
+        _save_on_exception(config, scaling),
+    ):
+        if problem:
+            raise InputError(f"training.{problem}")
+    try:
+        optimizer = create_optimizer(config.optimizer, [torch.nn.Parameter(torch.zeros(1))])
+        create_scheduler(config.scheduler, optimizer, config.max_epochs)
+        callbacks = create_callbacks_from_config(config.callbacks)
+        kwargs = config.to_lightning_kwargs()
+        for name in _ONLY_ON_WORKERS:
+            kwargs.pop(name, None)
+        if scaling.gpus_per_worker:
+            kwargs.pop("precision", None)
+        if config.callbacks and config.callbacks.checkpoint:
+            kwargs["enable_checkpointing"] = True
+        with _silent():
+            pl.Trainer(**kwargs, accelerator="cpu", devices=1, logger=False, callbacks=callbacks)
+    except Exception as error:
+        raise InputError(f"the training configuration cannot be used: {one_line(error)}") from error
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep Lightning from telling about this process, which does not train."""
+    lightning = logging.getLogger("pytorch_lightning")
+    level = lightning.level
+    lightning.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        lightning.setLevel(level)
+
+
+def _devices(config: TrainingConfig, scaling: Scaling) -> str | None:
+    if config.devices in (None, "auto", -1, "-1") or str(config.devices) == str(
+        scaling.train_workers
+    ):
+        return None
+    return (
+        f"devices is {config.devices!r}, but {scaling.train_workers} training workers are asked "
+        "for: how many there are, and on which devices, is the scaling's business. Remove devices "
+        f"or set --train-workers {config.devices}"
+    )
+
+
+def _accelerator(config: TrainingConfig, scaling: Scaling) -> str | None:
+    on_gpu = scaling.gpus_per_worker > 0
+    fitting = {"auto", "gpu", "cuda"} if on_gpu else {"auto", "cpu"}
+    if config.accelerator in fitting:
+        return None
+    return (
+        f"accelerator is {config.accelerator!r}, but each training worker has "
+        f"{scaling.gpus_per_worker:g} GPUs. Set it to auto, and gpus_per_worker "
+        "(--gpus-per-worker) to what a worker shall have: 0 trains on CPUs, other devices are "
+        "not supported"
+    )
+
+
+def _precision(config: TrainingConfig, scaling: Scaling) -> str | None:
+    if str(config.precision) in ("16", "16-mixed") and not scaling.gpus_per_worker:
+        return (
+            f"precision is {config.precision!r}, which CPUs do not have. Use bf16-mixed or "
+            "32-true, or train on GPUs (--gpus-per-worker)"
+        )
+    return None
+
+
+def _save_on_exception(config: TrainingConfig, scaling: Scaling) -> str | None:
+    checkpoint = config.callbacks.checkpoint if config.callbacks else None
+    if checkpoint is None or not checkpoint.save_on_exception or scaling.train_workers == 1:
+        return None
+    return (
+        "callbacks.checkpoint.save_on_exception cannot work on several workers: the others would "
+        "not save with the one that fails. Remove it: the state at the end of the last finished "
+        "epoch is kept in any case, and the same command goes on from there"
+    )

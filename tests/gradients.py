@@ -1,0 +1,76 @@
+"""How do tests train a trainrun: by upstream in one process, and by ours on workers?"""
+
+from __future__ import annotations
+
+import pytorch_lightning as pl
+from cuvis_ai_core.training import GradientTrainer as UpstreamGradientTrainer
+from cuvis_ai_core.training import StatisticalTrainer as UpstreamStatisticalTrainer
+from cuvis_ai_core.training.config import create_callbacks_from_config
+
+from cuvis_dist import GradientTrainer, Scaling
+from cuvis_dist.run import load_trainrun
+from cuvis_dist.training.dealing import DealtBatches, deal
+
+
+class Epochs(pl.Callback):
+    """Keeps every value that callbacks can monitor, epoch by epoch."""
+
+    def __init__(self):
+        self.values = []
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.values.append({k: float(v) for k, v in trainer.callback_metrics.items()})
+
+    def state_dict(self):
+        return {"values": self.values}
+
+    def load_state_dict(self, state_dict):
+        self.values = state_dict["values"]
+
+
+def initialized(path, folder, *overrides):
+    """A trainrun after phase 1, its nodes unfrozen, its checkpoints in ``folder``."""
+    trainrun = load_trainrun(path, [f"output_dir={folder}", *overrides])
+    UpstreamStatisticalTrainer(trainrun.pipeline, trainrun.datamodule()).fit()
+    trainrun.pipeline.unfreeze_nodes_by_name(trainrun.config.unfreeze_nodes)
+    trainrun.config.training.callbacks.checkpoint.dirpath = str(folder / "checkpoints")
+    return trainrun
+
+
+def callbacks(trainrun):
+    return [Epochs(), *create_callbacks_from_config(trainrun.config.training.callbacks)]
+
+
+def train_upstream(trainrun):
+    """Upstream's trainer in this process, on the global batches that the workers are dealt."""
+    config, module = trainrun.config.training, trainrun.datamodule()
+    loader = module.train_dataloader()
+    module.train_dataloader = lambda: deal(
+        loader, loader.dataset, DealtBatches(loader.batch_sampler, 0, 1, config.seed)
+    )
+    trainer = UpstreamGradientTrainer(
+        trainrun.pipeline,
+        module,
+        trainrun.loss_nodes,
+        trainrun.metric_nodes,
+        config.model_copy(update={"default_root_dir": str(trainrun.output_dir)}),
+        callbacks=callbacks(trainrun),
+    )
+    trainer.fit()
+    return trainer
+
+
+def train(trainrun, workers, module=None, scaling=None, **options):
+    """Ours, on ``workers`` workers, with the trainrun's data module or another."""
+    trainer = GradientTrainer(
+        trainrun.pipeline,
+        module or trainrun.datamodule(),
+        trainrun.loss_nodes,
+        trainrun.metric_nodes,
+        trainrun.config.training,
+        callbacks=callbacks(trainrun),
+        scaling=Scaling(train_workers=workers, output_dir=trainrun.output_dir, **(scaling or {})),
+        **options,
+    )
+    trainer.fit()
+    return trainer

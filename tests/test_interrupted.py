@@ -1,0 +1,123 @@
+"""The command is killed, interrupted and typed again; it starts a Ray of its own each time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+from archives import assert_same_state
+from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from gradients import initialized, train_upstream
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+READINGS = Path(__file__).parent / "readings"
+
+
+class Command:
+    """``cuvis-dist run`` in a process of its own, whose frames are counted."""
+
+    def __init__(self, folder: Path, *arguments: object) -> None:
+        self.arguments = [sys.executable, "-m", "cuvis_dist.cli", "run", *map(str, arguments)]
+        self.folder = folder
+        self.log = folder / "readings.log"
+        self.log.touch()
+        self.environment = os.environ | {
+            "CUVIS_DIST_READINGS": str(self.log),
+            "PYTHONPATH": f"{READINGS}{os.pathsep}{os.environ['PYTHONPATH']}",
+        }
+
+    def run(self, until: str | None = None, number: int = 0) -> tuple[int, str, Counter]:
+        """Run to the end, or send a signal once a line is printed; returns what it left."""
+        before = Counter(self.log.read_text().split())
+        said = self.folder / f"stderr_{time.monotonic_ns()}"
+        with open(said, "wb") as stderr:
+            process = subprocess.Popen(
+                self.arguments,
+                env=self.environment,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                start_new_session=True,  # a process group of its own, to end as one
+            )
+        try:
+            while until and until not in said.read_text() and process.poll() is None:
+                time.sleep(0.05)
+            if until:
+                process.send_signal(number)
+            code = process.wait(400)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what a killed driver leaves
+        return code, said.read_text(), Counter(self.log.read_text().split()) - before
+
+
+def test_a_command_typed_again_goes_on(demo_trainrun, tmp_path):
+    overrides = ("data.batch_size=3", "training.max_epochs=7", "training.scheduler.patience=0")
+    expected = initialized(demo_trainrun, tmp_path / "one", *overrides)
+    train_upstream(expected)
+    frames = train_files(demo_trainrun)
+
+    results = tmp_path / "results"
+    options = [part for override in overrides for part in ("--override", override)]
+    command = Command(
+        tmp_path, demo_trainrun, *options, "--output-dir", results,
+        "--workers", 2, "--train-workers", 2,
+    )  # fmt: skip
+
+    def read(readings):
+        return sum(readings[name] for name in frames)
+
+    code, said, readings = command.run(until="epoch 2/7: 10/10", number=signal.SIGKILL)
+    assert code == -signal.SIGKILL, said
+    assert read(readings) >= (4 + 2) * len(frames)
+
+    # The workers of a killed driver may train for a moment more: where the next one goes on is
+    # where they came to.
+    code, said, readings = command.run(until=": 10/10 frames", number=signal.SIGTERM)
+    assert code == 130, said
+    assert "phase 1 was finished before" in said
+    assert "fitted" not in said
+    assert "epoch 1/7" not in said
+    assert "interrupted; the same command goes on from here" in said
+    assert json.loads((results / "run.json").read_text())["status"] == "interrupted"
+
+    code, said, readings = command.run()
+    assert code == 0, said
+    assert "fitted" not in said
+    assert "epoch 2/7" not in said
+    # The epochs that were left, and what the data module opens when it is set up.
+    assert read(readings) <= 5 * len(frames) + 10, said
+    record = json.loads((results / "run.json").read_text())
+    assert record["status"] == "done"
+    assert len(record["passes"]) == 4
+    assert record["epochs"] == 7
+    pipeline = Path(record["pipeline"])
+    saved = CuvisPipeline.load_pipeline(pipeline, pipeline.with_suffix(".pt"))
+    assert_same_state(saved, expected.pipeline, 1e-5)
+    assert [path.name for path in (results / "resume").iterdir()] == ["fingerprint.json"]
+
+    written = pipeline.stat().st_mtime_ns
+    code, said, readings = command.run()
+    assert code == 0
+    assert "this run is done since" in said
+    assert str(pipeline) in said
+    assert read(readings) < len(frames), "more than the data module opens when it is set up"
+    assert pipeline.stat().st_mtime_ns == written
+
+
+def train_files(trainrun: Path) -> set[str]:
+    """Names of the files of the train split."""
+    splits = yaml.safe_load(trainrun.read_text())["data"]["splits"]
+    return {
+        f"{Path(selector['source']).stem}_{index:03d}.npz"
+        for selector in splits["train"]
+        for index in selector["ids"]
+    }

@@ -1,0 +1,116 @@
+"""A fit that goes on from its last epoch ends in the bits of one that was not disturbed."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from archives import assert_same_state
+from cuvis_ai_core.training import GradientTrainer as UpstreamGradientTrainer
+from cuvis_ai_core.training.post_fit import PostFitCallback
+from gradients import callbacks, initialized
+
+from cuvis_dist.training.checkpoint import LastEpoch, finished_epochs, last_checkpoint
+from cuvis_dist.training.dealing import DealtBatches, deal
+
+
+class Annealing(pl.Callback):
+    """Cools the selector at the start of each epoch; its temperature is in no state dict."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        (selector,) = [n for n in pl_module.pipeline.nodes() if n.name == "selector"]
+        selector.temperature *= 0.7
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        """Step on a random number, as dropout does."""
+        with torch.no_grad():
+            for parameter in pl_module.parameters():
+                parameter.mul_(1 + 1e-3 * torch.rand(()))
+
+
+class Trainer(UpstreamGradientTrainer):
+    """Upstream's, with our checkpoint."""
+
+    last: LastEpoch
+    resume_from = None
+
+    def _build_trainer(self):
+        trainer = super()._build_trainer()
+        trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, PostFitCallback)]
+        trainer.callbacks.insert(0, self.last)
+        if self.resume_from:
+            trainer.fit = partial(trainer.fit, ckpt_path=self.resume_from, weights_only=False)
+        return trainer
+
+
+def fit(path, folder, *overrides, resume=None):
+    trainrun = initialized(path, folder, *overrides)
+    config, module = trainrun.config.training, trainrun.datamodule()
+    loader = module.train_dataloader()
+
+    def train_dataloader():
+        batches = DealtBatches(loader.batch_sampler, 0, 1, config.seed)
+        batches.set_epoch(module.trainer.current_epoch)
+        return deal(loader, loader.dataset, batches)
+
+    module.train_dataloader = train_dataloader
+    trainer = Trainer(
+        trainrun.pipeline,
+        module,
+        trainrun.loss_nodes,
+        trainrun.metric_nodes,
+        config.model_copy(update={"default_root_dir": str(folder)}),
+        callbacks=[*callbacks(trainrun), Annealing()],
+    )
+    trainer.last = LastEpoch(last_checkpoint(folder), trainrun.pipeline)
+    trainer.resume_from = str(resume) if resume else None
+    trainer.fit()
+    return trainrun, trainer
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("training.scheduler.patience=0",),
+        (
+            "training.scheduler={name: cosine, warmup_epochs: 1}",
+            "training.accumulate_grad_batches=3",
+            "training.val_check_interval=0.5",
+            "training.optimizer={name: sgd, lr: 0.0001}",
+        ),
+    ],
+    ids=["plateau, AdamW", "cosine, accumulation, SGD"],
+)
+def test_goes_on_in_the_same_bits(demo_trainrun, tmp_path, overrides):
+    overrides = ("data.batch_size=3", *overrides)
+    whole, undisturbed = fit(demo_trainrun, tmp_path / "whole", *overrides)
+    last = last_checkpoint(tmp_path / "whole")
+    assert finished_epochs(last) == 2
+    assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
+
+    resumed, trainer = fit(demo_trainrun, tmp_path / "resumed", *overrides, resume=last)
+    assert_same_state(resumed.pipeline, whole.pipeline, 0)
+    temperatures = {
+        node.temperature
+        for run in (whole, resumed)
+        for node in run.pipeline.nodes()
+        if node.name == "selector"
+    }
+    assert len(temperatures) == 1
+    assert trainer.callbacks[0].values == undisturbed.callbacks[0].values
+    assert trainer.global_step == undisturbed.global_step
+    states = [t.trainer.optimizers[0].state_dict() for t in (trainer, undisturbed)]
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+
+
+def test_the_users_checkpoints_are_as_they_were(demo_trainrun, tmp_path):
+    _, trainer = fit(demo_trainrun, tmp_path)
+    path = trainer.trainer.checkpoint_callback.best_model_path
+    checkpoint = torch.load(path, weights_only=True)  # as upstream loads it
+    assert "LastEpoch" not in checkpoint["callbacks"]
+
+
+def test_nothing_to_go_on_from(tmp_path):
+    assert finished_epochs(last_checkpoint(tmp_path)) == 0

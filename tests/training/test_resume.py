@@ -1,0 +1,58 @@
+"""Failures with real processes: training goes on, or ends with a name, and nothing hangs."""
+
+from __future__ import annotations
+
+import pytest
+from archives import assert_same_state
+from gradients import initialized, train, train_upstream
+from loguru import logger
+from trouble import OwnFrames, TroubledModule
+
+from cuvis_dist.errors import ClusterError, InputError
+
+pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.slow]
+OVERRIDES = ("data.batch_size=3", "training.scheduler.patience=0")
+
+
+@pytest.fixture
+def warnings():
+    """What the log says."""
+    said: list[str] = []
+    handler = logger.add(said.append, level="WARNING", format="{message}")
+    yield said
+    logger.remove(handler)
+
+
+def test_a_killed_worker_is_replaced_and_training_goes_on(demo_trainrun, tmp_path, warnings):
+    expected = initialized(demo_trainrun, tmp_path / "one", *OVERRIDES)
+    reference = train_upstream(expected)
+
+    trainrun = initialized(demo_trainrun, tmp_path / "two", *OVERRIDES)
+    module = TroubledModule(trainrun.datamodule(), tmp_path, "die", at=25)  # third epoch of 10
+    trainer = train(trainrun, 2, module)
+
+    assert (tmp_path / "happened").exists()
+    (line,) = [text for text in warnings if "lost" in text]
+    assert "Training goes on from the end of epoch 2 (failure 1, at most 3)" in line
+    read = (tmp_path / "read.log").stat().st_size
+    assert read <= 20 + 10 + 10, "epochs before the last checkpoint were read again"
+    assert_same_state(trainrun.pipeline, expected.pipeline, 1e-5)
+    ours, theirs = trainer.callbacks[0].values, reference.callbacks[0].values
+    assert len(ours) == len(theirs) == 3
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(other, rel=1e-5, abs=1e-6)
+
+
+def test_a_stuck_worker_is_named(demo_trainrun, tmp_path):
+    trainrun = initialized(demo_trainrun, tmp_path, *OVERRIDES)
+    module = TroubledModule(trainrun.datamodule(), tmp_path, "sleep", at=5, rank=1)
+    with pytest.raises(ClusterError, match=r"stuck for 4 s.*: rank 1 reading frames") as error:
+        train(trainrun, 2, module, {"stall_seconds": 4})
+    assert "meanwhile: rank 0" in str(error.value)
+    assert (tmp_path / "happened").exists()
+
+
+def test_unequal_steps_are_told_before_the_first_one(demo_trainrun, tmp_path):
+    trainrun = initialized(demo_trainrun, tmp_path)
+    with pytest.raises(InputError, match=r"epoch 1 \(rank 0 5, rank 1 3\).*of OwnFrames"):
+        train(trainrun, 2, OwnFrames(trainrun.datamodule()))
