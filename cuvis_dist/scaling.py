@@ -59,6 +59,15 @@ class Scaling(BaseModel):
         out and names them in ``run.json``.
     max_skipped : int
         How many frames ``skip`` may leave out of a pass before the run ends all the same.
+    read_ahead : int
+        Frames that Ray tasks decode ahead of each training worker's next batch, on any CPU of the
+        cluster; 0: the data module's own loader reads, in the worker.
+    cache : str
+        Where a training worker keeps decoded frames for the next epochs: ``none``, ``memory``, or
+        ``disk`` (a temporary folder of its machine, shared by the workers there). Not for data
+        modules that change a frame at random when it is read.
+    cache_bytes : int
+        How much each worker may keep.
     output_dir : Path
         Where checkpoints and logs go when the training configuration does not say. Several
         nodes must all see this folder.
@@ -69,7 +78,7 @@ class Scaling(BaseModel):
     stall_seconds : float
         How long a training worker may do nothing at all, neither computing nor reading or
         writing, before the run ends with an error that names it. A slow read that goes on is
-        no pause.
+        no pause, unless it goes on elsewhere (``read_ahead``).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -88,6 +97,9 @@ class Scaling(BaseModel):
     sample_seed: int = 0
     on_error: Literal["raise", "skip"] = "raise"
     max_skipped: int = Field(default=10, ge=0)
+    read_ahead: int = Field(default=0, ge=0)
+    cache: Literal["none", "memory", "disk"] = "none"
+    cache_bytes: int = Field(default=4 * 10**9, ge=0)
     output_dir: Path = Path("outputs")
     max_failures: int = Field(default=3, ge=0)
     stall_seconds: float = Field(default=45, gt=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import threading
@@ -81,8 +82,8 @@ def terminable() -> Iterator[None]:
 
 def cpus_wanted(scaling: Scaling) -> int:
     """CPUs that a cluster started here must offer: the wider of the two phases."""
-    wanted = max(scaling.workers or 1, scaling.train_workers) * scaling.cpus_per_worker
-    return int(-(-wanted // 1))
+    training = scaling.train_workers * scaling.cpus_per_worker + bool(scaling.read_ahead)
+    return math.ceil(max((scaling.workers or 1) * scaling.cpus_per_worker, training))
 
 
 def require_resources(scaling: Scaling) -> None:
@@ -96,7 +97,7 @@ def require_resources(scaling: Scaling) -> None:
     """
     have = ray.cluster_resources()
     need = {
-        "CPU": scaling.train_workers * scaling.cpus_per_worker,
+        "CPU": scaling.train_workers * scaling.cpus_per_worker + bool(scaling.read_ahead),
         "GPU": scaling.train_workers * scaling.gpus_per_worker,
     }
     for name, amount in need.items():

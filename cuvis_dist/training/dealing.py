@@ -113,8 +113,13 @@ class DealtBatches(Sampler[list[int]]):
         return iter([batch for batch, _ in mine])
 
 
-def deal(loader: DataLoader, dataset: Dataset, batches: DealtBatches) -> DataLoader:
-    """Return ``loader`` as its module made it, over ``dataset`` and in ``batches``."""
+def deal(
+    loader: DataLoader, dataset: Dataset, batches: DealtBatches, keep_workers: bool = False
+) -> DataLoader:
+    """Return ``loader`` as its module made it, over ``dataset`` and in ``batches``.
+
+    ``keep_workers`` lets its processes, if it has any, live from one epoch to the next.
+    """
     options: dict[str, Any] = (
         {"prefetch_factor": loader.prefetch_factor} if loader.num_workers else {}
     )
@@ -127,7 +132,7 @@ def deal(loader: DataLoader, dataset: Dataset, batches: DealtBatches) -> DataLoa
         timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
-        persistent_workers=loader.persistent_workers,
+        persistent_workers=loader.persistent_workers or (keep_workers and loader.num_workers > 0),
         generator=batches.generator,
         **options,
     )

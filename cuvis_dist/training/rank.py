@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,14 +38,16 @@ from cuvis_ai_core.training.post_fit import (
 )
 from cuvis_ai_schemas.enums import ExecutionStage
 from pytorch_lightning import Callback
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
 
 from cuvis_dist.archive import NamedFrames, open_split
 from cuvis_dist.errors import InputError
+from cuvis_dist.scaling import Scaling
 from cuvis_dist.sinks import close_sinks, silence_sinks
 from cuvis_dist.training.checkpoint import LastEpoch
 from cuvis_dist.training.dealing import DealtBatches, deal
+from cuvis_dist.training.ingest import CachedFrames, FrameCache, ReadAhead, make_cache
 from cuvis_dist.training.lightning import RankConfig
 from cuvis_dist.training.watch import COMPUTING, Heartbeat
 from cuvis_dist.workers import prepare_worker
@@ -78,12 +81,10 @@ class Assignment:
     callbacks: list[Callback]
     emit: EmitFn
     log_dir: str
-    on_gpu: bool
-    threads: int
+    scaling: Scaling
     directory: str
     last: Path
     watch: Any
-    stall_seconds: float
     checkpoint: str | None = None
 
 
@@ -101,19 +102,19 @@ class Outcome:
 def run_rank(config: dict[str, Any]) -> Outcome | None:
     """Carry out the assignment on this worker; rank 0 returns the outcome."""
     job: Assignment = ray.get(config["assignment"])
-    prepare_worker(job.threads)
+    prepare_worker(int(job.scaling.cpus_per_worker))
     if os.path.isdir(job.directory):
         os.chdir(job.directory)
     context = ray.train.get_context()
     first = context.get_world_rank() == 0
     named = {node.name: node for node in job.pipeline.nodes()}
-    heartbeat = Heartbeat(job.watch, context.get_world_rank(), job.stall_seconds)
+    heartbeat = Heartbeat(job.watch, context.get_world_rank(), job.scaling.stall_seconds)
     module = RankTrainer(
         job.pipeline,
         DealtDataModule(job, context.get_world_rank(), context.get_world_size()),
         [named[name] for name in job.loss_nodes],
         [named[name] for name in job.metric_nodes],
-        RankConfig.of(job.training_config, job.on_gpu, job.log_dir, heartbeat),
+        RankConfig.of(job.training_config, job.scaling.gpus_per_worker > 0, job.log_dir, heartbeat),
         callbacks=job.callbacks,
     )
     module.heartbeat = heartbeat
@@ -124,15 +125,15 @@ def run_rank(config: dict[str, Any]) -> Outcome | None:
     else:
         silence_sinks(job.pipeline)
     checkpoint, metrics = None, []
-    if job.verb == "fit":
-        module.last = LastEpoch(job.last, job.pipeline)
-        module.resume_from = job.checkpoint
-        with heartbeat:
+    with heartbeat, closing(module.datamodule):
+        if job.verb == "fit":
+            module.last = LastEpoch(job.last, job.pipeline)
+            module.resume_from = job.checkpoint
             module.fit()
-        checkpoint = module.load_best_checkpoint() if first else None
-    else:
-        with heartbeat:
+        else:
             metrics = getattr(module, job.verb)(ckpt_path=job.checkpoint)
+    if job.verb == "fit" and first:
+        checkpoint = module.load_best_checkpoint()
     if not first:
         return None
     module.zero_grad(set_to_none=True)
@@ -267,13 +268,15 @@ class DealtDataModule(pl.LightningDataModule):
     def __init__(self, job: Assignment, rank: int, world_size: int) -> None:
         super().__init__()
         self.module = job.datamodule
-        self.config = job.training_config
+        self.config, self.scaling = job.training_config, job.scaling
         self.rank, self.world_size = rank, world_size
+        self._caches: dict[str, FrameCache] = {}
+        self._run = ray.train.get_context().get_experiment_name()
 
     def setup(self, stage: str | None = None) -> None:
         """Do nothing: :func:`~cuvis_dist.archive.open_split` sets the module up per split."""
 
-    def _loader(self, split: str, limit: int | float | None = None) -> DataLoader:
+    def _loader(self, split: str, limit: int | float | None = None) -> DataLoader | ReadAhead:
         loader, frames = open_split(self.module, split)
         batches = DealtBatches(
             loader.batch_sampler,  # type: ignore[arg-type]
@@ -283,26 +286,42 @@ class DealtDataModule(pl.LightningDataModule):
             whole=split != "train",
             limit=limit,
         )
-        if (
-            self.trainer is not None
-        ):  # a fit that goes on asks for its first epoch before it says so
+        if self.trainer is not None:  # a fit that goes on asks for its epoch before it says so
             batches.set_epoch(self.trainer.current_epoch)
         if limit and not len(batches):
             raise InputError(
                 f"training.limit_{split}_batches is {limit}, which leaves none of the "
                 f"{len(loader)} batches of the {split} split"
             )
-        return deal(loader, NamedFrames(loader.dataset, frames), batches)
+        ahead = self.scaling.read_ahead
+        dataset = self._cached(split, NamedFrames(loader.dataset, frames), loader.num_workers)
+        dealt = deal(loader, dataset, batches, keep_workers=self.scaling.cache == "memory")
+        return ReadAhead(dealt, ahead) if ahead else dealt
 
-    def train_dataloader(self) -> DataLoader:
+    def _cached(self, split: str, frames: Dataset, processes: int) -> Dataset:
+        """Keep the frames of a split as the scaling says, over all of its loaders."""
+        if self.scaling.cache == "none":
+            return frames
+        if split not in self._caches:
+            limit = self.scaling.cache_bytes - sum(c.held for c in self._caches.values())
+            limit //= max(1, processes)  # each process of a loader has a cache of its own
+            self._caches[split] = make_cache(self.scaling.cache, limit, f"{self._run}-{split}")
+        return CachedFrames(frames, self._caches[split])
+
+    def close(self) -> None:
+        """Give back what the caches hold."""
+        for cache in self._caches.values():
+            cache.clear()
+
+    def train_dataloader(self) -> DataLoader | ReadAhead:
         """Return this worker's part of every training batch."""
         return self._loader("train", self.config.limit_train_batches)
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> DataLoader | ReadAhead:
         """Return this worker's validation batches."""
         return self._loader("val", self.config.limit_val_batches)
 
-    def test_dataloader(self) -> DataLoader:
+    def test_dataloader(self) -> DataLoader | ReadAhead:
         """Return this worker's test batches."""
         return self._loader("test")
 

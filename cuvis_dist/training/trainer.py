@@ -194,12 +194,10 @@ class GradientTrainer(UpstreamGradientTrainer):
                 [c for c in self.callbacks if not isinstance(c, PostFitCallback)],
                 emit,
                 str(output_dir),
-                self.scaling.gpus_per_worker > 0,
-                int(self.scaling.cpus_per_worker),
+                self.scaling,
                 os.getcwd(),
                 last_checkpoint(output_dir),
                 watch,
-                self.scaling.stall_seconds,
                 checkpoint,
             )
             result: Any = TorchTrainer(

@@ -1,0 +1,118 @@
+"""Frames reach the training workers in the same order, however they are read and kept."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+
+import pytest
+import torch
+from archives import buffers_sha256
+from fragile import CountedCubes, FragileCubes, wrap_train
+from gradients import initialized
+from torch.utils.data import DataLoader
+
+from cuvis_dist import GradientTrainer, Scaling
+from cuvis_dist.archive import Frame, NamedFrames
+from cuvis_dist.errors import DataError
+from cuvis_dist.training.ingest import CachedFrames, FrameCache, ReadAhead
+
+BATCHES = [[3, 1, 4], [1, 5], [9, 2, 6], [5]]
+
+
+def loader(dataset):
+    return DataLoader(dataset, batch_sampler=BATCHES)
+
+
+def assert_same_batches(ours, theirs):
+    ours, theirs = list(ours), list(theirs)
+    assert len(ours) == len(theirs) == len(BATCHES)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys()
+        assert all(torch.equal(mine[key], other[key]) for key in mine)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_cache_gives_back_what_was_read_once(tmp_path, on_disk):
+    cubes = FragileCubes(tmp_path, False)
+    kept = CachedFrames(cubes, FrameCache(10**9, tmp_path if on_disk else None))
+    for _ in range(3):
+        assert_same_batches(loader(kept), loader(FragileCubes(tmp_path / "..", False)))
+    readings = Counter(map(int, (tmp_path / "read.log").read_text().split()))
+    assert readings == Counter({index: 1 for batch in BATCHES for index in batch})
+    assert not [p for p in tmp_path.iterdir() if p.suffix not in (".frame", ".log")]
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_cache_is_bounded_and_keeps_what_came_first(tmp_path, on_disk):
+    cubes = FragileCubes(tmp_path, False)
+    cache = FrameCache(4000, tmp_path if on_disk else None)
+    kept = CachedFrames(cubes, cache)  # a frame is 1,440 bytes and its wavelengths
+    for _ in range(2):
+        for index in range(6):
+            kept[index]
+    held = [index for index in range(6) if cache.get(index) is not None]
+    assert held == [0, 1]
+    if on_disk:
+        assert sum(p.stat().st_size for p in tmp_path.glob("*.frame")) <= 4000
+
+
+def test_a_full_disk_is_no_error(tmp_path):
+    gone = tmp_path / "gone"
+    kept = CachedFrames(FragileCubes(tmp_path, False), FrameCache(10**9, gone))
+    assert kept[3]["cube"].shape == (9, 8, 5)
+    assert kept.cache.left == 0
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_reading_ahead_keeps_the_order(tmp_path, ray_session, cached):
+    plain = FragileCubes(tmp_path, False)
+    dataset = CachedFrames(plain, FrameCache(10**9)) if cached else plain
+    ahead = ReadAhead(loader(dataset), 2)
+    for _ in range(2):
+        assert_same_batches(ahead, loader(plain))
+    assert len(ahead) == len(BATCHES)
+
+
+def test_reading_ahead_is_bounded(tmp_path, ray_session):
+    ahead = ReadAhead(loader(FragileCubes(tmp_path, False)), 2)
+    first = iter(ahead)
+    next(first)
+    readings = (tmp_path / "read.log").read_text().split()
+    assert set(map(int, readings)) <= {3, 1, 4, 5}, "read farther ahead than asked"
+
+
+def test_a_frame_that_cannot_be_read_is_named(tmp_path, ray_session):
+    class Damaged(FragileCubes):
+        def __getitem__(self, index):
+            raise OSError("it is damaged")
+
+    frames = [Frame(f"rec#{i}", "rec", f"rec_{i}.npz") for i in range(12)]
+    named = NamedFrames(Damaged(tmp_path, False), frames)
+    with pytest.raises(DataError, match=r"rec#3 \(rec_3\.npz\).*it is damaged"):
+        next(iter(ReadAhead(loader(named), 1)))
+
+
+@pytest.mark.slow
+def test_training_is_the_same_however_frames_are_read(demo_trainrun, tmp_path, ray_session):
+    """Same bits by loader and by tasks; with a cache a frame is read once in three epochs."""
+    hashes, readings = set(), {}
+    for name, options in {
+        "loader": {"cache": "memory"},
+        "tasks": {"cache": "disk", "read_ahead": 2},
+    }.items():
+        trainrun = initialized(demo_trainrun, tmp_path / name, "data.batch_size=3")
+        module, log = trainrun.datamodule(), tmp_path / f"{name}.log"
+        wrap_train(module, functools.partial(CountedCubes, log=log))
+        GradientTrainer(
+            trainrun.pipeline,
+            module,
+            trainrun.loss_nodes,
+            trainrun.metric_nodes,
+            trainrun.config.training,
+            scaling=Scaling(output_dir=tmp_path / name, **options),
+        ).fit()
+        hashes.add(buffers_sha256(trainrun.pipeline))
+        readings[name] = Counter(map(int, log.read_text().split()))
+    assert len(hashes) == 1
+    assert all(set(counts.values()) == {1} for counts in readings.values())
