@@ -27,6 +27,7 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/initialization.py $(BENCH_ARGS)
+	$(BIN)/python tests/benchmarks/training.py
 
 install: $(INSTALLED)
 

@@ -69,7 +69,7 @@ def test_a_command_typed_again_goes_on(demo_trainrun, tmp_path):
     options = [part for override in overrides for part in ("--override", override)]
     command = Command(
         tmp_path, demo_trainrun, *options, "--output-dir", results,
-        "--workers", 2, "--train-workers", 2,
+        "--workers", 2, "--train-workers", 2, "--no-fold",
     )  # fmt: skip
 
     def read(readings):
