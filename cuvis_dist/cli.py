@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CuvisDistError as error:
         print(f"cuvis-dist: {error}", file=sys.stderr)
         return error.exit_code
-    except (KeyboardInterrupt, SystemExit):  # Ray makes the latter of SIGTERM
+    except KeyboardInterrupt:
         print("cuvis-dist: interrupted", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:

@@ -50,7 +50,7 @@ def test_a_dry_run_tells_plan_and_resources_and_reads_one_frame(demo_trainrun, t
         )
         assert done.returncode == 0, done.stderr
         assert "10 frames in 3 shards" in done.stdout
-        assert "pass 4: reads" in done.stdout
+        assert "pass 2: reads" in done.stdout
         assert "phase 1  5 workers, 1 CPUs each" in done.stdout
         assert "phase 2  2 workers, 1 CPUs and 1 GPUs each; at most 3 epochs" in done.stdout
     assert not (tmp_path / "results").exists()
@@ -113,7 +113,7 @@ def test_a_job_ends_submit_with_its_own_exit_code(demo_trainrun, tmp_path):
         def start(folder, **changed):
             return subprocess.Popen(
                 [BIN / "cuvis-dist", "submit", "--address", address, "--working-dir", folder,
-                 "run", "trainrun.yaml", "--fold"],
+                 "run", "trainrun.yaml"],
                 env=environment | changed, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                 text=True,
             )  # fmt: skip

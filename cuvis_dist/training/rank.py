@@ -47,9 +47,10 @@ from cuvis_dist.scaling import Scaling
 from cuvis_dist.sinks import close_sinks, silence_sinks
 from cuvis_dist.training.checkpoint import LastEpoch
 from cuvis_dist.training.dealing import DealtBatches, deal
+from cuvis_dist.training.heartbeat import Heartbeat
 from cuvis_dist.training.ingest import CachedFrames, FrameCache, ReadAhead, make_cache
 from cuvis_dist.training.lightning import RankConfig
-from cuvis_dist.training.watch import COMPUTING, Heartbeat
+from cuvis_dist.watch import COMPUTING
 from cuvis_dist.workers import prepare_worker
 
 
@@ -66,7 +67,7 @@ class Assignment:
     last : Path
         Where ``fit`` keeps the state of its last finished epoch.
     watch : actor handle
-        Of a :class:`~cuvis_dist.training.watch.Watch`.
+        Of a :class:`~cuvis_dist.watch.Watch`.
     directory : str
         The driver's working directory, against which relative paths are meant.
     """

@@ -38,7 +38,7 @@ from cuvis_dist.session import connect, require_resources
 from cuvis_dist.training.checkpoint import finished_epochs, last_checkpoint
 from cuvis_dist.training.configuration import check_training
 from cuvis_dist.training.rank import Assignment, Outcome, run_rank
-from cuvis_dist.training.watch import Watch
+from cuvis_dist.watch import Watch
 from cuvis_dist.workers import adopt_all, raise_cause
 
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 
 import pytest
 import torch
-from archives import buffers_sha256
-from fragile import CountedCubes, FragileCubes, wrap_train
-from gradients import initialized
+from fragile import FragileCubes
 from torch.utils.data import DataLoader
 
-from cuvis_dist import GradientTrainer, Scaling
 from cuvis_dist.archive import Frame, NamedFrames
 from cuvis_dist.errors import DataError
 from cuvis_dist.training.ingest import CachedFrames, FrameCache, ReadAhead
@@ -91,28 +87,3 @@ def test_a_frame_that_cannot_be_read_is_named(tmp_path, ray_session):
     named = NamedFrames(Damaged(tmp_path, False), frames)
     with pytest.raises(DataError, match=r"rec#3 \(rec_3\.npz\).*it is damaged"):
         next(iter(ReadAhead(loader(named), 1)))
-
-
-@pytest.mark.slow
-def test_training_is_the_same_however_frames_are_read(demo_trainrun, tmp_path, ray_session):
-    """Same bits by loader and by tasks; with a cache a frame is read once in three epochs."""
-    hashes, readings = set(), {}
-    for name, options in {
-        "loader": {"cache": "memory"},
-        "tasks": {"cache": "disk", "read_ahead": 2},
-    }.items():
-        trainrun = initialized(demo_trainrun, tmp_path / name, "data.batch_size=3")
-        module, log = trainrun.datamodule(), tmp_path / f"{name}.log"
-        wrap_train(module, functools.partial(CountedCubes, log=log))
-        GradientTrainer(
-            trainrun.pipeline,
-            module,
-            trainrun.loss_nodes,
-            trainrun.metric_nodes,
-            trainrun.config.training,
-            scaling=Scaling(output_dir=tmp_path / name, **options),
-        ).fit()
-        hashes.add(buffers_sha256(trainrun.pipeline))
-        readings[name] = Counter(map(int, log.read_text().split()))
-    assert len(hashes) == 1
-    assert all(set(counts.values()) == {1} for counts in readings.values())

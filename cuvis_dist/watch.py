@@ -8,18 +8,8 @@ that exchange something wait for each other: they are stuck when all of them are
 
 from __future__ import annotations
 
-import os
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import ray
-from loguru import logger
-from pytorch_lightning.profilers import PassThroughProfiler
 
 READING, COMPUTING = "reading frames", "computing a step"
 #: Below these rates a process only keeps itself alive: cores used, bytes per second.
@@ -118,79 +108,3 @@ class Watch:
 
 def _listed(beats: list[Beat]) -> str:
     return ", ".join(str(beat) for beat in sorted(beats, key=lambda beat: beat.rank))
-
-
-class Heartbeat(PassThroughProfiler):
-    """Sends a rank's beats while it is entered; Lightning's profiler hooks tell what it does.
-
-    A verdict ends the process: its main thread is in a call that cannot be interrupted. The
-    driver asks the watch for the reason.
-    """
-
-    def __init__(self, watch: Any, rank: int, stall_seconds: float) -> None:
-        super().__init__()
-        self._watch, self._rank = watch, rank
-        self._interval = min(2.0, stall_seconds / 4)
-        self._actions: list[str] = ["starting"]
-        self._steps = 0
-        self._ended = threading.Event()
-
-    def start(self, action_name: str) -> None:
-        """Note that an action begins."""
-        if action_name == "run_training_batch":
-            self._steps += 1
-        # Lightning's names: [_TrainingEpochLoop].train_dataloader_next, [_EvaluationLoop].val_next
-        self._actions.append(READING if action_name.endswith("_next") else action_name)
-
-    def stop(self, action_name: str) -> None:
-        """Note that the last action is over."""
-        if len(self._actions) > 1:
-            self._actions.pop()
-
-    @contextmanager
-    def doing(self, what: str) -> Iterator[None]:
-        """Note what is done inside the block."""
-        self._actions.append(what)
-        try:
-            yield
-        finally:
-            self._actions.pop()
-
-    def __enter__(self) -> Heartbeat:
-        threading.Thread(target=self._send, name="cuvis-dist-heartbeat", daemon=True).start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._ended.set()
-        ray.get(self._watch.beat.remote(Beat(self._rank, "", self._steps, 0, 0)))
-
-    def _send(self) -> None:
-        while not self._ended.wait(self._interval):
-            beat = Beat(self._rank, self._actions[-1], self._steps, *_used())
-            try:
-                verdict = ray.get(self._watch.beat.remote(beat))
-            except ray.exceptions.RayError as error:
-                logger.debug(f"the watch was lost: {error}")
-                return
-            if verdict and not self._ended.is_set():
-                os._exit(1)
-
-
-def _used() -> tuple[float, int]:
-    """Return CPU seconds and bytes moved by this process and its children (loader workers)."""
-    root = Path("/proc/self")
-    cpu, moved = 0.0, 0
-    try:
-        children = (root / "task" / str(os.getpid()) / "children").read_text().split()
-    except OSError:
-        children = []
-    for folder in (root, *(Path("/proc") / child for child in children)):
-        try:
-            stat = (folder / "stat").read_text().rpartition(")")[2].split()
-            cpu += (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
-            for line in (folder / "io").read_text().splitlines():
-                if not line.startswith("sys"):
-                    moved += int(line.rpartition(":")[2])
-        except (OSError, IndexError, ValueError):  # it has ended, or this is no Linux
-            continue
-    return cpu or time.process_time(), moved

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cuvis_dist.training.watch import COMPUTING, READING, Beat, Watch, _used
+from cuvis_dist.training.heartbeat import _used
+from cuvis_dist.watch import COMPUTING, READING, Beat, Watch
 
 WAITING = "[Strategy]RayDDPStrategy.backward"
 
