@@ -82,7 +82,8 @@ def test_both_phases_leave_a_pipeline_that_plain_cuvis_ai_loads(demo, capsys):
     assert record["exit_code"] == 0
     assert [p["frames"] for p in record["passes"]] == [10] * 2
     fitted = record["passes"][0]["nodes"]["rx_detector"]
-    assert fitted == {"statistic": "Moments(data)", "pixels": 10 * 320}
+    derived = "Moments(data) derived from Moments(data.cube) through normalizer, selector"
+    assert fitted == {"statistic": derived, "pixels": 10 * 320}
     assert all(p["bytes"] > 10 * 16 * 20 * 12 * 4 for p in record["passes"])
     assert record["epochs"] == 3
     assert record["checkpoint"]["restored"]
