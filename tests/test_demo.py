@@ -11,6 +11,7 @@ from cuvis_dist.run import load_trainrun
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("ray_session")
 def test_phase_two_lowers_the_loss_and_finds_more(tmp_path):
     trainrun = load_trainrun(write_demo(tmp_path, DemoSettings()), output_dir=tmp_path / "results")

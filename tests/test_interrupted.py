@@ -18,7 +18,7 @@ from archives import assert_same_state
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from gradients import initialized, train_upstream
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.long]
 READINGS = Path(__file__).parent / "readings"
 
 
@@ -60,7 +60,7 @@ class Command:
 
 
 def test_a_command_typed_again_goes_on(demo_trainrun, tmp_path):
-    overrides = ("data.batch_size=3", "training.max_epochs=7", "training.scheduler.patience=0")
+    overrides = ("data.batch_size=3", "training.max_epochs=5", "training.scheduler.patience=0")
     expected = initialized(demo_trainrun, tmp_path / "one", *overrides)
     train_upstream(expected)
     frames = train_files(demo_trainrun)
@@ -75,30 +75,21 @@ def test_a_command_typed_again_goes_on(demo_trainrun, tmp_path):
     def read(readings):
         return sum(readings[name] for name in frames)
 
-    code, said, readings = command.run(until="epoch 2/7: 10/10", number=signal.SIGKILL)
+    code, said, readings = command.run(until="epoch 2/5: 10/10", number=signal.SIGKILL)
     assert code == -signal.SIGKILL, said
     assert read(readings) >= (4 + 2) * len(frames)
 
-    # The workers of a killed driver may train for a moment more: where the next one goes on is
-    # where they came to.
-    code, said, readings = command.run(until=": 10/10 frames", number=signal.SIGTERM)
-    assert code == 130, said
-    assert "phase 1 was finished before" in said
-    assert "fitted" not in said
-    assert "epoch 1/7" not in said
-    assert "interrupted; the same command goes on from here" in said
-    assert json.loads((results / "run.json").read_text())["status"] == "interrupted"
-
     code, said, readings = command.run()
     assert code == 0, said
+    assert "phase 1 was finished before" in said
     assert "fitted" not in said
-    assert "epoch 2/7" not in said
+    assert "epoch 1/5" not in said
     # The epochs that were left, and what the data module opens when it is set up.
-    assert read(readings) <= 5 * len(frames) + 10, said
+    assert read(readings) <= 4 * len(frames) + 10, said
     record = json.loads((results / "run.json").read_text())
     assert record["status"] == "done"
     assert len(record["passes"]) == 4
-    assert record["epochs"] == 7
+    assert record["epochs"] == 5
     pipeline = Path(record["pipeline"])
     saved = CuvisPipeline.load_pipeline(pipeline, pipeline.with_suffix(".pt"))
     assert_same_state(saved, expected.pipeline, 1e-5)

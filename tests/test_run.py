@@ -86,6 +86,10 @@ def test_both_phases_leave_a_pipeline_that_plain_cuvis_ai_loads(demo, capsys):
     assert fitted == {"statistic": derived, "pixels": 10 * 320}
     assert all(p["bytes"] > 10 * 16 * 20 * 12 * 4 for p in record["passes"])
     assert record["epochs"] == 3
+    result = json.loads((results / "result.json").read_text())
+    assert (result["status"], result["exit_code"]) == ("done", 0)
+    assert result["pipeline"] == str(saved)
+    assert result["metrics"] == record["metrics"]
     assert record["checkpoint"]["restored"]
     assert record["skipped_frames"] == {}
     assert record["versions"]["ray"].startswith("2.60")

@@ -126,9 +126,9 @@ def one(name: str, path: Path, epochs: int) -> None:
 def main() -> None:
     """Run each in a process of its own, print a table, and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--frames", type=int, default=48)
+    parser.add_argument("--frames", type=int, default=32)
     parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--json", type=Path, default=Path("outputs/bench/training.json"))
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--trainrun", type=Path, help=argparse.SUPPRESS)

@@ -87,3 +87,14 @@ def test_a_frame_that_cannot_be_read_is_named(tmp_path, ray_session):
     named = NamedFrames(Damaged(tmp_path, False), frames)
     with pytest.raises(DataError, match=r"rec#3 \(rec_3\.npz\).*it is damaged"):
         next(iter(ReadAhead(loader(named), 1)))
+
+
+def test_a_killed_reader_is_replaced(tmp_path, ray_session):
+    """Reading frame 7 for the first time kills the process that reads it."""
+    fragile = FragileCubes(tmp_path, True)
+    ahead = ReadAhead(DataLoader(fragile, batch_sampler=[[6, 7], [8]]), 1)
+    batches = list(ahead)
+    assert (tmp_path / "died").exists()
+    whole = [fragile[index]["cube"] for index in (6, 7, 8)]
+    got = torch.cat([batch["cube"] for batch in batches])
+    assert torch.equal(got, torch.stack([torch.as_tensor(cube) for cube in whole]))
