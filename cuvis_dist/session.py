@@ -86,8 +86,14 @@ def cpus_wanted(scaling: Scaling) -> int:
     return math.ceil(max((scaling.workers or 1) * scaling.cpus_per_worker, training))
 
 
-def require_resources(scaling: Scaling) -> None:
-    """Say when the training workers need more than the cluster has, before waiting for it.
+def require_resources(scaling: Scaling, training: bool = True) -> None:
+    """Say when workers need more than the cluster has, before waiting for it.
+
+    Parameters
+    ----------
+    training : bool
+        Ask for all training workers, which start together; else for one worker of phase 1, since
+        shards wait for each other.
 
     Raises
     ------
@@ -96,21 +102,24 @@ def require_resources(scaling: Scaling) -> None:
         it is a warning.
     """
     have = ray.cluster_resources()
-    need = {
-        "CPU": scaling.train_workers * scaling.cpus_per_worker + bool(scaling.read_ahead),
-        "GPU": scaling.train_workers * scaling.gpus_per_worker,
-    }
+    if training:
+        who = f"{scaling.train_workers} training workers"
+        need = {
+            "CPU": scaling.train_workers * scaling.cpus_per_worker + bool(scaling.read_ahead),
+            "GPU": scaling.train_workers * scaling.gpus_per_worker,
+        }
+        fewer = "--train-workers, --gpus-per-worker"
+    else:
+        who = "workers of phase 1"
+        need = {"CPU": scaling.cpus_per_worker, "GPU": scaling.worker_gpus}
+        fewer = "cpus_per_worker, worker_gpus"
     for name, amount in need.items():
         if amount <= have.get(name, 0):
             continue
-        message = (
-            f"{scaling.train_workers} training workers need {amount:g} {name}s, the cluster "
-            f"has {have.get(name, 0):g}"
-        )
+        message = f"{who} need {amount:g} {name}s, the cluster has {have.get(name, 0):g}"
         if scaling.address or os.environ.get("RAY_ADDRESS"):
-            logger.warning(f"{message}: training waits until there are as many")
+            logger.warning(f"{message}: the work waits until there are as many")
         else:
             raise ClusterError(
-                f"{message}. Ask for fewer (--train-workers, --gpus-per-worker) or join a larger "
-                "cluster (--address)"
+                f"{message}. Ask for fewer ({fewer}) or join a larger cluster (--address)"
             )

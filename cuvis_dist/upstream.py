@@ -7,8 +7,10 @@ changes one of them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import networkx as nx
 import torch
 from cuvis_ai.node.conversion import ScoreToLogit
 from cuvis_ai_core.node.node import Node
@@ -35,6 +37,7 @@ __all__ = [
     "discover_plugins_dirs",  # the same search order for plugin manifests
     "edges_into",
     "node_inputs",
+    "nodes_before",
     "pooled_objects",  # a metric node's live torchmetrics, as an evaluation resets and reads them
     "topological_order",
 ]
@@ -54,6 +57,14 @@ def accumulated_mean(node: ScoreToLogit) -> float | None:
     Private: ``ScoreToLogit._welford``, since the node freezes mean + 2 standard deviations only.
     """
     return float(node._welford.mean) if node._welford.count else None
+
+
+def nodes_before(pipeline: CuvisPipeline, targets: Iterable[Node]) -> set[Node]:
+    """Return every node that one of ``targets`` depends on.
+
+    Private: ``pipeline._graph``, as for :func:`edges_into`.
+    """
+    return set().union(*(nx.ancestors(pipeline._graph, node) for node in targets))
 
 
 def edges_into(pipeline: CuvisPipeline, node: Node) -> list[tuple[Node, str, str]]:

@@ -168,6 +168,11 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = inner or error.__cause__ or error.__context__
 
 
+def state_mark(node: Node) -> tuple:
+    """Return a mark that changes when one of the node's tensors does, in this process."""
+    return tuple((id(t), t._version) for t in (*node.buffers(), *node.parameters()))
+
+
 # ---- fitted state ----------------------------------------------------------------------
 
 #: What stays a node's own when it takes over another's state: its place in the pipeline.

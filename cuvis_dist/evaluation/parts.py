@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from cuvis_dist.archive import Archive
 from cuvis_dist.errors import CuvisDistError, DataError, one_line
 from cuvis_dist.upstream import pooled_objects
-from cuvis_dist.workers import adopt, fetch_once, prepare_worker
+from cuvis_dist.workers import adopt, fetch_once, prepare_worker, state_mark
 
 Port = tuple[str, str] | str
 """A port to keep, as ``pipeline.forward`` takes it: (node, port), or a port of any node."""
@@ -106,7 +106,7 @@ def compute_part(job: Job, first: int, batches: list[list[int]], carried: dict[s
     for node in metric_nodes.values():
         for metric in pooled_objects(node).values():
             metric.reset()
-    before = {name: _mark(node) for name, node in nodes.items()}
+    before = {name: state_mark(node) for name, node in nodes.items()}
     numbered: Any = _Numbered(pipeline, first)
     outputs: list[Outputs] = []
     frames = 0
@@ -128,7 +128,7 @@ def compute_part(job: Job, first: int, batches: list[list[int]], carried: dict[s
         names = ", ".join(str(archive.frames[i]) for i in batches[len(outputs)])
         raise DataError(f"{names} cannot be used: {one_line(error)}") from error
     finally:
-        changed = {name: node for name, node in nodes.items() if _mark(node) != before[name]}
+        changed = {name: node for name, node in nodes.items() if state_mark(node) != before[name]}
         if changed:  # the next part in this process must not start from here
             _fetch_pipeline.cache_clear()
         pipeline.cpu()
@@ -164,8 +164,3 @@ def _kept(outputs: Outputs, keep: Collection[Port]) -> Outputs:
         for key, value in outputs.items()
         if key in keep or key[1] in keep
     }
-
-
-def _mark(node: Node) -> tuple:
-    """Return a mark that changes when one of the node's tensors does."""
-    return tuple((id(t), t._version) for t in (*node.buffers(), *node.parameters()))

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import networkx as nx
 import torch
 from cuvis_ai.node.anomaly.deep_svdd import ZScoreNormalizerGlobal
 from cuvis_ai.node.anomaly.rx_detector import RXGlobal
@@ -26,7 +25,7 @@ from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from torch import Tensor
 
 from cuvis_dist.initialization.passes import PassRecord
-from cuvis_dist.upstream import accumulated_mean, edges_into, topological_order
+from cuvis_dist.upstream import accumulated_mean, edges_into, nodes_before, topological_order
 
 #: Spacing of float32 at 1: nodes freeze in float32, with half of this as relative rounding.
 _EPS32 = torch.finfo(torch.float32).eps
@@ -291,7 +290,7 @@ def _band(
     channels: int,
 ) -> str:
     """Name a band, with its wavelength where all nodes before keep the bands of the batch."""
-    kept = all(isinstance(n, _KEEPS_BANDS) for n in nx.ancestors(pipeline._graph, node))
+    kept = all(isinstance(n, _KEEPS_BANDS) for n in nodes_before(pipeline, [node]))
     known = wavelengths() if kept else None
     values = torch.as_tensor([] if known is None else known).flatten()
     return f"band {index}" + (f" ({float(values[index]):g} nm)" if len(values) == channels else "")

@@ -17,9 +17,9 @@ from torch import Tensor
 from cuvis_dist.archive import Frame
 from cuvis_dist.errors import DataError, one_line
 from cuvis_dist.initialization.recipes import Recipe
-from cuvis_dist.initialization.strips import is_pixelwise, nodes_before, strips
+from cuvis_dist.initialization.strips import is_pixelwise, strips
 from cuvis_dist.statistics import PixelSample, Statistic
-from cuvis_dist.upstream import node_inputs
+from cuvis_dist.upstream import node_inputs, nodes_before
 
 #: Pixels of a frame that are kept to check an affine map on.
 _PROBES = 256
@@ -123,7 +123,7 @@ class Measurer:
                 probes[key].append(_thinned(pixels))
             partial = partial.merge(Partial(measured, str(frame)))
         for key, statistic in partial.statistics.items():
-            if statistic.n and not statistic.is_finite():  # type: ignore[attr-defined]
+            if statistic.n and not statistic.is_finite():
                 raise self._not_finite(key, batch, frame)
         self._note_ranks(partial)
         return partial, {key: _thinned(torch.cat(few)) for key, few in probes.items()}

@@ -197,12 +197,12 @@ def freeze_fits(
                 left.append(fit)
                 continue
         _freeze(fit, statistic)
-        fitted[fit.node.name] = {"statistic": str(fit), "pixels": statistic.n}  # type: ignore[attr-defined]
+        fitted[fit.node.name] = {"statistic": str(fit), "pixels": statistic.n}
     return fitted, left
 
 
 def _freeze(fit: Fit, statistic: Statistic) -> None:
-    if not statistic.n:  # type: ignore[attr-defined]
+    if not statistic.n:
         raise DataError(
             f"no pixel is left for node {fit.node.name}: masks and the setting pixels leave all out"
         )

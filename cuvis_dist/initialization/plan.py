@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import networkx as nx
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 
 from cuvis_dist.initialization.affine import Hop, affine_hop
 from cuvis_dist.initialization.recipes import Recipe, recipe_for
 from cuvis_dist.statistics import Extrema, Moments
-from cuvis_dist.upstream import edges_into, topological_order
+from cuvis_dist.upstream import edges_into, nodes_before, topological_order
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ def make_plan(pipeline: CuvisPipeline, fold: bool = True) -> list[Pass]:
         if recipe is not None:
             fits[node] = _fit(pipeline, node, recipe, fits if fold else {})
             at = fits[node].source.node
-        before = [number[n] for n in nx.ancestors(pipeline._graph, at) if n in number]
+        before = [number[n] for n in nodes_before(pipeline, [at]) if n in number]
         between = [number[h.node] for h in (fits[node].chain if recipe else ()) if h.node in number]
         number[node] = max([0, *(n + 1 for n in before), *between])
 

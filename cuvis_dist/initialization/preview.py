@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 
 import pytorch_lightning as pl
+import torch
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from torch import Tensor
@@ -19,8 +20,8 @@ from cuvis_dist.errors import CuvisDistError, one_line
 from cuvis_dist.initialization.measuring import Measurer, Partial, compute_inputs
 from cuvis_dist.initialization.passes import freeze_fits
 from cuvis_dist.initialization.plan import Pass, make_plan, measured_directly, share
-from cuvis_dist.initialization.strips import nodes_before
 from cuvis_dist.scaling import Scaling
+from cuvis_dist.upstream import nodes_before
 from cuvis_dist.workers import peak_bytes, prepare_worker
 
 #: What a worker holds before it has read anything: the imports of torch, Ray and cuvis.ai.
@@ -99,7 +100,12 @@ def preview(
     )
     frame_bytes = batch_bytes(archive.read(0))
     if calibrate:
-        costs = _tried(copy.deepcopy(pipeline), archive, scaling)
+        threads = torch.get_num_threads()
+        prepare_worker(int(scaling.cpus_per_worker))
+        try:
+            costs = _tried(copy.deepcopy(pipeline), archive, scaling)
+        finally:
+            torch.set_num_threads(threads)
     else:
         plan = make_plan(pipeline, scaling.fold)
         costs = [Cost(step, _worker_bytes(pipeline, step, frame_bytes)) for step in plan]
@@ -122,7 +128,6 @@ def _worker_bytes(pipeline: CuvisPipeline, step: Pass, frame_bytes: int) -> int:
 
 def _tried(pipeline: CuvisPipeline, archive: Archive, scaling: Scaling) -> list[Cost]:
     """Carry the plan out on a few frames, other ones in every pass: the first reading is cold."""
-    prepare_worker(int(scaling.cpus_per_worker))
     costs: list[Cost] = []
     plan = deque(make_plan(pipeline, scaling.fold))
     while plan:

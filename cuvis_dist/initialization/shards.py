@@ -20,8 +20,8 @@ from cuvis_dist.archive import Archive, batch_bytes
 from cuvis_dist.errors import CuvisDistError, DataError
 from cuvis_dist.initialization.measuring import Measurer, Partial, compute_inputs
 from cuvis_dist.initialization.recipes import Recipe
-from cuvis_dist.initialization.strips import nodes_before
-from cuvis_dist.workers import fetch_once, peak_bytes, prepare_worker
+from cuvis_dist.upstream import nodes_before
+from cuvis_dist.workers import fetch_once, peak_bytes, prepare_worker, state_mark
 
 
 class StatefulNodesError(CuvisDistError):
@@ -151,12 +151,7 @@ def row_error(row: dict[str, Any]) -> CuvisDistError:
 
 def _state(pipeline: CuvisPipeline, targets: list[Node]) -> dict[str, tuple]:
     """Return a mark of each node before the targets that changes when its tensors do."""
-    return {
-        node.name: tuple(
-            (id(tensor), tensor._version) for tensor in (*node.buffers(), *node.parameters())
-        )
-        for node in nodes_before(pipeline, targets)
-    }
+    return {node.name: state_mark(node) for node in nodes_before(pipeline, targets)}
 
 
 def _changed(before: dict[str, tuple], after: dict[str, tuple]) -> list[str]:

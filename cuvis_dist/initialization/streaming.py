@@ -26,6 +26,15 @@ from cuvis_dist.scaling import Scaling
 from cuvis_dist.workers import adopt, on_worker
 
 
+def require_whole_frames(node: Node, scaling: Scaling) -> None:
+    """Raise InputError if only some pixels count: a streamed node reads whole frames."""
+    if scaling.pixels != "all":
+        raise InputError(
+            f"node {node.name} ({type(node).__name__}) is fitted by its own code on whole frames, "
+            f"so that pixels: {scaling.pixels} cannot be applied to it; use pixels: all"
+        )
+
+
 def stream_pass(
     pipeline: CuvisPipeline, archive: Archive, node: Node, scaling: Scaling, emit: EmitFn
 ) -> PassRecord:
@@ -41,11 +50,7 @@ def stream_pass(
         If the node's own fit failed.
     """
     started = time.perf_counter()
-    if scaling.pixels != "all":
-        raise InputError(
-            f"node {node.name} ({type(node).__name__}) is fitted by its own code on whole frames, "
-            f"so that pixels: {scaling.pixels} cannot be applied to it; use pixels: all"
-        )
+    require_whole_frames(node, scaling)
     # The fitting process mostly waits for the readers: it leaves them the CPUs.
     beside = scaling.model_copy(update={"cpus_per_worker": 0})
 

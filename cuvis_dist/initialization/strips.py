@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import networkx as nx
 import torch
 from cuvis_ai.node.anomaly.deep_svdd import (
     DeepSVDDProjection,
@@ -27,7 +26,6 @@ from cuvis_ai.node.normalization import IdentityNormalizer, MinMaxNormalizer, Pe
 from cuvis_ai.node.preprocessors import BandpassByWavelength
 from cuvis_ai.node.pretreatments.scaling import MeanCenter, UnitVarianceScaling
 from cuvis_ai_core.node.node import Node
-from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 
 #: Classes that map each pixel by itself once they are fitted; their subclasses do while they
 #: share ``forward``. Any other node is given whole frames.
@@ -60,11 +58,6 @@ def is_pixelwise(node: Node) -> bool:
         return False
     same = (cls for cls in _PIXELWISE if isinstance(node, cls))
     return any(type(node).forward is cls.forward for cls in same)
-
-
-def nodes_before(pipeline: CuvisPipeline, targets: list[Node]) -> set[Node]:
-    """Return every node that one of ``targets`` depends on."""
-    return set().union(*(nx.ancestors(pipeline._graph, node) for node in targets))
 
 
 def strips(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -23,9 +23,9 @@ from cuvis_dist.initialization.diagnosis import Finding, diagnose
 from cuvis_dist.initialization.passes import PassRecord, measure_pass
 from cuvis_dist.initialization.plan import Pass, make_plan, measured_directly, share
 from cuvis_dist.initialization.shards import StatefulNodesError
-from cuvis_dist.initialization.streaming import stream_pass
+from cuvis_dist.initialization.streaming import require_whole_frames, stream_pass
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.session import connect
+from cuvis_dist.session import connect, require_resources
 
 
 class StatisticalTrainer(UpstreamStatisticalTrainer):
@@ -70,11 +70,12 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         Raises
         ------
         InputError
-            If the data module cannot serve the train split.
+            If the data module cannot serve the train split, or ``pixels`` cannot be applied to a
+            node that is streamed.
         DataError
             If a frame cannot be read or measured; the message names it.
         ClusterError
-            If the cluster cannot be reached or lost the work.
+            If the cluster cannot be reached, has not what one worker needs, or lost the work.
         TrainingCancelled
             If the stop event was set.
         """
@@ -84,10 +85,14 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
             logger.info("No statistical nodes to train")
             return
         scaling = self.scaling
+        for step in plan:  # before anything is read
+            if step.streamed is not None:
+                require_whole_frames(step.streamed, scaling)
         archive = open_archive(self.datamodule, "train").sampled(
             scaling.sample_frames, scaling.sample_fraction, scaling.sample_seed
         )
         connect(scaling)
+        require_resources(scaling, training=False)
 
         outer_owner = self.pipeline.structure_frozen_by
         self.pipeline.freeze_structure("StatisticalTrainer.fit")

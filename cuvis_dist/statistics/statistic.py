@@ -8,7 +8,7 @@ through Arrow. Everything here is a pure function: no Ray, no files, no cuvis.ai
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import pyarrow as pa
 import torch
@@ -23,7 +23,14 @@ class Statistic:
 
     Subclasses are frozen dataclasses whose fields are float64 tensors or ints. Every subclass
     is an identity of ``merge`` when measured on zero pixels.
+
+    Attributes
+    ----------
+    n : int
+        Number of pixels measured.
     """
+
+    n: int
 
     #: Name of the class, under which Arrow data find it again.
     name: ClassVar[str]
@@ -110,7 +117,7 @@ def from_arrow(batch: pa.RecordBatch) -> Statistic:
             f"not a statistic: Arrow metadata names {metadata.get('statistic')!r}, "
             f"known are {sorted(_REGISTRY)}"
         )
-    values: dict[str, Tensor | int] = {}
+    values: dict[str, Any] = {}
     for field in fields(cls):
         cell = batch.column(field.name)[0]
         if f"shape:{field.name}" in metadata:

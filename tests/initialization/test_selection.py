@@ -16,7 +16,7 @@ from fragile import FragileModule
 
 from cuvis_dist import Scaling, StatisticalTrainer
 from cuvis_dist.archive import open_archive
-from cuvis_dist.errors import DataError, InputError
+from cuvis_dist.errors import ClusterError, DataError, InputError
 from cuvis_dist.statistics import Moments
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -116,12 +116,27 @@ def test_frames_without_annotation_are_named(tmp_path):
         trainer.fit()
 
 
-def test_streamed_nodes_read_whole_frames():
+def test_streamed_nodes_read_whole_frames(tmp_path):
+    """Which is said before anything is read, also when another pass would come first."""
     capped = MinMaxNormalizer(max_initialization_frames=2, name="capped")
-    data, pipeline = CU3SDataNode(), CuvisPipeline("p")
-    pipeline.connect((data.outputs.cube, capped.inputs.data))
-    trainer = StatisticalTrainer(pipeline, FragileModule(None), scaling=Scaling(pixels="finite"))
+    data, first, pipeline = CU3SDataNode(), MinMaxNormalizer(name="first"), CuvisPipeline("p")
+    pipeline.connect(
+        (data.outputs.cube, first.inputs.data), (first.outputs.normalized, capped.inputs.data)
+    )
+    module = FragileModule(tmp_path)
+    trainer = StatisticalTrainer(pipeline, module, scaling=Scaling(pixels="finite"))
     with pytest.raises(InputError, match=r"capped \(MinMaxNormalizer\).*whole frames"):
+        trainer.fit()
+    assert not (tmp_path / "read.log").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_workers_that_no_machine_can_offer_are_refused(tmp_path):
+    data, rx, pipeline = CU3SDataNode(), RXGlobal(5), CuvisPipeline("p")
+    pipeline.connect((data.outputs.cube, rx.inputs.data))
+    scaling = Scaling(worker_gpus=1)
+    trainer = StatisticalTrainer(pipeline, FragileModule(tmp_path), scaling=scaling)
+    with pytest.raises(ClusterError, match="workers of phase 1 need 1 GPUs, the cluster has 0"):
         trainer.fit()
 
 
