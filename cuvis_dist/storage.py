@@ -1,0 +1,39 @@
+"""Where do files lie that are no local paths? At a URI, on any file system of ``pyarrow.fs``."""
+
+from __future__ import annotations
+
+import re
+
+from pyarrow.fs import FileSystem
+
+from cuvis_dist.errors import InputError, one_line
+
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+
+
+def is_uri(path: object) -> bool:
+    """Whether a path names another file system: ``s3://``, ``gs://``, ``hdfs://``, ``file://``."""
+    return isinstance(path, str) and _SCHEME.match(path) is not None
+
+
+def filesystem_of(uri: str) -> tuple[FileSystem, str]:
+    """Return the file system that a URI names, and the path on it.
+
+    Credentials and endpoints come from the environment (``AWS_ACCESS_KEY_ID``,
+    ``AWS_ENDPOINT_URL``, …), never from the URI, which ends up in logs and records.
+
+    Raises
+    ------
+    InputError
+        If there is no such file system, or the URI carries a password.
+    """
+    scheme = uri.partition("://")[0]
+    if "@" in uri.removeprefix(f"{scheme}://").partition("/")[0]:
+        raise InputError(
+            f"a {scheme}:// address must not carry credentials, which would end up in logs and "
+            "run.json; set them in the environment of the cluster's nodes"
+        )
+    try:
+        return FileSystem.from_uri(uri)
+    except Exception as error:
+        raise InputError(f"{uri} cannot be used: {one_line(error)}") from error
