@@ -16,6 +16,7 @@ from typing import Any
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 
 from cuvis_dist.initialization import Finding, PassRecord
+from cuvis_dist.storage import write_atomically
 
 _PACKAGES = (
     "cuvis-dist",
@@ -119,15 +120,6 @@ class RunRecord:
             "metrics": self.metrics,
             "run": str(Path(self.output_dir) / "run.json"),
         }
-
-
-def write_atomically(path: Path, content: bytes) -> Path:
-    """Write a file under a temporary name and rename it; return its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-    return path
 
 
 def now() -> str:

@@ -23,8 +23,9 @@ from ray import cloudpickle
 
 from cuvis_dist.archive import open_split
 from cuvis_dist.errors import CuvisDistError, one_line
-from cuvis_dist.record import RunRecord, write_atomically
+from cuvis_dist.record import RunRecord
 from cuvis_dist.scaling import Scaling
+from cuvis_dist.storage import write_atomically
 
 #: Settings of ``Scaling`` that change bits, or which frames are used.
 _BIT_SETTINGS = (

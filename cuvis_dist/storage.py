@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
+from typing import TypeVar
 
 from pyarrow.fs import FileSystem
 
 from cuvis_dist.errors import InputError, one_line
 
+PathOrURI = TypeVar("PathOrURI", str, Path)
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 
 
@@ -37,3 +41,22 @@ def filesystem_of(uri: str) -> tuple[FileSystem, str]:
         return FileSystem.from_uri(uri)
     except Exception as error:
         raise InputError(f"{uri} cannot be used: {one_line(error)}") from error
+
+
+def write_atomically(target: PathOrURI, content: bytes) -> PathOrURI:
+    """Write a file, whole or not at all, with the folders above it; return ``target``.
+
+    On a local disk under a temporary name that is then renamed; an object store shows an object
+    when its upload is complete.
+    """
+    if is_uri(target):
+        filesystem, path = filesystem_of(str(target))
+        with filesystem.open_output_stream(path) as stream:
+            stream.write(content)
+        return target
+    local = Path(target)
+    local.parent.mkdir(parents=True, exist_ok=True)
+    temporary = local.with_name(f".{local.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, local)
+    return target
