@@ -255,7 +255,9 @@ def _dry_run(trainrun: TrainRun, scaling: Scaling) -> int:
         gpus = f" and {scaling.gpus_per_worker:g} GPUs" if scaling.gpus_per_worker else ""
         each = each.replace(" each", f"{gpus} each")
         epochs = trainrun.config.training.max_epochs
-        print(f"phase 2  {scaling.train_workers} workers, {each}; at most {epochs} epochs")
+        least, most = scaling.least_train_workers, scaling.train_workers
+        workers = f"{most}" if least == most else f"{least} to {most}"
+        print(f"phase 2  {workers} workers, {each}; at most {epochs} epochs")
     print(f"result   {trainrun.saved_pipeline}")
     return 0
 

@@ -8,9 +8,14 @@ phase 2. Another fingerprint starts anew. How many workers there are is no part 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +27,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from ray import cloudpickle
 
 from cuvis_dist.archive import open_split
-from cuvis_dist.errors import CuvisDistError, one_line
+from cuvis_dist.errors import CuvisDistError, InputError, one_line
 from cuvis_dist.record import RunRecord
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.storage import write_atomically
@@ -39,6 +44,33 @@ _BIT_SETTINGS = (
     "on_error",
     "max_skipped",
 )
+
+
+@contextmanager
+def only_run(output_dir: Path) -> Iterator[None]:
+    """Keep a second run out of ``output_dir`` for as long as the block lasts.
+
+    The lock is the process's: it is gone when that dies, however it does.
+
+    Raises
+    ------
+    InputError
+        If another run has the folder, with its process and host.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with open(output_dir / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(
+                f"another run is writing to {output_dir} ({file.read().strip()}): wait until it "
+                "has ended, stop it, or give this one another --output-dir"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def fingerprint(

@@ -30,7 +30,7 @@ from cuvis_dist.errors import INTERRUPTED, CuvisDistError, DataError, InputError
 from cuvis_dist.evaluation import failed_split, post_fit
 from cuvis_dist.initialization import StatisticalTrainer, recipe_for, statistical_nodes
 from cuvis_dist.record import RunRecord, now, save_pipeline
-from cuvis_dist.resume import Resume, fingerprint
+from cuvis_dist.resume import Resume, fingerprint, only_run
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.session import connect, require_resources, terminable
 from cuvis_dist.training import GradientTrainer, check_training
@@ -223,7 +223,14 @@ def run_trainrun(
         With a message for people; ``run.json`` then says ``failed``, and an earlier saved
         pipeline is still in place.
     """
-    scaling = (scaling or Scaling()).model_copy(update={"output_dir": trainrun.output_dir})
+    with only_run(trainrun.output_dir):
+        return _run_alone(trainrun, scaling or Scaling(), emit or log_event, verbose, restart)
+
+
+def _run_alone(
+    trainrun: TrainRun, scaling: Scaling, emit: EmitFn, verbose: bool, restart: bool
+) -> RunRecord:
+    scaling = scaling.model_copy(update={"output_dir": trainrun.output_dir})
     record = RunRecord(
         str(trainrun.path),
         trainrun.config.name,
@@ -245,7 +252,7 @@ def run_trainrun(
     resume.begin()
     record.write()
     with _recorded(record), terminable():
-        _run(trainrun, datamodule, scaling, record, resume, emit or log_event, verbose)
+        _run(trainrun, datamodule, scaling, record, resume, emit, verbose)
         record.status, record.exit_code, record.finished = "done", 0, now()
         record.write()
     resume.finish()

@@ -31,6 +31,10 @@ class Scaling(BaseModel):
     train_workers : int
         DDP processes of phase 2. ``batch_size`` of a trainrun stays the global batch size: a
         step's frames are dealt over these processes.
+    min_train_workers : int or None
+        Train on as few as these while the cluster has no room for ``train_workers``; None waits
+        for all of them. When the cluster grows or shrinks, training goes on with another number
+        from the end of the last finished epoch; what it computes stays the same.
     gpus_per_worker : float
         GPUs of each DDP process (nccl), and of as many processes of an evaluation; 0 trains on
         CPUs (gloo).
@@ -86,6 +90,7 @@ class Scaling(BaseModel):
     address: str | None = None
     workers: int | None = Field(default=None, ge=1)
     train_workers: int = Field(default=1, ge=1)
+    min_train_workers: int | None = Field(default=None, ge=1)
     gpus_per_worker: float = Field(default=0, ge=0)
     cpus_per_worker: float = Field(default=1, gt=0)
     shard_frames: int = Field(default=4, ge=1)
@@ -103,6 +108,11 @@ class Scaling(BaseModel):
     output_dir: Path = Path("outputs")
     max_failures: int = Field(default=3, ge=0)
     stall_seconds: float = Field(default=45, gt=0)
+
+    @property
+    def least_train_workers(self) -> int:
+        """How many training workers there must be."""
+        return min(self.train_workers, self.min_train_workers or self.train_workers)
 
     @classmethod
     def load(cls, path: str | Path | None = None, **overrides: Any) -> Scaling:

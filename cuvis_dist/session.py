@@ -103,10 +103,11 @@ def require_resources(scaling: Scaling, training: bool = True) -> None:
     """
     have = ray.cluster_resources()
     if training:
-        who = f"{scaling.train_workers} training workers"
+        workers = scaling.least_train_workers
+        who = f"{workers} training workers"
         need = {
-            "CPU": scaling.train_workers * scaling.cpus_per_worker + bool(scaling.read_ahead),
-            "GPU": scaling.train_workers * scaling.gpus_per_worker,
+            "CPU": workers * scaling.cpus_per_worker + bool(scaling.read_ahead),
+            "GPU": workers * scaling.gpus_per_worker,
         }
         fewer = "--train-workers, --gpus-per-worker"
     else:

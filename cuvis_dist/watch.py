@@ -31,6 +31,8 @@ class Beat:
         Of the process and its children.
     moved_bytes : int
         Read and written by these.
+    group : str
+        Which group of workers the rank belongs to; another one has taken over where it changes.
     """
 
     rank: int
@@ -38,6 +40,7 @@ class Beat:
     steps: int
     cpu_seconds: float
     moved_bytes: int
+    group: str = ""
 
     def is_progress_over(self, earlier: Beat, seconds: float) -> bool:
         """Whether something was done since ``earlier``, that many seconds ago."""
@@ -56,21 +59,38 @@ class Watch:
 
     Parameters
     ----------
-    world_size : int
-        How many ranks there are.
     stall_seconds : float
         How long a rank may do nothing at all.
+
+    Attributes
+    ----------
+    world_sizes : list of int
+        Of each group of workers that there was.
     """
 
-    def __init__(self, world_size: int, stall_seconds: float) -> None:
-        self.world_size = world_size
+    def __init__(self, stall_seconds: float) -> None:
         self.stall_seconds = stall_seconds
+        self.world_sizes: list[int] = []
+        self._group: str | None = None
         self._progress: dict[int, tuple[Beat, float]] = {}
         self._verdict: str | None = None
+
+    def begin(self, group: str, world_size: int) -> None:
+        """Take note of a new group of workers, of so many ranks; each of them says so."""
+        if group != self._group:
+            self._group = group
+            self.world_sizes.append(world_size)
+            self._progress.clear()
+
+    def sizes(self) -> list[int]:
+        """Return :attr:`world_sizes`: an actor has no attributes."""
+        return self.world_sizes
 
     def beat(self, beat: Beat, now: float | None = None) -> str | None:
         """Take a rank's beat; returns what :meth:`verdict` says then."""
         now = time.monotonic() if now is None else now
+        if beat.group != self._group:
+            return None  # of a group that was ended
         earlier = self._progress.get(beat.rank)
         if earlier is None or beat.is_progress_over(earlier[0], now - earlier[1]):
             self._progress[beat.rank] = beat, now
@@ -100,7 +120,9 @@ class Watch:
             if stuck := [beat for beat in still if beat.doing == own_affair]:
                 return stuck
         running = [beat for beat, _ in self._progress.values() if beat.doing]
-        if len(self._progress) < self.world_size or len(still) < len(running):
+        if not running or len(still) < len(running):
+            return []
+        if len(self._progress) < self.world_sizes[-1]:
             return []
         fewest = min((beat.steps for beat in still), default=0)
         return [beat for beat in still if beat.steps == fewest]

@@ -12,7 +12,8 @@ WAITING = "[Strategy]RayDDPStrategy.backward"
 
 def verdict(*histories, until=100, stall=10.0):
     """Play what each rank does as a function of the second, and ask each second."""
-    watch = Watch(len(histories), stall)
+    watch = Watch(stall)
+    watch.begin("", len(histories))
     for now in range(until):
         for rank, history in enumerate(histories):
             if said := watch.beat(Beat(rank, *history(now)), now):
@@ -66,7 +67,8 @@ def test_a_rank_that_waits_is_not_stuck_while_another_works():
 
 def test_a_silent_rank_is_stuck():
     """Nothing in its process runs any more, not even the thread that sends."""
-    watch = Watch(2, 10)
+    watch = Watch(10)
+    watch.begin("", 2)
     watch.beat(Beat(1, READING, 4, 0.0, 0), 0)
     said = [watch.beat(Beat(0, WAITING, 5, 0.0, 0), now) for now in range(20)]
     assert said[9] is None
@@ -86,3 +88,18 @@ def test_what_a_process_uses_is_seen(tmp_path):
     after = _used()
     assert after[0] > before[0]
     assert after[1] - before[1] >= 6_000_000
+
+
+def test_nobody_is_stuck_before_there_is_anybody():
+    assert Watch(10).verdict(100) is None
+
+
+def test_another_group_of_workers_starts_anew():
+    watch = Watch(10)
+    for group, size in (("first", 3), ("first", 3), ("second", 2), ("second", 2)):
+        watch.begin(group, size)
+        assert watch.beat(Beat(0, WAITING, 4, 0.0, 0, group), 0) is None
+    assert watch.sizes() == [3, 2]
+    assert watch.beat(Beat(2, READING, 4, 0.0, 0, "first"), 1) is None  # its last word
+    said = [watch.beat(Beat(1, READING, 1, now, 0, "second"), now) for now in range(2, 20)]
+    assert said[-1] is None, "rank 0 waits for rank 1, which reads"

@@ -20,6 +20,7 @@ import torch
 import torch.distributed
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from pytorch_lightning import Callback
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from ray import cloudpickle
 from torchmetrics import Metric
 
@@ -34,9 +35,26 @@ def last_checkpoint(output_dir: Path) -> Path:
 
 def finished_epochs(path: Path) -> int:
     """Return how many epochs a checkpoint has behind it; reads no parameters."""
-    if not path.is_file():
-        return 0
-    return int(torch.load(path, map_location="cpu", weights_only=False, mmap=True)["epoch"])
+    return int(_peek(path)["epoch"]) if path.is_file() else 0
+
+
+def _peek(path: Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+
+
+def continued(logger: Logger, last: Path) -> Logger:
+    """Return a logger that goes on in the folder of the fit that left the checkpoint ``last``.
+
+    TensorBoard then shows one run: what was logged after the checkpoint counts as undone.
+    """
+    if not isinstance(logger, TensorBoardLogger) or not isinstance(logger.version, int):
+        return logger
+    return TensorBoardLogger(
+        logger.save_dir,
+        name=logger.name,
+        version=max(0, logger.version - 1),
+        purge_step=int(_peek(last)["global_step"]),
+    )
 
 
 class LastEpoch(Callback):

@@ -14,19 +14,23 @@ import ray
 from loguru import logger
 from pytorch_lightning.profilers import PassThroughProfiler
 
-from cuvis_dist.watch import READING, Beat
+from cuvis_dist.watch import COMPUTING, READING, Beat
 
 
 class Heartbeat(PassThroughProfiler):
     """Sends a rank's beats while it is entered; Lightning's profiler hooks tell what it does.
 
+    A rank on a GPU that waits for others spins: what it uses then is no sign of life.
+
     A verdict ends the process: its main thread is in a call that cannot be interrupted. The
     driver asks the watch for the reason.
     """
 
-    def __init__(self, watch: Any, rank: int, stall_seconds: float) -> None:
+    def __init__(
+        self, watch: Any, rank: int, group: str, stall_seconds: float, on_gpu: bool
+    ) -> None:
         super().__init__()
-        self._watch, self._rank = watch, rank
+        self._watch, self._rank, self._group, self._on_gpu = watch, rank, group, on_gpu
         self._interval = min(2.0, stall_seconds / 4)
         self._actions: list[str] = ["starting"]
         self._steps = 0
@@ -59,11 +63,14 @@ class Heartbeat(PassThroughProfiler):
 
     def __exit__(self, *exc_info: object) -> None:
         self._ended.set()
-        ray.get(self._watch.beat.remote(Beat(self._rank, "", self._steps, 0, 0)))
+        ray.get(self._watch.beat.remote(Beat(self._rank, "", self._steps, 0, 0, self._group)))
 
     def _send(self) -> None:
         while not self._ended.wait(self._interval):
-            beat = Beat(self._rank, self._actions[-1], self._steps, *_used())
+            doing, (cpu, moved) = self._actions[-1], _used()
+            if self._on_gpu and doing not in (READING, COMPUTING):
+                cpu = 0.0
+            beat = Beat(self._rank, doing, self._steps, cpu, moved, self._group)
             try:
                 verdict = ray.get(self._watch.beat.remote(beat))
             except ray.exceptions.RayError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ from cuvis_dist.archive import NamedFrames, open_split
 from cuvis_dist.errors import InputError
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.sinks import close_sinks, silence_sinks
-from cuvis_dist.training.checkpoint import LastEpoch
+from cuvis_dist.training.checkpoint import LastEpoch, continued
 from cuvis_dist.training.dealing import DealtBatches, deal
 from cuvis_dist.training.heartbeat import Heartbeat
 from cuvis_dist.training.ingest import CachedFrames, FrameCache, ReadAhead, make_cache
@@ -63,9 +64,9 @@ class Assignment:
     verb : str
         ``fit``, ``validate`` or ``test``.
     checkpoint : str or None
-        Lightning checkpoint to evaluate; for ``fit`` the one to go on from.
+        Lightning checkpoint to evaluate.
     last : Path
-        Where ``fit`` keeps the state of its last finished epoch.
+        Where ``fit`` keeps the state of its last finished epoch, and goes on from if it is there.
     watch : actor handle
         Of a :class:`~cuvis_dist.watch.Watch`.
     directory : str
@@ -107,15 +108,18 @@ def run_rank(config: dict[str, Any]) -> Outcome | None:
     if os.path.isdir(job.directory):
         os.chdir(job.directory)
     context = ray.train.get_context()
-    first = context.get_world_rank() == 0
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    first, on_gpu = rank == 0, job.scaling.gpus_per_worker > 0
+    group = _agreed_name()
+    ray.get(job.watch.begin.remote(group, world_size))
     named = {node.name: node for node in job.pipeline.nodes()}
-    heartbeat = Heartbeat(job.watch, context.get_world_rank(), job.scaling.stall_seconds)
+    heartbeat = Heartbeat(job.watch, rank, group, job.scaling.stall_seconds, on_gpu)
     module = RankTrainer(
         job.pipeline,
-        DealtDataModule(job, context.get_world_rank(), context.get_world_size()),
+        DealtDataModule(job, rank, world_size),
         [named[name] for name in job.loss_nodes],
         [named[name] for name in job.metric_nodes],
-        RankConfig.of(job.training_config, job.scaling.gpus_per_worker > 0, job.log_dir, heartbeat),
+        RankConfig.of(job.training_config, on_gpu, job.log_dir, heartbeat),
         callbacks=job.callbacks,
     )
     module.heartbeat = heartbeat
@@ -129,7 +133,8 @@ def run_rank(config: dict[str, Any]) -> Outcome | None:
     with heartbeat, closing(module.datamodule):
         if job.verb == "fit":
             module.last = LastEpoch(job.last, job.pipeline)
-            module.resume_from = job.checkpoint
+            # Also what an earlier group of this fit left, which had more or fewer workers.
+            module.resume_from = str(job.last) if job.last.is_file() else None
             module.fit()
         else:
             metrics = getattr(module, job.verb)(ckpt_path=job.checkpoint)
@@ -149,6 +154,14 @@ def run_rank(config: dict[str, Any]) -> Outcome | None:
     )
 
 
+def _agreed_name() -> str:
+    """Return a name that this group of workers has for itself, and no other group."""
+    name = [uuid.uuid4().hex]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(name)
+    return name[0]
+
+
 class RankTrainer(UpstreamGradientTrainer):
     """Upstream's gradient trainer as one of several."""
 
@@ -156,6 +169,10 @@ class RankTrainer(UpstreamGradientTrainer):
     events: Callback | None = None
     last: LastEpoch | None = None
     resume_from: str | None = None
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._to_log: list[tuple[str, torch.Tensor, dict[str, Any]]] = []
 
     def _build_trainer(self) -> pl.Trainer:
         """Build upstream's trainer, less the post-fit steps, which follow on all workers."""
@@ -167,6 +184,7 @@ class RankTrainer(UpstreamGradientTrainer):
             trainer.callbacks.append(self.events)
         if self.resume_from is not None:  # upstream's fit has no argument for it
             trainer.fit = partial(trainer.fit, ckpt_path=self.resume_from, weights_only=False)
+            trainer.loggers = [continued(each, Path(self.resume_from)) for each in trainer.loggers]
         return trainer
 
     @property
@@ -228,14 +246,28 @@ class RankTrainer(UpstreamGradientTrainer):
         evaluation the shares of all batches of the split add up to 1. A torchmetrics object
         synchronizes its own states when Lightning computes it at the end.
         """
+        if self.trainer.training and not isinstance(value, Metric):
+            share = torch.as_tensor(value, device=self.device).detach() * self._share
+            self._to_log.append((name, share, kwargs))
+            return
         with self.heartbeat.doing("logging"):  # the others may be waited for here
             if isinstance(value, Metric):
                 super().log(name, value, **kwargs)
-            elif self.trainer.training:
-                super().log(name, value * self._share, sync_dist=True, **kwargs)
             else:
                 share = torch.as_tensor(value, device=self.device) * self._share
                 super().log(name, share, sync_dist=True, reduce_fx=torch.sum, **kwargs)
+
+    def on_after_backward(self) -> None:
+        """Reduce what the step logged, all at once: its gradients have just met, too."""
+        super().on_after_backward()
+        logged, self._to_log = self._to_log, []
+        if not logged:
+            return
+        with self.heartbeat.doing("logging"):
+            shares = torch.stack([share.double().flatten()[0] for _, share, _ in logged])
+            values = self.trainer.strategy.reduce(shares, reduce_op="mean")
+        for (name, _, options), value in zip(logged, values, strict=True):
+            super().log(name, value, **options)
 
 
 class StepMonitor:

@@ -163,7 +163,7 @@ class GradientTrainer(UpstreamGradientTrainer):
         """Train; after a loss of workers, go on from the last finished epoch."""
         for failure in count(1):
             try:
-                return self._run("fit", str(last) if last.is_file() else None)
+                return self._run("fit")
             except LostWorkerError as error:
                 if failure > self.scaling.max_failures:
                     raise
@@ -222,11 +222,12 @@ class GradientTrainer(UpstreamGradientTrainer):
     @contextmanager
     def _watched(self, what: str) -> Iterator[Any]:
         """Watch the ranks; a group that ended because one was stuck is an error that names it."""
-        watch: Any = ray.remote(num_cpus=0)(Watch).remote(
-            self.scaling.train_workers, self.scaling.stall_seconds
-        )
+        watch: Any = ray.remote(num_cpus=0)(Watch).remote(self.scaling.stall_seconds)
         try:
             yield watch
+            sizes = ray.get(watch.sizes.remote())
+            if len(sizes) > 1:
+                logger.warning(f"{what} ran on {', then '.join(map(str, sizes))} workers")
         except CuvisDistError:
             verdict = ray.get(watch.verdict.remote())
             if verdict:
@@ -240,8 +241,10 @@ def _scaling_config(scaling: Scaling) -> ScalingConfig:
     resources: dict[str, Any] = {"CPU": scaling.cpus_per_worker}
     if scaling.gpus_per_worker:
         resources["GPU"] = scaling.gpus_per_worker
+    least, most = scaling.least_train_workers, scaling.train_workers
+    workers: Any = most if least == most else (least, most)
     return ScalingConfig(
-        num_workers=scaling.train_workers,
+        num_workers=workers,
         use_gpu=scaling.gpus_per_worker > 0,
         resources_per_worker=resources,
     )

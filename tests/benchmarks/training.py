@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, Subset
 from cuvis_dist import GradientTrainer, Scaling
 from cuvis_dist.run import TrainRun, load_trainrun
 
+BATCH = 4
 RUNS: dict[str, dict] = {
     "upstream, 1 process": {},
     "plain Lightning DDP, 2 processes": {},
@@ -81,10 +82,12 @@ class PlainDDP(TrainingConfig):
         }
 
 
-def trainrun_of(path: Path, epochs: int) -> TrainRun:
+def trainrun_of(path: Path, epochs: int, batch_size: int) -> TrainRun:
     """Load and initialize on a few frames; all frames are trained on, one batch validated."""
     splits = [f"data.splits.{split}=[{{kind: all}}]" for split in ("train", "val", "test")]
-    run = load_trainrun(path, [*splits, "data.batch_size=4", f"training.max_epochs={epochs}"])
+    run = load_trainrun(
+        path, [*splits, f"data.batch_size={batch_size}", f"training.max_epochs={epochs}"]
+    )
     run.config.training.callbacks = None
     run.config.training.limit_val_batches = 1
     UpstreamStatisticalTrainer(run.pipeline, _First(run.datamodule(), 4)).fit()
@@ -107,7 +110,8 @@ class _First(pl.LightningDataModule):
 def one(name: str, path: Path, epochs: int) -> None:
     """Train once and print the steps per second."""
     logger.remove()
-    run, clock = trainrun_of(path, epochs), Clock()
+    # DistributedSampler leaves the data module's batch size to each process.
+    run, clock = trainrun_of(path, epochs, BATCH // 2 if "DDP" in name else BATCH), Clock()
     config = run.config.training
     common = (run.pipeline, run.datamodule(), run.loss_nodes, run.metric_nodes)
     options = RUNS[name]

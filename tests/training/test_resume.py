@@ -6,6 +6,7 @@ import pytest
 from archives import assert_same_state
 from gradients import initialized, train, train_upstream
 from loguru import logger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trouble import OwnFrames, TroubledModule
 
 from cuvis_dist.errors import ClusterError, InputError
@@ -36,11 +37,28 @@ def test_a_killed_worker_is_replaced_and_training_goes_on(demo_trainrun, tmp_pat
     assert "Training goes on from the end of epoch 2 (failure 1, at most 3)" in line
     read = (tmp_path / "read.log").stat().st_size
     assert read <= 20 + 10 + 10, "epochs before the last checkpoint were read again"
+    (board,) = (trainrun.output_dir / "lightning_logs").iterdir()  # one run, each step once
+    logged = EventAccumulator(str(board)).Reload().Scalars("val_loss")
+    assert len(logged) == len({event.step for event in logged}) == 3
     assert_same_state(trainrun.pipeline, expected.pipeline, 1e-5)
     ours, theirs = trainer.callbacks[0].values, reference.callbacks[0].values
     assert len(ours) == len(theirs) == 3
     for mine, other in zip(ours, theirs, strict=True):
         assert mine == pytest.approx(other, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.long
+def test_fewer_workers_than_asked_for_train_the_same(demo_trainrun, tmp_path, warnings):
+    """The cluster has room for 3 of 40, and one of these is lost."""
+    expected = initialized(demo_trainrun, tmp_path / "one", *OVERRIDES)
+    train_upstream(expected)
+
+    trainrun = initialized(demo_trainrun, tmp_path / "two", *OVERRIDES)
+    module = TroubledModule(trainrun.datamodule(), tmp_path, "die", at=15)
+    train(trainrun, 40, module, {"min_train_workers": 1})
+
+    assert any("Training goes on from the end of epoch 1" in text for text in warnings)
+    assert_same_state(trainrun.pipeline, expected.pipeline, 1e-5)
 
 
 def test_a_stuck_worker_is_named(demo_trainrun, tmp_path):
@@ -52,6 +70,7 @@ def test_a_stuck_worker_is_named(demo_trainrun, tmp_path):
     assert (tmp_path / "happened").exists()
 
 
+@pytest.mark.long
 def test_unequal_steps_are_told_before_the_first_one(demo_trainrun, tmp_path):
     trainrun = initialized(demo_trainrun, tmp_path)
     with pytest.raises(InputError, match=r"epoch 1 \(rank 0 5, rank 1 3\).*of OwnFrames"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import shutil
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from cuvis_ai_core.training.evaluation import evaluate_split
 from cuvis_ai_core.training.post_fit import TrainHook
 from cuvis_ai_schemas.enums import ExecutionStage
 from gradients import initialized, train, train_upstream
+from pytorch_lightning.callbacks import ModelCheckpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cuvis_dist.errors import ClusterError, DataError
@@ -20,21 +23,37 @@ from cuvis_dist.errors import ClusterError, DataError
 pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.slow]
 
 
-#: 10 train frames: batches of 3 leave one over, batches of 5 do not.
 OPTIMIZERS = {
-    "adamw": ("data.batch_size=3", "training.optimizer.name=adamw"),
-    "sgd": ("data.batch_size=5", "training.optimizer.name=sgd", "training.optimizer.lr=1.0e-6"),
+    "adamw": ("training.optimizer.name=adamw",),
+    "sgd": ("training.optimizer.name=sgd", "training.optimizer.lr=1.0e-6"),
 }
+#: 10 train frames: batches of 3 leave one over, batches of 5 do not.
+BATCHES = {"uneven": 3, "even": 5}
+#: The learning rate falls and training ends after 3 of 6 epochs, by what callbacks monitor.
+SCHEDULES = (
+    "training.max_epochs=6",
+    "training.scheduler={name: plateau, monitor: val_loss, patience: 0, threshold: 0.5}",
+    "training.callbacks={checkpoint: {monitor: val_loss}, early_stopping: "
+    "[{monitor: val_loss, min_delta: 1000, patience: 2}]}",
+)
 
 
 @pytest.fixture(scope="module")
 def references(demo_trainrun, tmp_path_factory):
-    """Upstream in one process, per optimizer."""
-    runs = {}
-    for name, options in OPTIMIZERS.items():
-        trainrun = initialized(demo_trainrun, tmp_path_factory.mktemp(name), *options)
-        runs[name] = trainrun, train_upstream(trainrun)
-    return runs
+    """Upstream in one process, by optimizer and batches."""
+
+    @functools.cache
+    def run(optimizer, batches):
+        trainrun = initialized(
+            demo_trainrun, tmp_path_factory.mktemp("one"), *overrides(optimizer, batches)
+        )
+        return trainrun, train_upstream(trainrun)
+
+    return run
+
+
+def overrides(optimizer, batches):
+    return (f"data.batch_size={BATCHES[batches]}", *OPTIMIZERS[optimizer], *SCHEDULES)
 
 
 def state(trainrun):
@@ -66,24 +85,28 @@ def assert_same_values(trainer, expected):
             assert mine[name] == pytest.approx(value, **tolerance), name
 
 
+#: How frames are read makes no difference.
+READING = {1: {"cache": "disk", "read_ahead": 2}, 2: {}, 3: {"cache": "memory"}}
+#: In every test run; the others are marked long.
+ALWAYS = {(2, "adamw", "uneven"), (3, "sgd", "even")}
+
+
 @pytest.mark.parametrize(
-    ("workers", "optimizer", "reading"),
+    ("workers", "optimizer", "batches"),
     [
-        pytest.param(1, "sgd", {"cache": "disk", "read_ahead": 2}, marks=pytest.mark.long),
-        (2, "adamw", {}),
-        (3, "sgd", {"cache": "memory"}),
+        pytest.param(*case, marks=() if case in ALWAYS else pytest.mark.long)
+        for case in itertools.product(READING, OPTIMIZERS, BATCHES)
     ],
-    ids=["1, SGD, read ahead, kept on disk", "2, AdamW", "3, SGD, kept in memory"],
 )
 def test_equals_one_process_of_upstream(
-    demo_trainrun, tmp_path, references, workers, optimizer, reading
+    demo_trainrun, tmp_path, references, workers, optimizer, batches
 ):
-    expected_run, expected = references[optimizer]
+    expected_run, expected = references(optimizer, batches)
     assert len(expected_run.datamodule().train_ds) == 10
-    trainrun = initialized(demo_trainrun, tmp_path, *OPTIMIZERS[optimizer])
+    trainrun = initialized(demo_trainrun, tmp_path, *overrides(optimizer, batches))
     before = state(trainrun)
     events = []
-    trainer = train(trainrun, workers, scaling=reading, emit=events.append)
+    trainer = train(trainrun, workers, scaling=READING[workers], emit=events.append)
 
     assert_same_state(trainrun.pipeline, expected_run.pipeline, 1e-5)
     assert_frozen_as_before(trainrun, before)
@@ -92,7 +115,8 @@ def test_equals_one_process_of_upstream(
     assert len(ours) == 3
     assert ours[-1]["val_loss"] < ours[0]["val_loss"]
 
-    best, other = trainer.outcome.checkpoint, expected.callbacks[1]
+    best = trainer.outcome.checkpoint
+    (other,) = (c for c in expected.callbacks if isinstance(c, ModelCheckpoint))
     assert best.restored
     assert Path(best.path).name == Path(other.best_model_path).name, "another best epoch"
     assert Path(best.path).parent == tmp_path / "checkpoints"
@@ -110,7 +134,7 @@ def test_equals_one_process_of_upstream(
     )
     assert trainer.outcome.evaluations["test"].frames == summary.frames
     assert trainer.outcome.evaluations["test"].metrics == pytest.approx(summary.metrics, abs=1e-6)
-    if workers == 2:
+    if (workers, batches) == (2, "even"):
         (row,) = trainer.test()
         for name, value in summary.metrics.items():
             assert row[name] == pytest.approx(value, abs=1e-6)
@@ -143,7 +167,10 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("case", SETTINGS)
+@pytest.mark.parametrize(
+    "case",
+    [case if "early" in case else pytest.param(case, marks=pytest.mark.long) for case in SETTINGS],
+)
 def test_settings_mean_what_they_mean_in_one_process(demo_trainrun, tmp_path, case):
     overrides = ("data.batch_size=3", *SETTINGS[case])
     expected_run = initialized(demo_trainrun, tmp_path / "one", *overrides)
