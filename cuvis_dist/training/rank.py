@@ -11,9 +11,8 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -38,19 +37,22 @@ from cuvis_ai_core.training.post_fit import (
 )
 from cuvis_ai_schemas.enums import ExecutionStage
 from pytorch_lightning import Callback
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
 
 from cuvis_dist.archive import NamedFrames, open_split
 from cuvis_dist.errors import InputError
+from cuvis_dist.output import Mirror, OutputFolder
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.sinks import close_sinks, silence_sinks
+from cuvis_dist.storage import writing_to
 from cuvis_dist.training.checkpoint import LastEpoch
 from cuvis_dist.training.dealing import DealtBatches, deal
 from cuvis_dist.training.heartbeat import Heartbeat
 from cuvis_dist.training.ingest import CachedFrames, FrameCache, ReadAhead, make_cache
 from cuvis_dist.training.lightning import RankConfig
-from cuvis_dist.watch import COMPUTING
+from cuvis_dist.watch import COMPUTING, STORING
 from cuvis_dist.workers import prepare_worker
 
 
@@ -64,8 +66,8 @@ class Assignment:
         ``fit``, ``validate`` or ``test``.
     checkpoint : str or None
         Lightning checkpoint to evaluate; for ``fit`` the one to go on from.
-    last : Path
-        Where ``fit`` keeps the state of its last finished epoch.
+    output : OutputFolder
+        Where checkpoints and logs belong.
     watch : actor handle
         Of a :class:`~cuvis_dist.watch.Watch`.
     directory : str
@@ -81,10 +83,9 @@ class Assignment:
     monitors: list[Any]
     callbacks: list[Callback]
     emit: EmitFn
-    log_dir: str
+    output: OutputFolder
     scaling: Scaling
     directory: str
-    last: Path
     watch: Any
     checkpoint: str | None = None
 
@@ -106,16 +107,24 @@ def run_rank(config: dict[str, Any]) -> Outcome | None:
     prepare_worker(int(job.scaling.cpus_per_worker))
     if os.path.isdir(job.directory):
         os.chdir(job.directory)
-    context = ray.train.get_context()
-    first = context.get_world_rank() == 0
+    rank = ray.train.get_context().get_world_rank()
+    heartbeat = Heartbeat(job.watch, rank, job.scaling.stall_seconds)
+    with Mirror(job.output, partial(heartbeat.doing, STORING)) as mirror, writing_to(mirror.root):
+        return _carry_out(job, rank, heartbeat, mirror)
+
+
+def _carry_out(job: Assignment, rank: int, heartbeat: Heartbeat, mirror: Mirror) -> Outcome | None:
+    first = rank == 0
     named = {node.name: node for node in job.pipeline.nodes()}
-    heartbeat = Heartbeat(job.watch, context.get_world_rank(), job.scaling.stall_seconds)
+    _bring_checkpoints(job, mirror, first)
     module = RankTrainer(
         job.pipeline,
-        DealtDataModule(job, context.get_world_rank(), context.get_world_size()),
+        DealtDataModule(job, rank, ray.train.get_context().get_world_size()),
         [named[name] for name in job.loss_nodes],
         [named[name] for name in job.metric_nodes],
-        RankConfig.of(job.training_config, job.scaling.gpus_per_worker > 0, job.log_dir, heartbeat),
+        RankConfig.of(
+            job.training_config, job.scaling.gpus_per_worker > 0, str(mirror.root), heartbeat
+        ),
         callbacks=job.callbacks,
     )
     module.heartbeat = heartbeat
@@ -128,15 +137,17 @@ def run_rank(config: dict[str, Any]) -> Outcome | None:
     checkpoint, metrics = None, []
     with heartbeat, closing(module.datamodule):
         if job.verb == "fit":
-            module.last = LastEpoch(job.last, job.pipeline)
-            module.resume_from = job.checkpoint
+            module.last = LastEpoch(mirror, job.pipeline)
+            module.resume_from = mirror.to_local(job.checkpoint)
             module.fit()
         else:
-            metrics = getattr(module, job.verb)(ckpt_path=job.checkpoint)
-    if job.verb == "fit" and first:
-        checkpoint = module.load_best_checkpoint()
+            metrics = getattr(module, job.verb)(ckpt_path=mirror.to_local(job.checkpoint))
     if not first:
         return None
+    if job.verb == "fit":
+        checkpoint = module.load_best_checkpoint()
+        checkpoint = replace(checkpoint, path=mirror.to_output(checkpoint.path))
+        mirror.push()
     module.zero_grad(set_to_none=True)
     close_sinks(job.pipeline)
     job.pipeline.cpu()
@@ -145,8 +156,32 @@ def run_rank(config: dict[str, Any]) -> Outcome | None:
         checkpoint,
         module.trainer.current_epoch,
         [dict(row) for row in metrics],
-        tuple(callback.state_dict() for callback in job.callbacks),
+        tuple(mirror.to_output(callback.state_dict()) for callback in job.callbacks),
     )
+
+
+def _bring_checkpoints(job: Assignment, mirror: Mirror, first: bool) -> None:
+    """Have on this machine what the assignment reads, and let callbacks write here.
+
+    Rank 0 needs the checkpoints of earlier fits, too: one of them may turn out to be the best.
+    """
+    if job.output.local is not None:
+        return
+    if job.checkpoint is not None and (name := job.output.name_of(job.checkpoint)) is not None:
+        mirror.pull(name)
+    folders = {str(job.output.at("lightning_logs"))}
+    if (config := job.training_config.callbacks) is not None and config.checkpoint is not None:
+        folders.add(config.checkpoint.dirpath)
+        config.checkpoint.dirpath = mirror.to_local(config.checkpoint.dirpath)
+    for callback in job.callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            folders.add(str(callback.dirpath))
+            state = mirror.to_local(callback.state_dict())
+            callback.dirpath = state["dirpath"]
+            callback.load_state_dict(state)
+    if first and job.verb == "fit":
+        for folder in sorted(filter(None, map(job.output.name_of, folders))):
+            mirror.pull_folder(folder, ".ckpt")
 
 
 class RankTrainer(UpstreamGradientTrainer):

@@ -12,7 +12,8 @@ from cuvis_ai_core.training import GradientTrainer as UpstreamGradientTrainer
 from cuvis_ai_core.training.post_fit import PostFitCallback
 from gradients import callbacks, initialized
 
-from cuvis_dist.training.checkpoint import LastEpoch, finished_epochs, last_checkpoint
+from cuvis_dist.output import Mirror, OutputFolder
+from cuvis_dist.training.checkpoint import LAST, LastEpoch, finished_epochs
 from cuvis_dist.training.dealing import DealtBatches, deal
 
 
@@ -64,7 +65,7 @@ def fit(path, folder, *overrides, resume=None):
         config.model_copy(update={"default_root_dir": str(folder)}),
         callbacks=[*callbacks(trainrun), Annealing()],
     )
-    trainer.last = LastEpoch(last_checkpoint(folder), trainrun.pipeline)
+    trainer.last = LastEpoch(Mirror(OutputFolder(folder)), trainrun.pipeline)
     trainer.resume_from = str(resume) if resume else None
     trainer.fit()
     return trainrun, trainer
@@ -86,7 +87,7 @@ def fit(path, folder, *overrides, resume=None):
 def test_goes_on_in_the_same_bits(demo_trainrun, tmp_path, overrides):
     overrides = ("data.batch_size=3", *overrides)
     whole, undisturbed = fit(demo_trainrun, tmp_path / "whole", *overrides)
-    last = last_checkpoint(tmp_path / "whole")
+    last = tmp_path / "whole" / LAST
     assert finished_epochs(last) == 2
     assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
 
@@ -113,4 +114,4 @@ def test_the_users_checkpoints_are_as_they_were(demo_trainrun, tmp_path):
 
 
 def test_nothing_to_go_on_from(tmp_path):
-    assert finished_epochs(last_checkpoint(tmp_path)) == 0
+    assert finished_epochs(tmp_path / LAST) == 0
