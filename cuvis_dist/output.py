@@ -285,7 +285,12 @@ class OutputFolder:
         where = path if atomic else str(_temporary(PurePosixPath(path)))
         with filesystem.open_output_stream(where) as target:
             shutil.copyfileobj(source, target, _CHUNK)
-        if not atomic:
+        if atomic:
+            return
+        try:
+            filesystem.move(where, path)
+        except OSError:  # HDFS renames to no name that is taken
+            filesystem.delete_file(path)
             filesystem.move(where, path)
 
     def _try(self, action: Callable[[], Any], what: str, patient: bool = True) -> Any:
@@ -374,7 +379,11 @@ class Mirror:
         doing: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         self.output = output
-        self.root = output.local or _new_mirror()
+        self._lock = -1
+        if output.local is not None:
+            self.root = output.local
+        else:
+            self.root, self._lock = _new_mirror()
         self._doing = doing
         self._known: dict[str, tuple[int, int]] = {}  # as they are in the output folder
 
@@ -384,6 +393,7 @@ class Mirror:
     def __exit__(self, *exc_info: object) -> None:
         if self.output.local is None:
             shutil.rmtree(self.root, ignore_errors=True)
+            os.close(self._lock)
 
     def to_local(self, value: Any) -> Any:
         """Return ``value`` with every path of the output folder replaced by the mirror's."""
@@ -456,7 +466,7 @@ class Mirror:
             yield
         except CuvisDistError as error:
             kept = self.root.with_name(f"unsaved-{self.root.name}")
-            shutil.copytree(self.root, kept, dirs_exist_ok=True)
+            self.root.rename(kept)
             raise type(error)(
                 f"{error}. What was not stored is in {kept} on {socket.gethostname()}"
             ) from error
@@ -467,8 +477,12 @@ def _state(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _new_mirror() -> Path:
-    """Make a folder for this process, and remove those of processes that were killed."""
+def _new_mirror() -> tuple[Path, int]:
+    """Make a folder for this process, and remove those of processes that were killed.
+
+    Returns it with a lock file's descriptor, which is open until the process ends, however that
+    happens.
+    """
     folder = temporary_folder()
     with open(folder / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -476,9 +490,9 @@ def _new_mirror() -> Path:
             if _is_abandoned(other):
                 shutil.rmtree(other, ignore_errors=True)
         root = Path(tempfile.mkdtemp(prefix="mirror-", dir=folder))
-        # Open until the process ends, however that happens.
-        fcntl.flock(os.open(root / ".lock", os.O_CREAT | os.O_RDWR), fcntl.LOCK_EX)
-    return root
+        own = os.open(root / ".lock", os.O_CREAT | os.O_RDWR)
+        fcntl.flock(own, fcntl.LOCK_EX)
+    return root, own
 
 
 def _is_abandoned(root: Path) -> bool:

@@ -163,4 +163,8 @@ class Resume:
     def finish(self) -> None:
         """Keep the fingerprint alone: the result is saved."""
         left = self.output.names("resume")
-        self.output.remove(*(name for name in left if name != "resume/fingerprint.json"))
+        for entry in {"/".join(name.split("/")[:2]) for name in left}:
+            if entry not in left:
+                self.output.remove_folder(entry)
+            elif entry != "resume/fingerprint.json":
+                self.output.remove(entry)

@@ -158,7 +158,7 @@ def test_it_goes_on_from_a_bucket_on_another_machine(demo_trainrun, tmp_path):
         pipeline = output.download(output.name_of(record["pipeline"]), tmp_path / "a.yaml")
         output.download(f"trained_models/{expected.pipeline.name}_restored.pt", tmp_path / "a.pt")
         output.download("checkpoints/last.ckpt", tmp_path / "last.ckpt")
-        code, said, readings = command.run()
+        code, said, _ = command.run()
         assert code == 0
         assert f"its result is in {record['pipeline']}" in said
     saved = CuvisPipeline.load_pipeline(pipeline, pipeline.with_suffix(".pt"))

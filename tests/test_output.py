@@ -13,11 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
 from archives import assert_same_state
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from gradients import initialized
 from loguru import logger
+from pyarrow.fs import LocalFileSystem
 from stores import CREDENTIALS, s3_server
 
 from cuvis_dist import GradientTrainer, Scaling, output
@@ -75,10 +78,13 @@ def edit(path, change):
 # ---- files -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("place", ["local", "s3", "s3 with a query"])
+@pytest.mark.parametrize("place", ["local", "s3", "s3 with a query", "without atomic uploads"])
 def test_files_come_back(place, tmp_path, request):
     if place == "local":
         folder = OutputFolder(tmp_path / "runs")
+    elif place.startswith("without"):
+        folder = OutputFolder("hdfs://name-node/runs")
+        folder._connected = LocalFileSystem(), str(tmp_path / "runs")
     else:
         query = "?region=eu-central-1" if "query" in place else ""
         folder = OutputFolder(request.getfixturevalue("bucket") + f"/runs/x/{query}")
@@ -324,6 +330,31 @@ def test_a_full_disk_ends_with_the_name_of_the_folder(demo, capsys):
     results = demo.parent / "results"
     assert json.loads((results / "result.json").read_text())["exit_code"] == 4
     assert not list(results.rglob(".*")), "something temporary was left"
+
+
+class FullDisk(pl.Callback):
+    """Lets files of a training worker no longer grow from its first epoch on."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_full_disk_in_training_names_the_folder_too(demo_trainrun, tmp_path):
+    trainrun = initialized(demo_trainrun, tmp_path / "results")
+    trainer = GradientTrainer(
+        trainrun.pipeline,
+        trainrun.datamodule(),
+        trainrun.loss_nodes,
+        training_config=trainrun.config.training.model_copy(update={"callbacks": None}),
+        callbacks=[FullDisk()],
+        scaling=Scaling(output_dir=trainrun.output_dir),
+    )
+    with pytest.raises(ClusterError, match=f"no space is left in {tmp_path}/results on "):
+        trainer.fit()
+    assert not [path for path in (tmp_path / "results").rglob("*.ckpt*") if path.is_file()]
 
 
 # ---- paths -----------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -104,6 +105,11 @@ def test_goes_on_in_the_same_bits(demo_trainrun, tmp_path, overrides):
     assert trainer.global_step == undisturbed.global_step
     states = [t.trainer.optimizers[0].state_dict() for t in (trainer, undisturbed)]
     assert states[0]["param_groups"] == states[1]["param_groups"]
+    # The other run's folder was another one: its checkpoints are looked for in this one's.
+    ours, theirs = (t.trainer.checkpoint_callback for t in (trainer, undisturbed))
+    assert ours.best_model_score == theirs.best_model_score
+    best = Path(theirs.best_model_path).relative_to(tmp_path / "whole")
+    assert Path(ours.best_model_path) == tmp_path / "resumed" / best
 
 
 def test_the_users_checkpoints_are_as_they_were(demo_trainrun, tmp_path):
