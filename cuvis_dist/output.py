@@ -17,6 +17,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -28,6 +29,7 @@ from pyarrow.fs import FileSelector, FileSystem, FileType
 from cuvis_dist.errors import ClusterError, CuvisDistError, InputError, one_line
 from cuvis_dist.storage import (
     filesystem_of,
+    is_out_of_space,
     is_uri,
     refuse_credentials,
     write_atomically,
@@ -217,11 +219,14 @@ class OutputFolder:
         temporary = _temporary(path)
         with writing_to(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
-            if self.local is not None:
-                shutil.copyfile(self.local / name, temporary)
-            else:
-                self._try(get, "read")
-            os.replace(temporary, path)
+            try:
+                if self.local is not None:
+                    shutil.copyfile(self.local / name, temporary)
+                else:
+                    self._try(get, "read")
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
         return path
 
     def exists(self, name: str) -> bool:
@@ -277,7 +282,15 @@ class OutputFolder:
         return posixpath.join(self._connected[1], name) if name else self._connected[1]
 
     def _put(self, source: IO[bytes], name: str) -> None:
-        """Write a file so that nobody sees a part of it."""
+        """Write a file so that nobody sees a part of it.
+
+        In a thread of its own: pyarrow closes a stream that is interrupted (Ctrl-C, SIGTERM),
+        which would make an object of what was written until then.
+        """
+        with ThreadPoolExecutor(1, "cuvis-dist-upload") as thread:
+            thread.submit(self._put_here, source, name).result()
+
+    def _put_here(self, source: IO[bytes], name: str) -> None:
         filesystem, path = self._connect(), self._path(name)
         atomic = filesystem.type_name in _ATOMIC
         if not atomic:
@@ -301,6 +314,8 @@ class OutputFolder:
             except FileNotFoundError:
                 raise
             except (OSError, ArrowException) as error:
+                if is_out_of_space(error):  # of a local disk
+                    raise
                 reason = one_line(error)
                 if any(word in reason for word in _FOR_GOOD):
                     raise InputError(

@@ -107,7 +107,7 @@ def test_it_goes_on_from_a_bucket_on_another_machine(demo_trainrun, tmp_path):
     best = "training.callbacks.checkpoint"
     overrides = (
         "data.batch_size=3", "training.max_epochs=5", "training.scheduler.patience=0",
-        f"{best}.monitor=train_loss", f"{best}.mode=max", f"{best}.save_last=true",
+        f"{best}.monitor=val_loss", f"{best}.mode=max", f"{best}.save_last=true",
     )  # fmt: skip
     expected = initialized(demo_trainrun, tmp_path / "one", *overrides)
     train_upstream(expected)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import resource
 import shutil
+import signal
 import threading
 import time
 from contextlib import contextmanager
@@ -183,6 +185,23 @@ def test_a_pause_of_the_store_is_waited_for(bucket, monkeypatch, warnings):
     assert endpoint not in warnings[0]
 
 
+def test_an_interrupted_upload_leaves_no_part_of_a_file(bucket, monkeypatch):
+    """pyarrow would close, and so complete, what Ctrl-C interrupts."""
+    monkeypatch.setattr(output, "_CHUNK", 2**20)
+    content = os.urandom(8 * 2**20)
+
+    class Interrupting(io.BytesIO):
+        def read(self, size=-1):
+            if self.tell() == 2**21:
+                signal.raise_signal(signal.SIGINT)
+            return super().read(size)
+
+    folder = OutputFolder(f"{bucket}/x")
+    with pytest.raises(KeyboardInterrupt):
+        folder._put(Interrupting(content), "a")
+    assert not folder.exists("a") or folder.read("a") == content
+
+
 def test_what_cannot_be_stored_is_kept(monkeypatch):
     """The store is gone in the middle of a run."""
     monkeypatch.setattr(output, "RETRY_S", ())
@@ -236,6 +255,24 @@ def test_an_address_with_a_secret_is_refused_and_not_repeated(uri, named, demo_t
     with pytest.raises(InputError, match=named) as error:
         GradientTrainer(pipeline, None, [], scaling=Scaling(output_dir=uri))
     assert SECRET not in str(error.value)
+
+
+def test_checkpoint_folders_of_python_trainers(demo_trainrun, tmp_path, monkeypatch):
+    """Below a URI; what would be on one node's disk, and lost with it, is refused."""
+    monkeypatch.chdir(tmp_path)
+    pipeline = load_trainrun(demo_trainrun).pipeline
+
+    def folder_of(dirpath, output_dir="s3://bucket/x/"):
+        trainer = GradientTrainer(pipeline, None, [], scaling=Scaling(output_dir=output_dir))
+        return trainer._checkpoint_folder(dirpath)
+
+    assert folder_of("my/checkpoints") == "s3://bucket/x/my/checkpoints"
+    assert folder_of(str(tmp_path / "checkpoints")) == "s3://bucket/x/checkpoints"
+    assert folder_of("s3://bucket/x/checkpoints") == "s3://bucket/x/checkpoints"
+    assert folder_of("checkpoints", "results") == str(tmp_path / "checkpoints")
+    for elsewhere in ("/data/checkpoints", "../checkpoints", ".", "s3://bucket/y/checkpoints"):
+        with pytest.raises(InputError, match="not below the output folder s3://bucket/x:"):
+            folder_of(elsewhere)
 
 
 # ---- runs ------------------------------------------------------------------------------
