@@ -134,7 +134,11 @@ def add_trainrun_options(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="e.g. data.batch_size=16; repeatable",
     )
-    parser.add_argument("--output-dir", metavar="DIR", help="instead of the trainrun's output_dir")
+    parser.add_argument(
+        "--output-dir",
+        metavar="DIR",
+        help="instead of the trainrun's output_dir: a folder, or a URI such as s3://bucket/run",
+    )
     _add_verbose(parser)
 
 
@@ -239,7 +243,7 @@ def _run_and_print(arguments: argparse.Namespace, trainrun: TrainRun) -> RunReco
         for name, value in metrics.items():
             print(f"{split:5} {name} {value:.4f}")
     print(f"pipeline {record.pipeline}")
-    print(f"record   {Path(record.output_dir) / 'run.json'}")
+    print(f"record   {record.output.at('run.json')}")
     for finding in record.findings:
         print(f"warning: {finding}")
     return record

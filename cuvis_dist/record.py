@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from datetime import UTC, datetime
 from enum import Enum
@@ -16,7 +18,8 @@ from typing import Any
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 
 from cuvis_dist.initialization import Finding, PassRecord
-from cuvis_dist.storage import write_atomically
+from cuvis_dist.output import Location, OutputFolder, temporary_folder
+from cuvis_dist.storage import writing_to
 
 _PACKAGES = (
     "cuvis-dist",
@@ -81,32 +84,38 @@ class RunRecord:
         self.started = self.started or now()
         self.versions = self.versions or {name: version(name) for name in _PACKAGES}
 
-    def write(self) -> Path:
-        """Write ``<output_dir>/run.json`` and return its path.
+    @property
+    def output(self) -> OutputFolder:
+        """The folder that the record lies in."""
+        return OutputFolder(self.output_dir)
+
+    def write(self) -> Location:
+        """Write ``<output_dir>/run.json`` and return its path or URI.
 
         Once the run has ended, :meth:`result` goes beside it as ``result.json``; before, that of
         an earlier run goes away: where there is one, this run has ended.
         """
-        folder = Path(self.output_dir)
         content = json.dumps(asdict(self), indent=2, default=_as_json) + "\n"
-        path = write_atomically(folder / "run.json", content.encode())
+        path = self.output.write("run.json", content.encode())
         if self.finished is None:
-            (folder / "result.json").unlink(missing_ok=True)
+            self.output.remove("result.json")
         else:
             content = json.dumps(self.result(), indent=2) + "\n"
-            write_atomically(folder / "result.json", content.encode())
+            self.output.write("result.json", content.encode())
         return path
 
     @classmethod
-    def load(cls, output_dir: Path) -> RunRecord:
+    def load(cls, output_dir: Location) -> RunRecord:
         """Read ``<output_dir>/run.json``; what was nested comes back as mappings.
 
         Raises
         ------
         OSError, ValueError, TypeError, KeyError
             If there is none, or it is another release's.
+        ClusterError
+            If the store does not answer.
         """
-        values = json.loads((output_dir / "run.json").read_text(encoding="utf-8"))
+        values = json.loads(OutputFolder(output_dir).read("run.json"))
         values["findings"] = [Finding(**finding) for finding in values["findings"]]
         return cls(**values)
 
@@ -118,7 +127,7 @@ class RunRecord:
             "error": self.error,
             "pipeline": self.pipeline or None,
             "metrics": self.metrics,
-            "run": str(Path(self.output_dir) / "run.json"),
+            "run": str(self.output.at("run.json")),
         }
 
 
@@ -127,20 +136,38 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def save_pipeline(pipeline: CuvisPipeline, path: Path) -> Path:
-    """Save ``.yaml`` and ``.pt`` beside each other, both whole or neither; return the former.
+def save_pipeline(pipeline: CuvisPipeline, output: OutputFolder, name: str) -> Location:
+    """Save ``<name>.yaml`` and ``.pt`` beside each other; return where the former lies.
 
     An earlier result stays in place until the new files are complete.
+
+    Raises
+    ------
+    InputError, ClusterError
+        If they cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".saving-", dir=path.parent))
-    try:
-        pipeline.save_to_file(str(folder / path.name))
+    with _saved_aside(pipeline, output, name) as saved:
         for suffix in (".pt", ".yaml"):
-            os.replace((folder / path.name).with_suffix(suffix), path.with_suffix(suffix))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return path
+            if output.local is None:
+                output.upload(saved.with_suffix(suffix), f"{name}{suffix}")
+            else:
+                os.replace(saved.with_suffix(suffix), output.local / f"{name}{suffix}")
+    return output.at(f"{name}.yaml")
+
+
+@contextmanager
+def _saved_aside(pipeline: CuvisPipeline, output: OutputFolder, name: str) -> Iterator[Path]:
+    """Save under a temporary folder, beside the result where that is a local one."""
+    parent = temporary_folder() if output.local is None else (output.local / name).parent
+    with writing_to(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".saving-", dir=parent))
+        try:
+            path = folder / f"{name.rpartition('/')[2]}.yaml"
+            pipeline.save_to_file(str(path))
+            yield path
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _as_json(value: Any) -> Any:

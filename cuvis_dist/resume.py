@@ -12,11 +12,9 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -28,9 +26,10 @@ from ray import cloudpickle
 
 from cuvis_dist.archive import open_split
 from cuvis_dist.errors import CuvisDistError, InputError, one_line
+from cuvis_dist.output import Location, OutputFolder
 from cuvis_dist.record import RunRecord
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.storage import write_atomically
+from cuvis_dist.storage import writing_to
 
 #: Settings of ``Scaling`` that change bits, or which frames are used.
 _BIT_SETTINGS = (
@@ -47,24 +46,30 @@ _BIT_SETTINGS = (
 
 
 @contextmanager
-def only_run(output_dir: Path) -> Iterator[None]:
-    """Keep a second run out of ``output_dir`` for as long as the block lasts.
+def only_run(output: OutputFolder) -> Iterator[None]:
+    """Keep a second run out of a local output folder for as long as the block lasts.
 
-    The lock is the process's: it is gone when that dies, however it does.
+    The lock is the process's: it is gone when that dies, however it does. Stores at URIs have no
+    such lock.
 
     Raises
     ------
     InputError
         If another run has the folder, with its process and host.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with open(output_dir / ".lock", "a+", encoding="utf-8") as file:
+    if output.local is None:
+        yield
+        return
+    with writing_to(output.local):
+        output.local.mkdir(parents=True, exist_ok=True)
+        file = open(output.local / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise InputError(
-                f"another run is writing to {output_dir} ({file.read().strip()}): wait until it "
+                f"another run is writing to {output} ({file.read().strip()}): wait until it "
                 "has ended, stop it, or give this one another --output-dir"
             ) from None
         file.truncate(0)
@@ -110,7 +115,7 @@ class Resume:
 
     Parameters
     ----------
-    output_dir : Path
+    output_dir : path or URI
         The run's output folder.
     parts : dict of str to str
         From :func:`fingerprint`.
@@ -118,33 +123,41 @@ class Resume:
         Forget what an earlier run left, whatever its fingerprint.
     """
 
-    def __init__(self, output_dir: Path, parts: dict[str, str], restart: bool = False) -> None:
-        self.output_dir = output_dir
-        self.folder = output_dir / "resume"
+    def __init__(self, output_dir: Location, parts: dict[str, str], restart: bool = False) -> None:
+        self.output = OutputFolder(output_dir)
         self.parts = parts
         self._same = False
         earlier = self._earlier()
         if earlier is None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self.output.remove_folder("resume")
         elif restart:
             logger.info(f"starting anew, as asked: what an earlier run left in {self.folder} goes")
-            shutil.rmtree(self.folder)
+            self.output.remove_folder("resume")
         elif earlier != parts:
             names = sorted(
                 name for name in {**parts, **earlier} if parts.get(name) != earlier.get(name)
             )
             logger.warning(
-                f"starting anew: an earlier run in {output_dir} had another "
+                f"starting anew: an earlier run in {self.output} had another "
                 f"{', another '.join(names)}"
             )
-            shutil.rmtree(self.folder)
+            self.output.remove_folder("resume")
         else:
             self._same = True
 
+    @property
+    def folder(self) -> Location:
+        """Where it lies."""
+        return self.output.at("resume")
+
     def _earlier(self) -> dict[str, str] | None:
         try:
-            return json.loads((self.folder / "fingerprint.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            content = self.output.read("resume/fingerprint.json")
+        except OSError:
+            return None
+        try:
+            return json.loads(content)
+        except ValueError:
             return None
 
     def finished(self) -> RunRecord | None:
@@ -152,35 +165,45 @@ class Resume:
         if not self._same:
             return None
         try:
-            record = RunRecord.load(self.output_dir)
+            record = RunRecord.load(self.output.location)
+        except CuvisDistError:
+            raise
         except (OSError, ValueError, TypeError, KeyError):
             return None
-        saved = Path(record.pipeline)
-        there = saved.is_file() and saved.with_suffix(".pt").is_file()
+        saved = self.output.name_of(record.pipeline)
+        there = saved is not None and all(
+            self.output.exists(name) for name in (saved, f"{saved.removesuffix('.yaml')}.pt")
+        )
         return record if record.status == "done" and there else None
 
     def begin(self) -> None:
         """Make the folder the run's own, before it leaves anything there."""
         content = json.dumps(self.parts, indent=2) + "\n"
-        write_atomically(self.folder / "fingerprint.json", content.encode())
+        self.output.write("resume/fingerprint.json", content.encode())
 
     def load_initialized(self) -> dict[str, Any] | None:
         """Return what :meth:`save_initialized` was given by an earlier run, if it got so far."""
-        path = self.folder / "initialized.pkl"
-        if not path.is_file():
+        name = "resume/initialized.pkl"
+        if not self.output.exists(name):
             return None
+        content = self.output.read(name)
         try:
-            return cloudpickle.loads(path.read_bytes())
+            return cloudpickle.loads(content)
         except Exception as error:  # a class that has moved since
-            logger.warning(f"phase 1 starts anew: {path} cannot be used: {one_line(error)}")
+            logger.warning(
+                f"phase 1 starts anew: {self.output.at(name)} cannot be used: {one_line(error)}"
+            )
             return None
 
     def save_initialized(self, **state: Any) -> None:
         """Keep the fitted nodes, and what the record says about phase 1."""
-        write_atomically(self.folder / "initialized.pkl", cloudpickle.dumps(state))
+        self.output.write("resume/initialized.pkl", cloudpickle.dumps(state))
 
     def finish(self) -> None:
         """Keep the fingerprint alone: the result is saved."""
-        for path in self.folder.iterdir():
-            if path.name != "fingerprint.json":
-                path.unlink()
+        left = self.output.names("resume")
+        for entry in {"/".join(name.split("/")[:2]) for name in left}:
+            if entry not in left:
+                self.output.remove_folder(entry)
+            elif entry != "resume/fingerprint.json":
+                self.output.remove(entry)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import pytorch_lightning as pl
@@ -29,12 +29,16 @@ from cuvis_dist.archive import open_archive, setup_error
 from cuvis_dist.errors import INTERRUPTED, CuvisDistError, DataError, InputError, one_line
 from cuvis_dist.evaluation import failed_split, post_fit
 from cuvis_dist.initialization import StatisticalTrainer, recipe_for, statistical_nodes
+from cuvis_dist.output import Location, OutputFolder, location_of
 from cuvis_dist.record import RunRecord, now, save_pipeline
 from cuvis_dist.resume import Resume, fingerprint, only_run
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.session import connect, require_resources, terminable
 from cuvis_dist.training import GradientTrainer, check_training
-from cuvis_dist.workers import adopt_all
+from cuvis_dist.workers import adopt_all, out_of_space
+
+#: Folders that a run makes in its output folder.
+_FOLDERS = ("trained_models", "checkpoints", "lightning_logs", "resume")
 
 
 @dataclass
@@ -73,14 +77,24 @@ class TrainRun:
         return [node for node in self.pipeline.nodes() if node.name in names]
 
     @property
-    def output_dir(self) -> Path:
-        """Absolute output folder, relative ones meant from the working directory."""
-        return Path(self.config.output_dir).expanduser().resolve()
+    def output(self) -> OutputFolder:
+        """The output folder, a relative one meant from the working directory."""
+        return OutputFolder(self.config.output_dir)
 
     @property
-    def saved_pipeline(self) -> Path:
-        """Where the result goes: upstream's place and name."""
-        return self.output_dir / "trained_models" / f"{self.pipeline.name}_{self.result}.yaml"
+    def output_dir(self) -> Location:
+        """Absolute path of the output folder, or its URI."""
+        return self.output.location
+
+    @property
+    def result_name(self) -> str:
+        """Upstream's place and name of the result in the output folder, less its suffix."""
+        return f"trained_models/{self.pipeline.name}_{self.result}"
+
+    @property
+    def saved_pipeline(self) -> Location:
+        """Where the result goes."""
+        return self.output.at(f"{self.result_name}.yaml")
 
     def initialization_only(self) -> TrainRun:
         """Return this trainrun without phase 2; its result does not replace a trained one."""
@@ -143,6 +157,7 @@ def load_trainrun(
             f"{one_line(error)}"
         ) from error
     _check_names(path, config, pipeline)
+    _check_places(path, config, pipeline)
     dirs = upstream.discover_plugins_dirs(path, [*installed_plugins_dirs(), *plugins_dirs])
     return TrainRun(path, config, pipeline, dirs)
 
@@ -188,6 +203,40 @@ def _check_names(path: Path, config: TrainRunConfig, pipeline: CuvisPipeline) ->
         )
 
 
+def _check_places(path: Path, config: TrainRunConfig, pipeline: CuvisPipeline) -> None:
+    """Refuse what would write outside of the output folder."""
+    if "/" in pipeline.name or "\0" in pipeline.name or not pipeline.name:
+        raise InputError(
+            f"the pipeline of trainrun {path} is named {pipeline.name!r}: its files are saved "
+            "under that name, which must be one of a file, without /"
+        )
+    output = OutputFolder(config.output_dir)
+    training = config.training
+    checkpoint = training.callbacks.checkpoint if training and training.callbacks else None
+    filename = PurePath(checkpoint.filename or "") if checkpoint else PurePath()
+    if filename.is_absolute() or ".." in filename.parts:
+        raise InputError(
+            f"training.callbacks.checkpoint.filename of trainrun {path} is {str(filename)!r}, "
+            f"which leads out of {output.at('checkpoints')}"
+        )
+    if training and training.default_root_dir is not None:
+        logs = location_of(training.default_root_dir)
+        if logs != output.location and output.name_of(logs) is None:
+            raise InputError(
+                f"training.default_root_dir of trainrun {path} is {training.default_root_dir}, "
+                f"outside of the output folder {output}; remove it"
+            )
+    if output.local is None:
+        return
+    for name in ("", *_FOLDERS):
+        for entry in (output.local / name).iterdir() if (output.local / name).is_dir() else ():
+            if entry.is_symlink() and not entry.resolve().is_relative_to(output.local):
+                raise InputError(
+                    f"{entry} is a link to {entry.resolve()}, outside of the output folder of "
+                    f"trainrun {path}: remove it, or choose another output_dir"
+                )
+
+
 def run_trainrun(
     trainrun: TrainRun,
     scaling: Scaling | None = None,
@@ -223,7 +272,7 @@ def run_trainrun(
         With a message for people; ``run.json`` then says ``failed``, and an earlier saved
         pipeline is still in place.
     """
-    with only_run(trainrun.output_dir):
+    with only_run(trainrun.output):
         return _run_alone(trainrun, scaling or Scaling(), emit or log_event, verbose, restart)
 
 
@@ -237,6 +286,7 @@ def _run_alone(
         str(trainrun.output_dir),
         scaling=scaling.model_dump(mode="json"),
     )
+    trainrun.output.probe()
     with _recorded(record), terminable():
         if trainrun.config.training is not None:
             check_training(trainrun.config.training, scaling)
@@ -265,17 +315,22 @@ def _recorded(record: RunRecord) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        if full := out_of_space(error):
+            error = full
         # Ray ends a driver by SystemExit, both on SIGTERM and on Ctrl-C while it trains.
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
         record.status = "interrupted" if stopped else "failed"
         record.exit_code = INTERRUPTED if stopped else getattr(error, "exit_code", 1)
         record.error = None if stopped else one_line(error)
         record.finished = now()
-        record.write()
+        try:
+            record.write()
+        except CuvisDistError as second:
+            logger.warning(f"run.json could not be written: {second}")
         if stopped:
             logger.warning("interrupted; the same command goes on from here")
             raise KeyboardInterrupt from error
-        raise
+        raise error
 
 
 def _run(
@@ -329,7 +384,7 @@ def _run(
             result = _train(trainrun, datamodule, scaling, record, emit)
     _record_post_fit(record, result)
 
-    record.pipeline = str(save_pipeline(pipeline, trainrun.saved_pipeline))
+    record.pipeline = str(save_pipeline(pipeline, trainrun.output, trainrun.result_name))
     if failure := failed_split(result):
         raise DataError(f"the pipeline was saved to {record.pipeline}, but {failure}")
 
@@ -345,7 +400,8 @@ def _train(
     training = config.training
     assert training is not None
     if training.callbacks and training.callbacks.checkpoint:
-        training.callbacks.checkpoint.dirpath = str(trainrun.output_dir / "checkpoints")
+        local = trainrun.output.local or Path()  # relative ones are meant below a URI
+        training.callbacks.checkpoint.dirpath = str(local / "checkpoints")
     pipeline.unfreeze_nodes_by_name(config.unfreeze_nodes)
     trainer = GradientTrainer(
         pipeline,

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from cuvis_dist.errors import InputError, one_line
+from cuvis_dist.storage import is_uri
 
 
 class Scaling(BaseModel):
@@ -72,9 +73,9 @@ class Scaling(BaseModel):
         modules that change a frame at random when it is read.
     cache_bytes : int
         How much each worker may keep.
-    output_dir : Path
-        Where checkpoints and logs go when the training configuration does not say. Several
-        nodes must all see this folder.
+    output_dir : path or URI
+        Where checkpoints and logs go when the training configuration does not say: a folder that
+        all nodes see, or a URI of any file system of ``pyarrow.fs`` (``s3://bucket/runs/x``).
     max_failures : int
         How often training workers may be lost before the run gives up. Training then goes on
         from the end of the last finished epoch. Errors that would come again (a frame that
@@ -105,7 +106,7 @@ class Scaling(BaseModel):
     read_ahead: int = Field(default=0, ge=0)
     cache: Literal["none", "memory", "disk"] = "none"
     cache_bytes: int = Field(default=4 * 10**9, ge=0)
-    output_dir: Path = Path("outputs")
+    output_dir: Path | str = Path("outputs")
     max_failures: int = Field(default=3, ge=0)
     stall_seconds: float = Field(default=45, gt=0)
 
@@ -113,6 +114,11 @@ class Scaling(BaseModel):
     def least_train_workers(self) -> int:
         """How many training workers there must be."""
         return min(self.train_workers, self.min_train_workers or self.train_workers)
+
+    @field_validator("output_dir")
+    @classmethod
+    def _path_or_uri(cls, value: Path | str) -> Path | str:
+        return value if is_uri(value) else Path(value)
 
     @classmethod
     def load(cls, path: str | Path | None = None, **overrides: Any) -> Scaling:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import parse_qsl
 
 from pyarrow.fs import FileSystem
 
-from cuvis_dist.errors import InputError, one_line
+from cuvis_dist.errors import ClusterError, InputError, one_line
 
 PathOrURI = TypeVar("PathOrURI", str, Path)
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+_SECRET = re.compile(r"key|secret|token|passw|credential|signature|sas$|^sig$", re.IGNORECASE)
+#: How long a request to Google Cloud is tried; its client's own 15 minutes look like a hang.
+_GCS_RETRY_S = 20
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+#: What torch's own writer of files says then, without a number.
+_NO_SPACE_IN_TORCH = re.compile(r"PytorchStreamWriter|inline_container|file write failed")
 
 
 def is_uri(path: object) -> bool:
@@ -30,17 +41,67 @@ def filesystem_of(uri: str) -> tuple[FileSystem, str]:
     ------
     InputError
         If there is no such file system, or the URI carries a password.
+    ClusterError
+        If it does not answer.
     """
-    scheme = uri.partition("://")[0]
-    if "@" in uri.removeprefix(f"{scheme}://").partition("/")[0]:
-        raise InputError(
-            f"a {scheme}:// address must not carry credentials, which would end up in logs and "
-            "run.json; set them in the environment of the cluster's nodes"
-        )
+    refuse_credentials(uri)
+    if uri.lower().startswith(("gs://", "gcs://")) and "retry_limit_seconds=" not in uri:
+        uri += f"{'&' if '?' in uri else '?'}retry_limit_seconds={_GCS_RETRY_S}"
     try:
         return FileSystem.from_uri(uri)
-    except Exception as error:
-        raise InputError(f"{uri} cannot be used: {one_line(error)}") from error
+    except Exception as error:  # S3 is asked for the region of a bucket
+        kind = ClusterError if "NETWORK_CONNECTION" in str(error) else InputError
+        raise kind(f"{uri} cannot be used: {one_line(error)}") from error
+
+
+def refuse_credentials(uri: str) -> None:
+    """Refuse a URI with a password or key in it, without repeating it.
+
+    Raises
+    ------
+    InputError
+        Naming the part of the URI.
+    """
+    scheme, _, rest = uri.partition("://")
+    address, _, query = rest.partition("?")
+    names = [name for name, _ in parse_qsl(query, keep_blank_values=True) if _SECRET.search(name)]
+    found = "credentials" if "@" in address.partition("/")[0] else ", ".join(names)
+    if found:
+        raise InputError(
+            f"the {scheme}:// address carries {found}, which would end up in logs and run.json: "
+            "set credentials in the environment of the cluster's nodes instead"
+        )
+
+
+def is_out_of_space(error: BaseException) -> bool:
+    """Whether a disk, a quota or the size that a file may have is used up."""
+    if isinstance(error, OSError):
+        return error.errno in _NO_SPACE
+    return isinstance(error, RuntimeError) and bool(_NO_SPACE_IN_TORCH.search(str(error)))
+
+
+@contextmanager
+def writing_to(folder: object) -> Iterator[None]:
+    """Say which folder it is that cannot be written.
+
+    Raises
+    ------
+    ClusterError
+        If there is no space left.
+    InputError
+        If writing there is not allowed.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if is_out_of_space(error):
+            raise ClusterError(
+                f"no space is left in {folder} on {socket.gethostname()}: {one_line(error)}. Make "
+                "room there, or choose another folder; the same command then goes on"
+            ) from error
+        if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
+            raise InputError(f"{folder} cannot be written: {one_line(error)}") from error
+        raise
 
 
 def write_atomically(target: PathOrURI, content: bytes) -> PathOrURI:
@@ -55,8 +116,13 @@ def write_atomically(target: PathOrURI, content: bytes) -> PathOrURI:
             stream.write(content)
         return target
     local = Path(target)
-    local.parent.mkdir(parents=True, exist_ok=True)
     temporary = local.with_name(f".{local.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, local)
+    with writing_to(local.parent):
+        local.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, local)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
     return target

@@ -12,6 +12,8 @@ import time
 from dataclasses import dataclass
 
 READING, COMPUTING = "reading frames", "computing a step"
+#: What a rank does that others wait for as long as it takes; a store has time limits of its own.
+STORING = "writing to the output folder"
 #: Below these rates a process only keeps itself alive: cores used, bytes per second.
 _IDLE_CPU, _IDLE_BYTES = 0.1, 2**16
 
@@ -123,6 +125,8 @@ class Watch:
         if not running or len(still) < len(running):
             return []
         if len(self._progress) < self.world_sizes[-1]:
+            return []
+        if any(beat.doing == STORING for beat in still):
             return []
         fewest = min((beat.steps for beat in still), default=0)
         return [beat for beat in still if beat.steps == fewest]

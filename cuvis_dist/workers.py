@@ -20,15 +20,17 @@ from cuvis_ai_core.training.post_fit import EmitFn
 from ray.exceptions import (
     ActorDiedError,
     NodeDiedError,
+    OutOfDiskError,
     OutOfMemoryError,
     RayTaskError,
     WorkerCrashedError,
 )
 
-from cuvis_dist.errors import CuvisDistError, LostWorkerError, one_line
+from cuvis_dist.errors import ClusterError, CuvisDistError, LostWorkerError, one_line
 from cuvis_dist.events import relayed
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.sinks import close_sinks
+from cuvis_dist.storage import is_out_of_space
 
 T = TypeVar("T")
 
@@ -122,6 +124,8 @@ def raise_cause(what: str) -> Iterator[None]:
         for cause in causes(error):
             if isinstance(cause, CuvisDistError):
                 raise cause from None
+        if full := out_of_space(error):
+            raise full from error
         everything = list(causes(error))
         # The others of a group may be the first to notice, by a broken connection.
         lost: list[BaseException] = [c for c in everything if isinstance(c, _LOST)] or [
@@ -133,6 +137,19 @@ def raise_cause(what: str) -> Iterator[None]:
                 "memory needs more of it, or fewer workers per machine"
             ) from error
         raise CuvisDistError(f"{what} failed: {one_line(everything[-1])}") from error
+
+
+def out_of_space(error: BaseException) -> ClusterError | None:
+    """Return an error that says that a disk is full, if that is what ``error`` came from."""
+    if isinstance(error, CuvisDistError):
+        return None
+    for cause in causes(error):
+        if is_out_of_space(cause) or isinstance(cause, OutOfDiskError):
+            return ClusterError(
+                f"a disk is full, of the output folder or a node's temporary one: "
+                f"{one_line(cause)}. Make room; the same command then goes on"
+            )
+    return None
 
 
 _LOST = (WorkerCrashedError, ActorDiedError, NodeDiedError, OutOfMemoryError)

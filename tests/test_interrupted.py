@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from archives import assert_same_state
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from gradients import initialized, train_upstream
+from stores import s3_server
+
+from cuvis_dist.output import OutputFolder
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.long]
 READINGS = Path(__file__).parent / "readings"
@@ -25,7 +30,7 @@ READINGS = Path(__file__).parent / "readings"
 class Command:
     """``cuvis-dist run`` in a process of its own, whose frames are counted."""
 
-    def __init__(self, folder: Path, *arguments: object) -> None:
+    def __init__(self, folder: Path, *arguments: object, **environment: str) -> None:
         self.arguments = [sys.executable, "-m", "cuvis_dist.cli", "run", *map(str, arguments)]
         self.folder = folder
         self.log = folder / "readings.log"
@@ -33,6 +38,7 @@ class Command:
         self.environment = os.environ | {
             "CUVIS_DIST_READINGS": str(self.log),
             "PYTHONPATH": f"{READINGS}{os.pathsep}{os.environ['PYTHONPATH']}",
+            **environment,
         }
 
     def run(self, until: str | None = None, number: int = 0) -> tuple[int, str, Counter]:
@@ -94,6 +100,76 @@ def test_a_command_typed_again_goes_on(demo_trainrun, tmp_path):
     saved = CuvisPipeline.load_pipeline(pipeline, pipeline.with_suffix(".pt"))
     assert_same_state(saved, expected.pipeline, 1e-5)
     assert [path.name for path in (results / "resume").iterdir()] == ["fingerprint.json"]
+
+
+def test_it_goes_on_from_a_bucket_on_another_machine(demo_trainrun, tmp_path):
+    """Every local file is removed between the attempts; the best checkpoint is the first one's."""
+    best = "training.callbacks.checkpoint"
+    overrides = (
+        "data.batch_size=3", "training.max_epochs=5", "training.scheduler.patience=0",
+        f"{best}.monitor=val_loss", f"{best}.mode=max", f"{best}.save_last=true",
+    )  # fmt: skip
+    expected = initialized(demo_trainrun, tmp_path / "one", *overrides)
+    train_upstream(expected)
+
+    options = [part for override in overrides for part in ("--override", override)]
+    local, working = tmp_path / "tmp", tmp_path / "working"
+    working.mkdir()
+    output = OutputFolder("s3://bucket/runs/x")
+    with s3_server() as environment, pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        patch.chdir(working)
+        command = Command(
+            tmp_path, demo_trainrun, *options, "--output-dir", output,
+            "--workers", 2, "--train-workers", 2, "--no-fold", TMPDIR=str(local),
+        )  # fmt: skip
+        local.mkdir()
+        code, said, _ = command.run(until="epoch 3/5: 10/10", number=signal.SIGKILL)
+        assert code == -signal.SIGKILL, said
+        first = {Path(name).name for name in output.names("checkpoints")}
+        assert "last.ckpt" in first
+        assert {"fingerprint.json", "initialized.pkl", "last.ckpt"} == {
+            Path(name).name for name in output.names("resume")
+        }
+        assert list(local.glob("cuvis-dist-*/mirror-*"))
+        shutil.rmtree(local)
+        local.mkdir()
+
+        code, said, _ = command.run()
+        assert code == 0, said
+        assert "phase 1 was finished before" in said
+        assert "fitted" not in said
+        assert "epoch 2/5" not in said
+        assert not list(local.rglob("mirror-*")), "a mirror was left"
+        assert not list(local.rglob("ray-train-*"))
+        assert not list(working.iterdir()), "something was written beside the output folder"
+        record = json.loads(output.read("run.json"))
+        assert (record["status"], record["epochs"]) == ("done", 5)
+        restored = record["checkpoint"]
+        assert (restored["restored"], restored["epoch"]) == (True, 0)
+        assert Path(restored["path"]).name in first
+        names = output.names()
+        assert output.name_of(restored["path"]) in names
+        assert {Path(name).name for name in output.names("checkpoints")} == first
+        assert [n for n in names if n.startswith("resume/")] == ["resume/fingerprint.json"]
+        versions = {name.split("/")[1] for name in names if name.startswith("lightning_logs/")}
+        assert versions == {"version_0", "version_1"}
+        pipeline = output.download(output.name_of(record["pipeline"]), tmp_path / "a.yaml")
+        output.download(f"trained_models/{expected.pipeline.name}_restored.pt", tmp_path / "a.pt")
+        output.download("checkpoints/last.ckpt", tmp_path / "last.ckpt")
+        code, said, _ = command.run()
+        assert code == 0
+        assert f"its result is in {record['pipeline']}" in said
+    saved = CuvisPipeline.load_pipeline(pipeline, pipeline.with_suffix(".pt"))
+    assert_same_state(saved, expected.pipeline, 1e-5)
+    ours, theirs = (
+        torch.load(path, weights_only=True)["state_dict"]
+        for path in (tmp_path / "last.ckpt", tmp_path / "one" / "checkpoints" / "last.ckpt")
+    )
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-6)
 
 
 def train_files(trainrun: Path) -> set[str]:

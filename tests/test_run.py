@@ -20,6 +20,7 @@ from cuvis_dist import Scaling
 from cuvis_dist.cli import main
 from cuvis_dist.errors import InputError
 from cuvis_dist.initialization import preview
+from cuvis_dist.output import OutputFolder
 from cuvis_dist.resume import only_run
 from cuvis_dist.run import load_trainrun
 
@@ -43,11 +44,11 @@ def edit(path, change):
 
 
 def test_a_second_run_in_the_same_folder_is_kept_out(demo, capsys):
-    with only_run(demo.parent / "results"):
+    with only_run(OutputFolder(demo.parent / "results")):
         assert main(["run", str(demo)]) == 2
     said = capsys.readouterr().err
     assert re.search(rf"another run is writing to .*results \(process {os.getpid()} on ", said)
-    with only_run(demo.parent / "results"):  # free again
+    with only_run(OutputFolder(demo.parent / "results")):  # free again
         pass
 
 

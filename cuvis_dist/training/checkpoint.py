@@ -3,7 +3,8 @@
 Lightning's checkpoint has parameters, optimizers, schedulers, callbacks and loops. Added here is
 what state dicts leave out: the nodes' plain attributes (temperatures, fitted flags), the states
 of torchmetrics and the random generators of every rank. Written under a temporary name, then
-renamed. The user's own checkpoints are not touched.
+renamed. The user's own checkpoints are not touched. Callbacks keep the paths of files that they
+wrote; where the run's folder is another one when the fit goes on, they are changed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import io
 import os
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,12 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from ray import cloudpickle
 from torchmetrics import Metric
 
+from cuvis_dist.output import Mirror, relocated
 from cuvis_dist.sinks import is_sink
 from cuvis_dist.workers import adopt_all
 
-
-def last_checkpoint(output_dir: Path) -> Path:
-    """Return where a run keeps the state to go on from."""
-    return output_dir / "resume" / "last.ckpt"
+#: Name in the output folder of the state to go on from.
+LAST = "resume/last.ckpt"
 
 
 def finished_epochs(path: Path) -> int:
@@ -65,13 +66,13 @@ class LastEpoch(Callback):
 
     Parameters
     ----------
-    path : Path
-        From :func:`last_checkpoint`; all ranks must see it.
+    mirror : Mirror
+        Of the output folder, where the file is :data:`LAST`.
     """
 
-    def __init__(self, path: Path, pipeline: CuvisPipeline) -> None:
+    def __init__(self, mirror: Mirror, pipeline: CuvisPipeline) -> None:
         super().__init__()
-        self.path = path
+        self.mirror = mirror
         self.pipeline = pipeline
         self._saving: dict[str, Any] = {}
         self._loaded: dict[str, Any] | None = None
@@ -89,19 +90,33 @@ class LastEpoch(Callback):
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         ranks = _gathered({"random": _random_state(), "metrics": _metric_states(pl_module)})
-        self._saving = {"ranks": ranks}
+        self._saving = {"ranks": ranks, "folder": str(self.mirror.root)}
+        path = self.mirror.root / LAST
         if trainer.is_global_zero:
             self._saving["nodes"] = _dumped(self.pipeline)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         trainer.save_checkpoint(temporary)
         self._saving = {}
         if trainer.is_global_zero:
-            os.replace(temporary, self.path)
+            os.replace(temporary, path)
+            self.mirror.push(last=LAST)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the additions; empty in the user's own checkpoints."""
         return self._saving
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Tell callbacks where their files are now: where rank 0 has them."""
+        states = checkpoint["callbacks"]
+        was = states.get(self.state_key, {}).get("folder")
+        now = trainer.strategy.broadcast(str(self.mirror.root))
+        if was not in (None, now):
+            for key, state in states.items():
+                if key != self.state_key:
+                    states[key] = relocated(state, partial(_moved_path, was, now))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Give the nodes their attributes; the rest follows when the epoch starts."""
@@ -122,6 +137,10 @@ class LastEpoch(Callback):
             for key, value in states.items():
                 setattr(metric, key, _moved(value, metric.device))
         _set_random_state(mine["random"])
+
+
+def _moved_path(was: str, now: str, text: str) -> str:
+    return now + text[len(was) :] if text == was or text.startswith(f"{was}/") else text
 
 
 def _dumped(pipeline: CuvisPipeline) -> bytes:

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,19 +39,22 @@ from cuvis_ai_core.training.post_fit import (
 )
 from cuvis_ai_schemas.enums import ExecutionStage
 from pytorch_lightning import Callback
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
 
 from cuvis_dist.archive import NamedFrames, open_split
 from cuvis_dist.errors import InputError
+from cuvis_dist.output import Mirror, OutputFolder
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.sinks import close_sinks, silence_sinks
-from cuvis_dist.training.checkpoint import LastEpoch, continued
+from cuvis_dist.storage import writing_to
+from cuvis_dist.training.checkpoint import LAST, LastEpoch, continued
 from cuvis_dist.training.dealing import DealtBatches, deal
 from cuvis_dist.training.heartbeat import Heartbeat
 from cuvis_dist.training.ingest import CachedFrames, FrameCache, ReadAhead, make_cache
 from cuvis_dist.training.lightning import RankConfig
-from cuvis_dist.watch import COMPUTING
+from cuvis_dist.watch import COMPUTING, STORING
 from cuvis_dist.workers import prepare_worker
 
 
@@ -64,9 +67,9 @@ class Assignment:
     verb : str
         ``fit``, ``validate`` or ``test``.
     checkpoint : str or None
-        Lightning checkpoint to evaluate.
-    last : Path
-        Where ``fit`` keeps the state of its last finished epoch, and goes on from if it is there.
+        Lightning checkpoint to evaluate; a fit goes on from its own, if that is there.
+    output : OutputFolder
+        Where checkpoints and logs belong.
     watch : actor handle
         Of a :class:`~cuvis_dist.watch.Watch`.
     directory : str
@@ -82,10 +85,9 @@ class Assignment:
     monitors: list[Any]
     callbacks: list[Callback]
     emit: EmitFn
-    log_dir: str
+    output: OutputFolder
     scaling: Scaling
     directory: str
-    last: Path
     watch: Any
     checkpoint: str | None = None
 
@@ -109,17 +111,27 @@ def run_rank(config: dict[str, Any]) -> Outcome | None:
         os.chdir(job.directory)
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    first, on_gpu = rank == 0, job.scaling.gpus_per_worker > 0
     group = _agreed_name()
     ray.get(job.watch.begin.remote(group, world_size))
-    named = {node.name: node for node in job.pipeline.nodes()}
+    on_gpu = job.scaling.gpus_per_worker > 0
     heartbeat = Heartbeat(job.watch, rank, group, job.scaling.stall_seconds, on_gpu)
+    if job.verb == "fit":  # also what an earlier group of this fit left, of more or fewer workers
+        last = str(job.output.at(LAST)) if job.output.exists(LAST) else None
+        job = replace(job, checkpoint=last)
+    with Mirror(job.output, partial(heartbeat.doing, STORING)) as mirror, writing_to(mirror.root):
+        return _carry_out(job, rank, heartbeat, mirror)
+
+
+def _carry_out(job: Assignment, rank: int, heartbeat: Heartbeat, mirror: Mirror) -> Outcome | None:
+    first, on_gpu = rank == 0, job.scaling.gpus_per_worker > 0
+    named = {node.name: node for node in job.pipeline.nodes()}
+    _bring_checkpoints(job, mirror, first)
     module = RankTrainer(
         job.pipeline,
-        DealtDataModule(job, rank, world_size),
+        DealtDataModule(job, rank, ray.train.get_context().get_world_size()),
         [named[name] for name in job.loss_nodes],
         [named[name] for name in job.metric_nodes],
-        RankConfig.of(job.training_config, on_gpu, job.log_dir, heartbeat),
+        RankConfig.of(job.training_config, on_gpu, str(mirror.root), heartbeat),
         callbacks=job.callbacks,
     )
     module.heartbeat = heartbeat
@@ -132,16 +144,17 @@ def run_rank(config: dict[str, Any]) -> Outcome | None:
     checkpoint, metrics = None, []
     with heartbeat, closing(module.datamodule):
         if job.verb == "fit":
-            module.last = LastEpoch(job.last, job.pipeline)
-            # Also what an earlier group of this fit left, which had more or fewer workers.
-            module.resume_from = str(job.last) if job.last.is_file() else None
+            module.last = LastEpoch(mirror, job.pipeline)
+            module.resume_from = mirror.to_local(job.checkpoint)
             module.fit()
         else:
-            metrics = getattr(module, job.verb)(ckpt_path=job.checkpoint)
-    if job.verb == "fit" and first:
-        checkpoint = module.load_best_checkpoint()
+            metrics = getattr(module, job.verb)(ckpt_path=mirror.to_local(job.checkpoint))
     if not first:
         return None
+    if job.verb == "fit":
+        checkpoint = module.load_best_checkpoint()
+        checkpoint = replace(checkpoint, path=mirror.to_output(checkpoint.path))
+        mirror.push()
     module.zero_grad(set_to_none=True)
     close_sinks(job.pipeline)
     job.pipeline.cpu()
@@ -150,7 +163,7 @@ def run_rank(config: dict[str, Any]) -> Outcome | None:
         checkpoint,
         module.trainer.current_epoch,
         [dict(row) for row in metrics],
-        tuple(callback.state_dict() for callback in job.callbacks),
+        tuple(mirror.to_output(callback.state_dict()) for callback in job.callbacks),
     )
 
 
@@ -160,6 +173,30 @@ def _agreed_name() -> str:
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(name)
     return name[0]
+
+
+def _bring_checkpoints(job: Assignment, mirror: Mirror, first: bool) -> None:
+    """Have on this machine what the assignment reads, and let callbacks write here.
+
+    Rank 0 needs the checkpoints of earlier fits, too: one of them may turn out to be the best.
+    """
+    if job.output.local is not None:
+        return
+    if job.checkpoint is not None and (name := job.output.name_of(job.checkpoint)) is not None:
+        mirror.pull(name)
+    folders = {str(job.output.at("lightning_logs"))}
+    if (config := job.training_config.callbacks) is not None and config.checkpoint is not None:
+        folders.add(config.checkpoint.dirpath)
+        config.checkpoint.dirpath = mirror.to_local(config.checkpoint.dirpath)
+    for callback in job.callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            folders.add(str(callback.dirpath))
+            state = mirror.to_local(callback.state_dict())
+            callback.dirpath = state["dirpath"]
+            callback.load_state_dict(state)
+    if first and job.verb == "fit":
+        for folder in sorted(filter(None, map(job.output.name_of, folders))):
+            mirror.pull_folder(folder, ".ckpt")
 
 
 class RankTrainer(UpstreamGradientTrainer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
@@ -27,15 +28,18 @@ from cuvis_ai_core.training.post_fit import (
     log_event,
 )
 from loguru import logger
+from pytorch_lightning.callbacks import ModelCheckpoint
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from cuvis_dist.errors import ClusterError, CuvisDistError, InputError, LostWorkerError
 from cuvis_dist.evaluation import post_fit
 from cuvis_dist.events import relayed
+from cuvis_dist.output import Mirror, OutputFolder, temporary_folder
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.session import connect, require_resources
-from cuvis_dist.training.checkpoint import finished_epochs, last_checkpoint
+from cuvis_dist.storage import is_uri
+from cuvis_dist.training.checkpoint import LAST, finished_epochs
 from cuvis_dist.training.configuration import check_training
 from cuvis_dist.training.rank import Assignment, Outcome, run_rank
 from cuvis_dist.watch import Watch
@@ -92,6 +96,7 @@ class GradientTrainer(UpstreamGradientTrainer):
         )
         self.emit: EmitFn = emit or log_event
         self.scaling = scaling or Scaling()
+        self.output = OutputFolder(self.scaling.output_dir)
         self.outcome: PostFitResult | None = None
         self.epochs = 0
         self._best: CheckpointRestored | None = None
@@ -124,10 +129,10 @@ class GradientTrainer(UpstreamGradientTrainer):
                 "nothing to train: no node of the pipeline has unfrozen parameters. Name nodes in "
                 "unfreeze_nodes, or call pipeline.unfreeze_nodes_by_name first"
             )
-        last = last_checkpoint(self.scaling.output_dir.resolve())
+        self.output.probe()
         if not resume:
-            last.unlink(missing_ok=True)
-        result = self._fit(last)
+            self.output.remove(LAST)
+        result = self._fit()
         self.epochs, self._best = result.epochs, result.checkpoint
         self.emit(TrainEvent(TrainHook.CHECKPOINT_RESTORED, checkpoint=result.checkpoint))
         given = next((c for c in self.callbacks if isinstance(c, PostFitCallback)), None)
@@ -159,7 +164,7 @@ class GradientTrainer(UpstreamGradientTrainer):
             ckpt_path = self._best.path if self._best and self._best.restored else None
         return self._run("test", ckpt_path).metrics
 
-    def _fit(self, last: Path) -> Outcome:
+    def _fit(self) -> Outcome:
         """Train; after a loss of workers, go on from the last finished epoch."""
         for failure in count(1):
             try:
@@ -167,7 +172,8 @@ class GradientTrainer(UpstreamGradientTrainer):
             except LostWorkerError as error:
                 if failure > self.scaling.max_failures:
                     raise
-                epochs = finished_epochs(last)
+                with Mirror(self.output) as mirror:
+                    epochs = finished_epochs(mirror.pull(LAST))
                 where = f"from the end of epoch {epochs}" if epochs else "from the beginning"
                 logger.warning(
                     f"{error}. Training goes on {where} (failure {failure}, at most "
@@ -179,24 +185,29 @@ class GradientTrainer(UpstreamGradientTrainer):
         """Start the workers, let them carry out ``verb``, and take over the nodes' state."""
         connect(self.scaling)
         require_resources(self.scaling)
-        output_dir = self.scaling.output_dir.resolve()
-        storage = output_dir / "ray_train"
         what = "training" if verb == "fit" else verb
-        with relayed(self.emit) as emit, self._watched(what) as watch, raise_cause(what):
+        for callback in self.callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
+                callback.dirpath = self._checkpoint_folder(str(callback.dirpath))
+        with (
+            self._ray_storage() as storage,
+            relayed(self.emit) as emit,
+            self._watched(what) as watch,
+            raise_cause(what),
+        ):
             assignment = Assignment(
                 verb,
                 self.pipeline,
                 self.datamodule,
                 [node.name for node in self.loss_nodes],
                 [node.name for node in self.metric_nodes],
-                _with_absolute_paths(self.training_config),
+                self._with_absolute_paths(),
                 self.monitors,
                 [c for c in self.callbacks if not isinstance(c, PostFitCallback)],
                 emit,
-                str(output_dir),
+                self.output,
                 self.scaling,
                 os.getcwd(),
-                last_checkpoint(output_dir),
                 watch,
                 checkpoint,
             )
@@ -210,14 +221,61 @@ class GradientTrainer(UpstreamGradientTrainer):
                     failure_config=FailureConfig(max_failures=0),
                 ),
             ).fit()
-        shutil.rmtree(storage, ignore_errors=True)  # checkpoints are Lightning's, beside it
         outcome: Outcome | None = result.return_value
         if outcome is None:
             raise ClusterError(f"the workers ended {verb} without a result")
         adopt_all(self.pipeline, outcome.nodes)
         for callback, state in zip(assignment.callbacks, outcome.callback_states, strict=True):
+            if isinstance(callback, ModelCheckpoint):  # else it would take over less of it
+                callback.dirpath = state["dirpath"]
             callback.load_state_dict(state)
         return outcome
+
+    def _with_absolute_paths(self) -> TrainingConfig:
+        """Resolve the checkpoint folder here: a worker has a working directory of its own."""
+        config = self.training_config
+        if config.callbacks is None or config.callbacks.checkpoint is None:
+            return config
+        config = config.model_copy(deep=True)
+        checkpoint = config.callbacks.checkpoint
+        checkpoint.dirpath = self._checkpoint_folder(checkpoint.dirpath)
+        return config
+
+    def _checkpoint_folder(self, folder: str) -> str:
+        """Return where a checkpoint folder lies: a relative one below an output folder elsewhere.
+
+        Raises
+        ------
+        InputError
+            If it would be on one node's disk, while the output folder is a URI.
+        """
+        if self.output.local is not None:
+            return str(Path(folder).resolve())
+        if self.output.name_of(folder) is not None:
+            return folder
+        path, here = Path(folder).resolve(), Path.cwd()
+        if is_uri(folder) or path == here or not path.is_relative_to(here):
+            raise InputError(
+                f"checkpoints go to {folder}, which is not below the output folder {self.output}: "
+                "give a relative dirpath, which is meant from there"
+            )
+        return str(self.output.at(path.relative_to(here).as_posix()))
+
+    @contextmanager
+    def _ray_storage(self) -> Iterator[Path]:
+        """Give Ray Train a folder for a while.
+
+        Checkpoints are Lightning's: nothing is reported to Ray Train, so that it does not ask for
+        a folder which all nodes see.
+        """
+        if self.output.local is not None:
+            folder = self.output.local / "ray_train"
+        else:
+            folder = Path(tempfile.mkdtemp(prefix="ray-train-", dir=temporary_folder()))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager
     def _watched(self, what: str) -> Iterator[Any]:
@@ -248,14 +306,3 @@ def _scaling_config(scaling: Scaling) -> ScalingConfig:
         use_gpu=scaling.gpus_per_worker > 0,
         resources_per_worker=resources,
     )
-
-
-def _with_absolute_paths(config: TrainingConfig) -> TrainingConfig:
-    """Resolve the checkpoint folder here: a worker has a working directory of its own."""
-    checkpoint = config.callbacks.checkpoint if config.callbacks else None
-    if checkpoint is None:
-        return config
-    config = config.model_copy(deep=True)
-    checkpoint = config.callbacks.checkpoint
-    checkpoint.dirpath = str(Path(checkpoint.dirpath).resolve())
-    return config

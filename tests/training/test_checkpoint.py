@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -12,7 +13,8 @@ from cuvis_ai_core.training import GradientTrainer as UpstreamGradientTrainer
 from cuvis_ai_core.training.post_fit import PostFitCallback
 from gradients import callbacks, initialized
 
-from cuvis_dist.training.checkpoint import LastEpoch, finished_epochs, last_checkpoint
+from cuvis_dist.output import Mirror, OutputFolder
+from cuvis_dist.training.checkpoint import LAST, LastEpoch, finished_epochs
 from cuvis_dist.training.dealing import DealtBatches, deal
 
 
@@ -64,7 +66,7 @@ def fit(path, folder, *overrides, resume=None):
         config.model_copy(update={"default_root_dir": str(folder)}),
         callbacks=[*callbacks(trainrun), Annealing()],
     )
-    trainer.last = LastEpoch(last_checkpoint(folder), trainrun.pipeline)
+    trainer.last = LastEpoch(Mirror(OutputFolder(folder)), trainrun.pipeline)
     trainer.resume_from = str(resume) if resume else None
     trainer.fit()
     return trainrun, trainer
@@ -86,7 +88,7 @@ def fit(path, folder, *overrides, resume=None):
 def test_goes_on_in_the_same_bits(demo_trainrun, tmp_path, overrides):
     overrides = ("data.batch_size=3", *overrides)
     whole, undisturbed = fit(demo_trainrun, tmp_path / "whole", *overrides)
-    last = last_checkpoint(tmp_path / "whole")
+    last = tmp_path / "whole" / LAST
     assert finished_epochs(last) == 2
     assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
 
@@ -103,6 +105,11 @@ def test_goes_on_in_the_same_bits(demo_trainrun, tmp_path, overrides):
     assert trainer.global_step == undisturbed.global_step
     states = [t.trainer.optimizers[0].state_dict() for t in (trainer, undisturbed)]
     assert states[0]["param_groups"] == states[1]["param_groups"]
+    # The other run's folder was another one: its checkpoints are looked for in this one's.
+    ours, theirs = (t.trainer.checkpoint_callback for t in (trainer, undisturbed))
+    assert ours.best_model_score == theirs.best_model_score
+    best = Path(theirs.best_model_path).relative_to(tmp_path / "whole")
+    assert Path(ours.best_model_path) == tmp_path / "resumed" / best
 
 
 def test_the_users_checkpoints_are_as_they_were(demo_trainrun, tmp_path):
@@ -113,4 +120,4 @@ def test_the_users_checkpoints_are_as_they_were(demo_trainrun, tmp_path):
 
 
 def test_nothing_to_go_on_from(tmp_path):
-    assert finished_epochs(last_checkpoint(tmp_path)) == 0
+    assert finished_epochs(tmp_path / LAST) == 0

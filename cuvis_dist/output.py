@@ -1,0 +1,532 @@
+"""Where do a run's files go, and how do they get there and back? To a local folder or to a URI.
+
+A local folder is read and written in place. Any other file system of ``pyarrow.fs`` (``s3://``,
+``gs://``, ``hdfs://``) is reached file by file, each whole or not at all; what can only work with
+local paths (Lightning's checkpoints, TensorBoard) works in a :class:`Mirror`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import os
+import posixpath
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from loguru import logger
+from pyarrow import ArrowException
+from pyarrow.fs import FileSelector, FileSystem, FileType
+
+from cuvis_dist.errors import ClusterError, CuvisDistError, InputError, one_line
+from cuvis_dist.storage import (
+    filesystem_of,
+    is_out_of_space,
+    is_uri,
+    refuse_credentials,
+    write_atomically,
+    writing_to,
+)
+
+#: A place for files: a local path, or a URI as a string.
+Location = Path | str
+#: Seconds between tries of what failed; each try has the file system's own retries inside.
+RETRY_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+#: What a store answers when another try would go the same way.
+_FOR_GOOD = (
+    "NO_SUCH_BUCKET",
+    "RESOURCE_NOT_FOUND",
+    "ACCESS_DENIED",
+    "FORBIDDEN",
+    "INVALID_ACCESS_KEY",
+    "INVALID_CLIENT_TOKEN",
+    "UNRECOGNIZED_CLIENT",
+    "SIGNATURE",
+    "EXPIRED_TOKEN",
+    "MISSING_AUTHENTICATION",
+    "PERMANENT_REDIRECT",
+    "HTTP Status 401",
+    "HTTP Status 403",
+    "HTTP Status 404",
+    "Permission denied",
+    "PermissionDenied",
+    "NotFound",
+)
+#: File systems that show a file only when it is complete.
+_ATOMIC = {"s3", "gcs", "abfs"}
+_CHUNK = 8 * 2**20
+
+
+def location_of(place: str | os.PathLike[str]) -> Location:
+    """Return a URI without a slash at its end, anything else as an absolute path.
+
+    ``file://`` is a local path, too.
+
+    Raises
+    ------
+    InputError
+        If a URI carries credentials.
+    """
+    text = os.fspath(place)
+    if not is_uri(text):
+        return Path(text).expanduser().resolve()
+    refuse_credentials(text)
+    if text.lower().startswith("file://"):
+        return Path(filesystem_of(text)[1]).resolve()
+    address, mark, query = text.partition("?")
+    return address.rstrip("/") + mark + query
+
+
+class OutputFolder:
+    """The folder of a run's files, on this machine or anywhere that ``pyarrow.fs`` reaches.
+
+    Names are relative to it, with ``/`` between folders. What fails for a reason that may pass is
+    tried again for about a minute. Can be sent to other processes, which connect by themselves.
+
+    Parameters
+    ----------
+    place : str or path
+        Local path or URI.
+
+    Raises
+    ------
+    InputError
+        If a URI carries credentials.
+    """
+
+    def __init__(self, place: str | os.PathLike[str]) -> None:
+        self.location = location_of(place)
+        self._connected: tuple[FileSystem, str] | None = None
+
+    def __str__(self) -> str:
+        return str(self.location)
+
+    def __reduce__(self) -> tuple[type[OutputFolder], tuple[Location]]:
+        return type(self), (self.location,)
+
+    @property
+    def local(self) -> Path | None:
+        """The folder itself, where it is a local one."""
+        return self.location if isinstance(self.location, Path) else None
+
+    def at(self, name: str) -> Location:
+        """Return where the file of this name lies, as people are told."""
+        if isinstance(self.location, Path):
+            return self.location / name
+        address, mark, query = self.location.partition("?")
+        return f"{address}/{name}{mark}{query}"
+
+    def name_of(self, location: Location) -> str | None:
+        """Return the name of what lies in this folder; None when it lies elsewhere."""
+        if isinstance(self.location, Path):
+            path = Path(location)
+            return path.relative_to(self.location).as_posix() if _is_below(path, self) else None
+        address = self.location.partition("?")[0]
+        inside = str(location).partition("?")[0]
+        return inside.removeprefix(f"{address}/") if inside.startswith(f"{address}/") else None
+
+    # ---- files ---------------------------------------------------------------------
+
+    def probe(self) -> None:
+        """Find out now whether files can be written and removed there.
+
+        Raises
+        ------
+        InputError
+            If the bucket is missing, or access is denied.
+        ClusterError
+            If the store does not answer.
+        """
+        if self.local is not None:
+            return
+        name = f".probe-{os.getpid()}"
+        try:
+            self._try(lambda: self._put(io.BytesIO(b"-"), name), "written to", patient=False)
+            self._try(lambda: self._connect().delete_file(self._path(name)), "written to", False)
+        except FileNotFoundError as error:
+            raise InputError(f"{self} cannot be written to: {one_line(error)}") from error
+
+    def write(self, name: str, content: bytes) -> Location:
+        """Write a file, whole or not at all; return where it lies.
+
+        Raises
+        ------
+        InputError, ClusterError
+            If it cannot be written. ``content`` is then in a local file that the message names.
+        """
+        if self.local is not None:
+            return write_atomically(self.local / name, content)
+        with self._kept(name, lambda path: path.write_bytes(content)):
+            self._try(lambda: self._put(io.BytesIO(content), name), "written to")
+        return self.at(name)
+
+    def upload(self, path: Path, name: str) -> Location:
+        """Write the content of a local file, as :meth:`write` does."""
+        if self.local is not None:
+            with writing_to(self.local):
+                (self.local / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, temporary := _temporary(self.local / name))
+                os.replace(temporary, self.local / name)
+            return self.at(name)
+        with self._kept(name, lambda copy: shutil.copyfile(path, copy)):
+            self._upload(path, name)
+        return self.at(name)
+
+    def _upload(self, path: Path, name: str) -> None:
+        def put() -> None:
+            with open(path, "rb") as source:
+                self._put(source, name)
+
+        self._try(put, "written to")
+
+    def read(self, name: str) -> bytes:
+        """Return a file's content.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is none.
+        InputError, ClusterError
+            If the store does not give it.
+        """
+        if self.local is not None:
+            return (self.local / name).read_bytes()
+
+        def get() -> bytes:
+            with self._connect().open_input_stream(self._path(name)) as source:
+                return source.read()
+
+        return self._try(get, "read")
+
+    def download(self, name: str, path: Path) -> Path:
+        """Write a file's content to a local file, whole or not at all; raises as :meth:`read`."""
+
+        def get() -> None:
+            with (
+                self._connect().open_input_stream(self._path(name)) as source,
+                open(temporary, "wb") as target,
+            ):
+                shutil.copyfileobj(source, target, _CHUNK)
+
+        temporary = _temporary(path)
+        with writing_to(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                if self.local is not None:
+                    shutil.copyfile(self.local / name, temporary)
+                else:
+                    self._try(get, "read")
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return path
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        if self.local is not None:
+            return (self.local / name).is_file()
+        path = self._path(name)
+        return self._try(lambda: self._connect().get_file_info(path), "read").is_file
+
+    def names(self, folder: str = "") -> list[str]:
+        """Return the names of all files in a folder and below it, sorted; none without it."""
+        if self.local is not None:
+            root = self.local / folder
+            found = (path for path in root.rglob("*") if path.is_file())
+            return sorted(path.relative_to(self.local).as_posix() for path in found)
+        root_path = self._path(folder)
+        selector = FileSelector(root_path, recursive=True, allow_not_found=True)
+        infos = self._try(lambda: self._connect().get_file_info(selector), "read")
+        start = self._path("")
+        return sorted(
+            posixpath.relpath(info.path, start) for info in infos if info.type == FileType.File
+        )
+
+    def remove(self, *names: str) -> None:
+        """Remove files; those that are not there are no error."""
+        for name in names:
+            if self.local is not None:
+                (self.local / name).unlink(missing_ok=True)
+                continue
+            path = self._path(name)
+            with contextlib.suppress(FileNotFoundError):
+                self._try(lambda path=path: self._connect().delete_file(path), "written to")  # type: ignore[misc]
+
+    def remove_folder(self, folder: str) -> None:
+        """Remove a folder of this one, with all that it holds; none is no error."""
+        if self.local is not None:
+            shutil.rmtree(self.local / folder, ignore_errors=True)
+        else:
+            path = self._path(folder)
+            with contextlib.suppress(FileNotFoundError):
+                self._try(lambda: self._connect().delete_dir(path), "written to")
+
+    # ---- the file system -----------------------------------------------------------
+
+    def _connect(self) -> FileSystem:
+        if self._connected is None:
+            self._connected = filesystem_of(str(self.location))
+        return self._connected[0]
+
+    def _path(self, name: str) -> str:
+        self._connect()
+        assert self._connected is not None
+        return posixpath.join(self._connected[1], name) if name else self._connected[1]
+
+    def _put(self, source: IO[bytes], name: str) -> None:
+        """Write a file so that nobody sees a part of it.
+
+        In a thread of its own: pyarrow closes a stream that is interrupted (Ctrl-C, SIGTERM),
+        which would make an object of what was written until then.
+        """
+        with ThreadPoolExecutor(1, "cuvis-dist-upload") as thread:
+            thread.submit(self._put_here, source, name).result()
+
+    def _put_here(self, source: IO[bytes], name: str) -> None:
+        filesystem, path = self._connect(), self._path(name)
+        atomic = filesystem.type_name in _ATOMIC
+        if not atomic:
+            filesystem.create_dir(posixpath.dirname(path), recursive=True)
+        where = path if atomic else str(_temporary(PurePosixPath(path)))
+        with filesystem.open_output_stream(where) as target:
+            shutil.copyfileobj(source, target, _CHUNK)
+        if atomic:
+            return
+        try:
+            filesystem.move(where, path)
+        except OSError:  # HDFS renames to no name that is taken
+            filesystem.delete_file(path)
+            filesystem.move(where, path)
+
+    def _try(self, action: Callable[[], Any], what: str, patient: bool = True) -> Any:
+        """Do something with the store, again when the reason of a failure may pass."""
+        for pause in (*(RETRY_S if patient else ()), None):
+            try:
+                return action()
+            except FileNotFoundError:
+                raise
+            except (OSError, ArrowException) as error:
+                if is_out_of_space(error):  # of a local disk
+                    raise
+                reason = one_line(error)
+                if any(word in reason for word in _FOR_GOOD):
+                    raise InputError(
+                        f"{self} cannot be {what}: {reason}. Check its name, and that the "
+                        "environment of every node has credentials that may read and write it"
+                    ) from error
+                if pause is None:
+                    raise ClusterError(
+                        f"{self} cannot be {what}: {reason}. Check that every node reaches it; "
+                        "the same command then goes on from what is stored there"
+                    ) from error
+                logger.warning(f"{self} cannot be {what}, next try in {pause:g} s: {reason}")
+                time.sleep(pause)
+        raise AssertionError
+
+    @contextmanager
+    def _kept(self, name: str, keep: Callable[[Path], object]) -> Iterator[None]:
+        """Keep a local copy of what could not be written."""
+        try:
+            yield
+        except CuvisDistError as error:
+            folder = Path(tempfile.mkdtemp(prefix="unsaved-", dir=temporary_folder()))
+            path = folder / PurePosixPath(name).name
+            try:
+                keep(path)
+            except OSError:
+                raise error from None
+            raise type(error)(
+                f"{error}. Nothing is lost: {path} on {socket.gethostname()} is what belongs at "
+                f"{self.at(name)}; copied there, it is used"
+            ) from error
+
+
+def _is_below(path: Path, folder: OutputFolder) -> bool:
+    return folder.local is not None and path != folder.local and path.is_relative_to(folder.local)
+
+
+def _temporary(path: Any) -> Any:
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def temporary_folder() -> Path:
+    """Return this user's own folder for what a process needs for a while on this machine.
+
+    Raises
+    ------
+    InputError
+        If it belongs to someone else.
+    """
+    folder = Path(tempfile.gettempdir()) / f"cuvis-dist-{os.getuid()}"
+    with writing_to(folder):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if folder.is_symlink() or found.st_uid != os.getuid():
+        raise InputError(f"{folder} belongs to someone else; set TMPDIR to a folder of your own")
+    return folder
+
+
+class Mirror:
+    """A local folder in which a process works with an output folder that is none.
+
+    Of a local output folder it is that folder itself, and :meth:`pull` and :meth:`push` do
+    nothing.
+
+    Parameters
+    ----------
+    output : OutputFolder
+        What is mirrored.
+    doing : callable, optional
+        A context for the time that :meth:`push` takes.
+    """
+
+    def __init__(
+        self,
+        output: OutputFolder,
+        doing: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
+        self.output = output
+        self._lock = -1
+        if output.local is not None:
+            self.root = output.local
+        else:
+            self.root, self._lock = _new_mirror()
+        self._doing = doing
+        self._known: dict[str, tuple[int, int]] = {}  # as they are in the output folder
+
+    def __enter__(self) -> Mirror:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self.output.local is None:
+            shutil.rmtree(self.root, ignore_errors=True)
+            os.close(self._lock)
+
+    def to_local(self, value: Any) -> Any:
+        """Return ``value`` with every path of the output folder replaced by the mirror's."""
+        return value if self.output.local else relocated(value, self._to_local)
+
+    def to_output(self, value: Any) -> Any:
+        """Return ``value`` with every path of the mirror replaced by the output folder's."""
+        return value if self.output.local else relocated(value, self._to_output)
+
+    def _to_local(self, text: str) -> str:
+        name = self.output.name_of(text)
+        return text if name is None else str(self.root / name)
+
+    def _to_output(self, text: str) -> str:
+        if not text.startswith(f"{self.root}/"):
+            return text
+        return str(self.output.at(Path(text).relative_to(self.root).as_posix()))
+
+    def pull(self, name: str) -> Path:
+        """Bring a file here, if there is one; return its local path."""
+        path = self.root / name
+        if self.output.local is None and name not in self._known:
+            with contextlib.suppress(FileNotFoundError):
+                self.output.download(name, path)
+                self._known[name] = _state(path)
+        return path
+
+    def pull_folder(self, folder: str, suffix: str) -> None:
+        """Bring the files of a folder here that have this suffix; of others, their folders."""
+        if self.output.local is not None:
+            return
+        for name in self.output.names(folder):
+            if name.endswith(suffix):
+                self.pull(name)
+            else:
+                (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+
+    def push(self, last: str = "") -> None:
+        """Bring new and changed files to the output folder, and remove there what is gone here.
+
+        ``last`` names a file that speaks of others: it follows when these are there, and before
+        any is removed.
+
+        Raises
+        ------
+        InputError, ClusterError
+            If the output folder cannot be written. The files are then kept on this machine, in a
+            folder that the message names.
+        """
+        if self.output.local is not None:
+            return
+        here = {
+            path.relative_to(self.root).as_posix(): _state(path)
+            for path in self.root.rglob("*")
+            if path.is_file() and not path.name.startswith(".")
+        }
+        changed = [name for name in here if here[name] != self._known.get(name)]
+        gone = [name for name in self._known if name not in here]
+        with self._doing(), self._kept():
+            for name in sorted(changed, key=lambda name: (name == last, name)):
+                self.output._upload(self.root / name, name)
+                self._known[name] = here[name]
+            self.output.remove(*gone)
+        for name in gone:
+            del self._known[name]
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            yield
+        except CuvisDistError as error:
+            kept = self.root.with_name(f"unsaved-{self.root.name}")
+            self.root.rename(kept)
+            raise type(error)(
+                f"{error}. What was not stored is in {kept} on {socket.gethostname()}"
+            ) from error
+
+
+def _state(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _new_mirror() -> tuple[Path, int]:
+    """Make a folder for this process, and remove those of processes that were killed.
+
+    Returns it with a lock file's descriptor, which is open until the process ends, however that
+    happens.
+    """
+    folder = temporary_folder()
+    with open(folder / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for other in folder.glob("mirror-*"):
+            if _is_abandoned(other):
+                shutil.rmtree(other, ignore_errors=True)
+        root = Path(tempfile.mkdtemp(prefix="mirror-", dir=folder))
+        own = os.open(root / ".lock", os.O_CREAT | os.O_RDWR)
+        fcntl.flock(own, fcntl.LOCK_EX)
+    return root, own
+
+
+def _is_abandoned(root: Path) -> bool:
+    try:
+        with open(root / ".lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def relocated(value: Any, change: Callable[[str], str]) -> Any:
+    """Return ``value`` with ``change`` applied to every string in it, and to every path."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Path):
+        return Path(change(str(value)))
+    if type(value) is dict:
+        return {relocated(k, change): relocated(v, change) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)([relocated(item, change) for item in value])
+    return value
