@@ -385,6 +385,7 @@ def test_a_full_disk_in_training_names_the_folder_too(demo_trainrun, tmp_path):
         trainrun.pipeline,
         trainrun.datamodule(),
         trainrun.loss_nodes,
+        trainrun.metric_nodes,
         training_config=trainrun.config.training.model_copy(update={"callbacks": None}),
         callbacks=[FullDisk()],
         scaling=Scaling(output_dir=trainrun.output_dir),
