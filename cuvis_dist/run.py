@@ -198,7 +198,7 @@ def run_trainrun(
     """Run both phases of a trainrun (the first alone without a ``training`` block) and save.
 
     A run of the same trainrun that was cut off in the same ``output_dir`` is continued: phase 1
-    is not repeated when it was finished, and phase 2 goes on after its last finished epoch. One
+    goes on in the middle of a pass, and phase 2 after its last finished epoch. One
     that is done is left as it is.
 
     Parameters
@@ -298,7 +298,7 @@ def _run(
                 pipeline, datamodule, metric_nodes=metric_nodes, emit=emit, scaling=scaling
             )
             try:
-                trainer.fit()
+                trainer.fit(resume=True)  # what is there is this run's: see Resume
             finally:
                 record.passes = trainer.records
                 record.skipped_frames = {

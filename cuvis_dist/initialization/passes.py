@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from cuvis_dist.initialization.affine import probe
 from cuvis_dist.initialization.measuring import Partial
 from cuvis_dist.initialization.plan import Fit, Pass
 from cuvis_dist.initialization.shards import MeasureShard, Task, row_error
+from cuvis_dist.initialization.stored import StoredPass
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.statistics import MergeTree, Moments, Statistic, from_bytes
 from cuvis_dist.workers import raise_cause
@@ -46,11 +47,15 @@ class PassRecord:
     shards : int
         Units of work.
     seconds : float
-        Wall-clock time.
+        Wall-clock time, that of an earlier run which was cut off included.
     peak_worker_bytes : int
         Largest resident memory of a worker process up to the end of the pass.
     skipped : dict of str to str
         Frames that were left out, by uid, each with its reason.
+    restored_shards, restored_frames : int
+        How many of them an earlier run, which was cut off, had dealt with.
+    repeated : list of int
+        Ordinals of the shards that were run again, since a worker or node was lost.
     """
 
     nodes: dict[str, dict[str, Any]]
@@ -60,6 +65,9 @@ class PassRecord:
     seconds: float
     peak_worker_bytes: int
     skipped: dict[str, str] = field(default_factory=dict)
+    restored_shards: int = 0
+    restored_frames: int = 0
+    repeated: list[int] = field(default_factory=list)
 
 
 class Tally:
@@ -67,22 +75,25 @@ class Tally:
 
     Parameters
     ----------
-    archive : Archive
-        What was asked for.
+    listed : int
+        Frames that were asked for.
     max_skipped : int
         How many frames may be left out.
     """
 
-    def __init__(self, archive: Archive, max_skipped: int) -> None:
-        self.archive, self.max_skipped = archive, max_skipped
+    def __init__(self, listed: int, max_skipped: int) -> None:
+        self.listed, self.max_skipped = listed, max_skipped
         self.frames = self.bytes = self.peak = self.left_out = 0
         self.skipped: dict[str, str] = {}
+        self.repeated: set[int] = set()
 
     def add(self, row: dict[str, Any]) -> None:
         """Count a row; raises DataError when too many frames were skipped."""
         self.frames += row["frames"]
         self.bytes += row["bytes"]
         self.peak = max(self.peak, row["peak"])
+        if row["again"]:
+            self.repeated.add(row["ordinal"])
         for uid, reason in pickle.loads(row["skipped"]):
             logger.warning(f"skipped: {reason}")
             self.skipped[uid] = reason
@@ -100,13 +111,63 @@ class Tally:
 
     def close(self) -> None:
         """Raise DataError unless every frame of the archive was measured or skipped."""
-        if self.done != len(self.archive):
+        if self.done != self.listed:
             raise DataError(
-                f"the archive lists {len(self.archive)} frames, but {self.frames} were measured "
+                f"the archive lists {self.listed} frames, but {self.frames} were measured "
                 f"and {self.left_out} skipped"
             )
         if not self.frames:
-            raise DataError(f"none of {len(self.archive)} frames could be used")
+            raise DataError(f"none of {self.listed} frames could be used")
+
+
+class Measured:
+    """What a pass has measured and merged so far.
+
+    Parameters
+    ----------
+    shards : int
+        Of the archive.
+    tally : Tally
+        Counts what comes back.
+
+    Attributes
+    ----------
+    probes : dict of str to Tensor
+        By measurement, some pixels of the first shard that has any.
+    seconds : float
+        Time that it took.
+    """
+
+    def __init__(self, shards: int, tally: Tally) -> None:
+        self.tree: MergeTree[Partial] = MergeTree(shards, Partial.merge)
+        self.tally = tally
+        self.probes: dict[str, torch.Tensor] = {}
+        self.seconds = 0.0
+        self._first = shards
+
+    @property
+    def done(self) -> int:
+        """Frames dealt with."""
+        return self.tally.done
+
+    def add(self, row: dict[str, Any], measurements: Iterable[str]) -> bool:
+        """Merge and count a row; False (and no effect) when its shard was added before.
+
+        Raises
+        ------
+        DataError
+            If the shard does not fit the others, or too many frames were skipped.
+        """
+        statistics = map(from_bytes, row["partials"]) if row["frames"] else ()
+        partial = Partial(
+            dict(zip(measurements, statistics, strict=bool(row["frames"]))), row["first_frame"]
+        )
+        if not self.tree.add(row["ordinal"], partial):
+            return False
+        self.tally.add(row)
+        if row["ordinal"] < self._first and row["frames"]:
+            self._first, self.probes = row["ordinal"], pickle.loads(row["samples"])
+        return True
 
 
 def measure_pass(
@@ -115,8 +176,14 @@ def measure_pass(
     this_pass: Pass,
     scaling: Scaling,
     on_shard: OnShard,
+    stored: StoredPass | None = None,
 ) -> tuple[PassRecord, list[Fit]]:
     """Carry out the measurements of ``this_pass`` over the archive and freeze its nodes.
+
+    Parameters
+    ----------
+    stored : StoredPass, optional
+        Where to keep what is measured; what an earlier run left there is not measured again.
 
     Returns
     -------
@@ -133,34 +200,61 @@ def measure_pass(
     ClusterError
         If the cluster lost the work.
     """
-    started = time.perf_counter()
     shards = archive.shards(scaling.shard_frames)
-    measurements = this_pass.by_key()
-    measure = MeasureShard(make_task(pipeline, archive, scaling), measurements)
-    tree: MergeTree[Partial] = MergeTree(len(shards), Partial.merge)
-    tally = Tally(archive, scaling.max_skipped)
-    samples: dict[int, dict[str, torch.Tensor]] = {}
-    with raise_cause("the pass over the archive"):
-        for row in spread(shards, measure, scaling):
-            if row["error"]:
-                raise row_error(row)
-            statistics = map(from_bytes, row["partials"]) if row["frames"] else ()
-            partial = Partial(
-                dict(zip(measurements, statistics, strict=bool(row["frames"]))), row["first_frame"]
-            )
-            if tree.add(row["ordinal"], partial):
-                tally.add(row)
-                on_shard(tally.done)
-                if row["ordinal"] <= min(samples, default=row["ordinal"]) and row["frames"]:
-                    samples = {row["ordinal"]: pickle.loads(row["samples"])}
+    earlier: Measured | None = stored.earlier if stored else None
+    measured = earlier or Measured(len(shards), Tally(len(archive), scaling.max_skipped))
+    missing = [shard for shard in shards if shard.ordinal not in measured.tree]
+    restored = len(shards) - len(missing), measured.tally.done
+    if missing:
+        _measure(pipeline, archive, missing, this_pass, scaling, on_shard, measured, stored)
+    tally = measured.tally
     tally.close()
-    (probes,) = samples.values()
-    fitted, left = freeze_fits(this_pass, tree.root().statistics, probes)
-    seconds = time.perf_counter() - started
+    fitted, left = freeze_fits(this_pass, measured.tree.root().statistics, measured.probes)
     record = PassRecord(
-        fitted, tally.frames, tally.bytes, len(shards), seconds, tally.peak, tally.skipped
+        fitted,
+        tally.frames,
+        tally.bytes,
+        len(shards),
+        measured.seconds,
+        tally.peak,
+        tally.skipped,
+        *restored,
+        sorted(tally.repeated),
     )
     return record, left
+
+
+def _measure(
+    pipeline: CuvisPipeline,
+    archive: Archive,
+    shards: list[Shard],
+    this_pass: Pass,
+    scaling: Scaling,
+    on_shard: OnShard,
+    measured: Measured,
+    stored: StoredPass | None,
+) -> None:
+    """Measure ``shards`` and add them to ``measured``, which is kept however this ends."""
+    started = time.perf_counter() - measured.seconds
+    measurements = this_pass.by_key()
+    measure = MeasureShard(make_task(pipeline, archive, scaling), measurements)
+    whole = False  # an interruption can come at any moment, in the middle of a merge too
+    try:
+        with raise_cause("the pass over the archive"):
+            for row in spread(shards, measure, scaling):
+                if row["error"]:
+                    raise row_error(row)
+                whole = False
+                added = measured.add(row, measurements)
+                measured.seconds = time.perf_counter() - started
+                whole = True
+                if added:
+                    if stored:
+                        stored.save_if_due(measured)
+                    on_shard(measured.tally.done)
+    finally:
+        if stored and whole:
+            stored.save(measured)
 
 
 def freeze_fits(

@@ -21,7 +21,7 @@ from cuvis_dist.errors import CuvisDistError, DataError
 from cuvis_dist.initialization.measuring import Measurer, Partial, compute_inputs
 from cuvis_dist.initialization.recipes import Recipe
 from cuvis_dist.upstream import nodes_before
-from cuvis_dist.workers import fetch_once, peak_bytes, prepare_worker, state_mark
+from cuvis_dist.workers import attempts_before, fetch_once, peak_bytes, prepare_worker, state_mark
 
 
 class StatefulNodesError(CuvisDistError):
@@ -141,7 +141,8 @@ def _row(ordinal: int, **values: Any) -> dict[str, Any]:
     """Return a row with every column, since blocks must share a schema."""
     counts = {"frames": 0, "bytes": 0, "peak": 0}
     data = {"first_frame": "", "partials": [b""], "samples": b"", "skipped": pickle.dumps([])}
-    return {"ordinal": ordinal, "error": "", "stateful": False, **counts, **data, **values}
+    known = {"ordinal": ordinal, "again": attempts_before() > 0}
+    return {**known, "error": "", "stateful": False, **counts, **data, **values}
 
 
 def row_error(row: dict[str, Any]) -> CuvisDistError:

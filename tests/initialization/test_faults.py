@@ -59,6 +59,8 @@ def test_a_killed_worker_changes_no_bit(tmp_path, fold):
     again = {index: n - passes for index, n in readings.items() if n > passes}
     assert set(again) <= {4, 5, 6, 7, 8, 9}, "only work in flight may be read again"
     assert 7 in again
+    repeated = {shard for record in trainer.records for shard in record.repeated}
+    assert repeated == {index // 2 for index in again}, "run.json says which shards ran again"
 
 
 DEEP_SVDD = "configs/pipeline/anomaly/deep_svdd/deep_svdd.yaml"
