@@ -29,7 +29,7 @@ from cuvis_dist.archive import open_archive, setup_error
 from cuvis_dist.errors import INTERRUPTED, CuvisDistError, DataError, InputError, one_line
 from cuvis_dist.evaluation import failed_split, post_fit
 from cuvis_dist.initialization import StatisticalTrainer, recipe_for, statistical_nodes
-from cuvis_dist.record import RunRecord, now, save_pipeline
+from cuvis_dist.record import RunRecord, now, save_pipeline, state_sha256
 from cuvis_dist.resume import Resume, fingerprint
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.session import connect, require_resources, terminable
@@ -311,6 +311,8 @@ def _run(
             skipped_frames=record.skipped_frames,
             findings=record.findings,
         )
+
+    record.initialized = state_sha256(pipeline)
 
     if config.training is None:
         with _timed(record, "evaluation"):

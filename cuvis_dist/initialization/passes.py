@@ -10,7 +10,7 @@ import math
 import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -18,6 +18,7 @@ import ray.data
 import torch
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from loguru import logger
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cuvis_dist.archive import Archive, Shard
 from cuvis_dist.errors import CuvisDistError, DataError, one_line
@@ -29,6 +30,9 @@ from cuvis_dist.initialization.stored import StoredPass
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.statistics import MergeTree, Moments, Statistic, from_bytes
 from cuvis_dist.workers import raise_cause
+
+#: How many other nodes are asked for a recording that one cannot read.
+_OTHER_NODES = 3
 
 OnShard = Callable[[int], None]
 """Called with the number of frames done so far."""
@@ -55,7 +59,8 @@ class PassRecord:
     restored_shards, restored_frames : int
         How many of them an earlier run, which was cut off, had dealt with.
     repeated : list of int
-        Ordinals of the shards that were run again, since a worker or node was lost.
+        Ordinals of the shards that were run again, since a worker or node was lost or the node
+        could not read the recording.
     """
 
     nodes: dict[str, dict[str, Any]]
@@ -238,10 +243,13 @@ def _measure(
     started = time.perf_counter() - measured.seconds
     measurements = this_pass.by_key()
     measure = MeasureShard(make_task(pipeline, archive, scaling), measurements)
+    by_ordinal = {shard.ordinal: shard for shard in shards}
     whole = False  # an interruption can come at any moment, in the middle of a merge too
     try:
         with raise_cause("the pass over the archive"):
             for row in spread(shards, measure, scaling):
+                if row["unreadable"]:
+                    row = read_elsewhere(row, measure, by_ordinal[row["ordinal"]], scaling)
                 if row["error"]:
                     raise row_error(row)
                 whole = False
@@ -314,12 +322,66 @@ def make_task(pipeline: CuvisPipeline, archive: Archive, scaling: Scaling) -> Ta
     """Put the pipeline as it is now, and the archive, where every worker can fetch them."""
     threads = math.floor(scaling.cpus_per_worker)
     skip, on_gpu = scaling.on_error == "skip", scaling.worker_gpus > 0
-    return Task(ray.put(archive), ray.put(pipeline), threads, skip, scaling.pixels, on_gpu)
+    elsewhere = len(_readers(scaling)) > 1
+    refs = ray.put(archive), ray.put(pipeline)
+    return Task(*refs, threads, skip, scaling.pixels, on_gpu, elsewhere)
+
+
+def _readers(scaling: Scaling) -> list[str]:
+    """Return the ids of the nodes that can run a worker."""
+    need = {"CPU": scaling.cpus_per_worker, "GPU": scaling.worker_gpus}
+    return [
+        node["NodeID"]
+        for node in ray.nodes()
+        if node["Alive"] and all(node["Resources"].get(k, 0) >= v for k, v in need.items())
+    ]
+
+
+def read_elsewhere(
+    row: dict[str, Any], measure: MeasureShard, shard: Shard, scaling: Scaling
+) -> dict[str, Any]:
+    """Run a shard whose recording a node cannot read on other nodes; return the row of one.
+
+    The last node that is tried decides whether the frame is skipped.
+
+    Raises
+    ------
+    DataError
+        If none of them can read it; the message names them.
+    """
+    tried = [row["node"]]
+    others = [node for node in _readers(scaling) if node not in tried][:_OTHER_NODES]
+    for node in others:
+        logger.warning(f"{row_error(row)}; another node is asked")
+        last = node == others[-1]
+        there = MeasureShard(replace(measure.task, elsewhere=not last), measure.measurements)
+        options: dict[str, Any] = {
+            "num_cpus": scaling.cpus_per_worker,
+            "num_gpus": scaling.worker_gpus or None,
+            "max_retries": 3,
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True),
+        }
+        (row,) = ray.get(ray.remote(**options)(_run).remote(there, as_row(shard)))
+        if not row["error"]:
+            return row | {"again": True}
+        if not row["unreadable"]:
+            break
+        tried.append(row["node"])
+    raise row_error(row, *(node for node in tried if node != row["node"]))
+
+
+def _run(measure: MeasureShard, shard: dict[str, int]) -> list[dict[str, Any]]:
+    return measure(shard)
+
+
+def as_row(shard: Shard) -> dict[str, int]:
+    """Return what a worker is told of a shard."""
+    return {"ordinal": shard.ordinal, "start": shard.start, "stop": shard.stop}
 
 
 def spread(shards: list[Shard], function: Any, scaling: Scaling) -> Iterator[dict[str, Any]]:
     """Run ``function`` on a row per shard, one task each, and yield its rows as they come."""
-    rows = [{"ordinal": s.ordinal, "start": s.start, "stop": s.stop} for s in shards]
+    rows = [as_row(shard) for shard in shards]
     workers = min(scaling.workers, len(shards)) if scaling.workers else None
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).flat_map(
         function,

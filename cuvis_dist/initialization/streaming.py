@@ -11,6 +11,7 @@ import pickle
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 from cuvis_ai_core.node.node import Node
@@ -19,7 +20,7 @@ from cuvis_ai_core.training.post_fit import EmitFn, FrameProgress, TrainEvent, T
 from loguru import logger
 
 from cuvis_dist.archive import Archive
-from cuvis_dist.errors import CuvisDistError, InputError, one_line
+from cuvis_dist.errors import CuvisDistError, InputError, LostWorkerError, one_line
 from cuvis_dist.initialization.measuring import compute_inputs
 from cuvis_dist.initialization.passes import PassRecord, Tally, make_task, spread
 from cuvis_dist.initialization.shards import GatherShard, StatefulNodesError, row_error
@@ -83,7 +84,14 @@ def stream_pass(
 
     def fit(in_order: bool) -> tuple[Node, Tally]:
         arguments = (pipeline, archive, node.name, in_order, scaling)
-        return on_worker(_fit, *arguments, emit=emit, scaling=beside)
+        for failure in count(1):
+            try:
+                return on_worker(_fit, *arguments, emit=emit, scaling=beside)
+            except LostWorkerError as error:
+                if failure > scaling.max_failures:
+                    raise
+                logger.warning(f"{error}. It starts anew (failure {failure})")
+        raise AssertionError
 
     try:
         fitted, tally = fit(in_order=False)

@@ -34,7 +34,7 @@ from cuvis_dist.errors import ClusterError, CuvisDistError, InputError, LostWork
 from cuvis_dist.evaluation import post_fit
 from cuvis_dist.events import relayed
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.session import connect, require_resources
+from cuvis_dist.session import beside_driver, connect, require_resources
 from cuvis_dist.training.checkpoint import finished_epochs, last_checkpoint
 from cuvis_dist.training.configuration import check_training
 from cuvis_dist.training.rank import Assignment, Outcome, run_rank
@@ -222,7 +222,8 @@ class GradientTrainer(UpstreamGradientTrainer):
     @contextmanager
     def _watched(self, what: str) -> Iterator[Any]:
         """Watch the ranks; a group that ended because one was stuck is an error that names it."""
-        watch: Any = ray.remote(num_cpus=0)(Watch).remote(
+        options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": beside_driver()}
+        watch: Any = ray.remote(**options)(Watch).remote(
             self.scaling.train_workers, self.scaling.stall_seconds
         )
         try:
