@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import signal
 import subprocess
 import sys
 import tempfile
@@ -45,19 +44,11 @@ class Node:
 
     def kill(self) -> None:
         """End all of its processes at once, as a power cut would."""
-        started = psutil.Process(self.process.pid)
-        for process in [started, *started.children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        self.process.wait()
-
-    def stop(self) -> None:
-        """End it, and what did not listen."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(15)
-            os.killpg(self.process.pid, signal.SIGKILL)
+        if self.process.poll() is None:
+            started = psutil.Process(self.process.pid)
+            for process in [started, *started.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
         self.process.wait()
 
 
@@ -151,7 +142,7 @@ def cluster(
             yield started
         finally:
             for node in reversed(started.nodes):
-                node.stop()
+                node.kill()
 
 
 @contextlib.contextmanager

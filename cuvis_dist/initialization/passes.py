@@ -25,7 +25,7 @@ from cuvis_dist.errors import CuvisDistError, DataError, one_line
 from cuvis_dist.initialization.affine import probe
 from cuvis_dist.initialization.measuring import Partial
 from cuvis_dist.initialization.plan import Fit, Pass
-from cuvis_dist.initialization.shards import MeasureShard, Task, row_error
+from cuvis_dist.initialization.shards import MeasureShard, OneByOne, Task, row_error
 from cuvis_dist.initialization.stored import StoredPass
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.statistics import MergeTree, Moments, Statistic, from_bytes
@@ -33,6 +33,9 @@ from cuvis_dist.workers import raise_cause
 
 #: How many other nodes are asked for a recording that one cannot read.
 _OTHER_NODES = 3
+
+#: Tasks of a pass at most, unless there are very many workers, which need some each.
+_TASKS, _TASKS_PER_WORKER = 1000, 32
 
 OnShard = Callable[[int], None]
 """Called with the number of frames done so far."""
@@ -59,8 +62,9 @@ class PassRecord:
     restored_shards, restored_frames : int
         How many of them an earlier run, which was cut off, had dealt with.
     repeated : list of int
-        Ordinals of the shards that were run again, since a worker or node was lost or the node
-        could not read the recording.
+        Ordinals of the shards that were run again, since a worker or node was lost (with the few
+        others of the same task, in an archive of more than a thousand shards) or the node could
+        not read the recording.
     """
 
     nodes: dict[str, dict[str, Any]]
@@ -324,7 +328,8 @@ def make_task(pipeline: CuvisPipeline, archive: Archive, scaling: Scaling) -> Ta
     skip, on_gpu = scaling.on_error == "skip", scaling.worker_gpus > 0
     elsewhere = len(_readers(scaling)) > 1
     refs = ray.put(archive), ray.put(pipeline)
-    return Task(*refs, threads, skip, scaling.pixels, on_gpu, elsewhere)
+    probed = scaling.max_skipped if skip else 0
+    return Task(*refs, threads, skip, probed, scaling.pixels, on_gpu, elsewhere)
 
 
 def _readers(scaling: Scaling) -> list[str]:
@@ -380,11 +385,21 @@ def as_row(shard: Shard) -> dict[str, int]:
 
 
 def spread(shards: list[Shard], function: Any, scaling: Scaling) -> Iterator[dict[str, Any]]:
-    """Run ``function`` on a row per shard, one task each, and yield its rows as they come."""
-    rows = [as_row(shard) for shard in shards]
-    workers = min(scaling.workers, len(shards)) if scaling.workers else None
+    """Run ``function`` on every shard, and yield its rows as they come.
+
+    A task takes one shard, or several where there are very many: Ray Data needs some ten
+    milliseconds of the driver for each task. (Not where the rows carry cubes.)
+    """
+    cpus = ray.cluster_resources().get("CPU", 1) / scaling.cpus_per_worker
+    tasks = max(_TASKS, int(_TASKS_PER_WORKER * (scaling.workers or cpus)))
+    each = 1 if function.ordered else math.ceil(len(shards) / tasks)
+    rows = [
+        {"shards": [as_row(shard) for shard in shards[first : first + each]]}
+        for first in range(0, len(shards), each)
+    ]
+    workers = min(scaling.workers, len(rows)) if scaling.workers else None
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).flat_map(
-        function,
+        OneByOne(function),
         compute=ray.data.TaskPoolStrategy(size=workers),
         num_cpus=scaling.cpus_per_worker,
         num_gpus=scaling.worker_gpus or None,

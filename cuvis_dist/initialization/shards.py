@@ -18,7 +18,7 @@ from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from torch import Tensor
 
 from cuvis_dist.archive import Archive, batch_bytes
-from cuvis_dist.errors import CuvisDistError, DataError
+from cuvis_dist.errors import CuvisDistError, DataError, one_line
 from cuvis_dist.initialization.measuring import Measurer, Partial, compute_inputs
 from cuvis_dist.initialization.recipes import Recipe
 from cuvis_dist.upstream import nodes_before
@@ -48,6 +48,9 @@ class Task:
         Of a worker.
     skip : bool
         Leave out frames that cannot be used.
+    probed : int
+        Up to this ordinal shards send pixels to check affine maps on. Those of the first shard
+        with a frame are used, and only so many can be without one.
     pixels : str
         Which count.
     on_gpu : bool
@@ -60,6 +63,7 @@ class Task:
     pipeline: Any
     threads: int
     skip: bool
+    probed: int
     pixels: str
     on_gpu: bool
     elsewhere: bool
@@ -77,6 +81,24 @@ class Task:
 def _smallest_ranks(of_pass: Any) -> dict[str, Tensor]:
     """Return what this process keeps from shard to shard of one pass: see ``Measurer.ranks``."""
     return {}
+
+
+class OneByOne:
+    """Runs a function on the shards of a task, one after another.
+
+    An error that nobody foresaw (a class that this node cannot import) becomes a row, too.
+    """
+
+    def __init__(self, function: MeasureShard | GatherShard) -> None:
+        self.function = function
+
+    def __call__(self, task: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the rows of all shards of the task."""
+        for shard in task["shards"]:
+            try:
+                yield from self.function(shard)
+            except Exception as error:
+                yield _row(shard["ordinal"], error=one_line(error), failed=True)
 
 
 class MeasureShard:
@@ -121,7 +143,7 @@ class MeasureShard:
                 peak=peak_bytes(),
                 first_frame=merged.first_frame,
                 partials=[s.to_bytes() for s in merged.statistics.values()],
-                samples=pickle.dumps(probes),
+                samples=pickle.dumps(probes if shard["ordinal"] <= self.task.probed else {}),
                 skipped=pickle.dumps(skipped),
             )
         ]
@@ -170,7 +192,7 @@ def _row(ordinal: int, **values: Any) -> dict[str, Any]:
     data = {"first_frame": "", "partials": [b""], "samples": b"", "skipped": pickle.dumps([])}
     node = ray.get_runtime_context().get_node_id()
     known = {"ordinal": ordinal, "again": attempts_before() > 0, "node": node}
-    what = {"error": "", "stateful": False, "unreadable": False}
+    what = {"error": "", "stateful": False, "unreadable": False, "failed": False}
     return {**known, **what, **counts, **data, **values}
 
 
@@ -187,6 +209,8 @@ def row_error(row: dict[str, Any], *tried: str) -> CuvisDistError:
     tried : str
         Ids of nodes that could not read the frame before.
     """
+    if row["failed"]:
+        return CuvisDistError(f"a worker failed: {row['error']}")
     if row["stateful"]:
         return StatefulNodesError(row["error"])
     address = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
