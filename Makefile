@@ -32,6 +32,7 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/initialization.py $(BENCH_ARGS)
 	$(BIN)/python tests/benchmarks/training.py
+	$(BIN)/python tests/benchmarks/scheduling.py
 
 install: $(INSTALLED)
 

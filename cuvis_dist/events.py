@@ -16,6 +16,8 @@ import ray
 from loguru import logger
 from ray import cloudpickle
 
+from cuvis_dist.session import beside_driver
+
 
 class _Mailbox:
     """Keeps events until the driver takes them, in the order each worker sent them."""
@@ -50,7 +52,8 @@ class RemoteEmit:
 @contextmanager
 def relayed(emit: Callable[[Any], None]) -> Iterator[RemoteEmit]:
     """Give workers an ``emit`` whose events reach the driver's, in a thread of its own."""
-    mailbox: Any = ray.remote(num_cpus=0)(_Mailbox).remote()
+    options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": beside_driver()}
+    mailbox: Any = ray.remote(**options)(_Mailbox).remote()
 
     def deliver() -> None:
         while True:

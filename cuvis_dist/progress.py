@@ -32,6 +32,7 @@ class ProgressLines:
         self._live = self.stream.isatty()
         self._started = time.monotonic()
         self._nodes: dict[str, bool] = {}  # name -> still being fitted
+        self._before = 0  # frames of the pass that an earlier run dealt with
 
     def __call__(self, event: TrainEvent) -> None:
         """Print or rewrite the line that the event belongs to."""
@@ -41,6 +42,7 @@ class ProgressLines:
                 self._nodes, self._started = {}, time.monotonic()
             self._nodes[event.node] = True
             self._total = event.progress.total if event.progress else 0
+            self._before = event.progress.done if event.progress else 0
         elif hook is TrainHook.STATISTICAL_PROGRESS:
             self._rewrite(f"fitting {', '.join(self._nodes)}: {self._rate(event.progress)}")
         elif hook is TrainHook.STATISTICAL_NODE_END:
@@ -63,7 +65,7 @@ class ProgressLines:
         epochs = event.epochs
         name = f"epoch {epochs.current}/{epochs.total}" if epochs else "epoch"
         if event.hook is TrainHook.EPOCH_START:
-            self._started = time.monotonic()
+            self._started, self._before = time.monotonic(), 0
         elif event.hook is TrainHook.TRAIN_PROGRESS:
             self._rewrite(f"{name}: {self._rate(event.progress)}")
         else:
@@ -79,7 +81,7 @@ class ProgressLines:
         if progress is None:
             return ""
         seconds = time.monotonic() - self._started
-        rate = progress.done / seconds if seconds else 0.0
+        rate = (progress.done - self._before) / seconds if seconds else 0.0
         text = f"{progress.done}/{progress.total} frames, {rate:.1f} frames/s"
         if progress.total > progress.done and rate:
             return f"{text}, {(progress.total - progress.done) / rate:.0f} s left"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 
 from cuvis_dist.initialization import Finding, PassRecord
@@ -45,6 +47,8 @@ class RunRecord:
         The message that the run ended with.
     passes : list of PassRecord
         Phase 1, pass by pass: nodes, statistics, pixels, frames and bytes read, seconds.
+    initialized : str
+        SHA-256 of all buffers and parameters after phase 1: the same for any cluster.
     skipped_frames : dict of str to str
         Frames that phase 1 left out, by uid, each with its reason.
     findings : list of Finding
@@ -72,6 +76,7 @@ class RunRecord:
     finished: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     passes: list[PassRecord] = field(default_factory=list)
+    initialized: str = ""
     skipped_frames: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     epochs: int = 0
@@ -129,6 +134,17 @@ class RunRecord:
             "metrics": self.metrics,
             "run": str(self.output.at("run.json")),
         }
+
+
+def state_sha256(pipeline: CuvisPipeline) -> str:
+    """Return one hash of every buffer and parameter, by node and name."""
+    digest = hashlib.sha256()
+    for node in pipeline.nodes():
+        for name, value in sorted(node.state_dict().items()):
+            digest.update(f"{node.name}.{name}{tuple(value.shape)}{value.dtype}".encode())
+            flat = value.detach().cpu().reshape(-1).contiguous()
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def now() -> str:

@@ -1,9 +1,10 @@
 """What of an earlier run in this output folder can be used again?
 
 ``<output_dir>/resume`` belongs to one fingerprint: the trainrun, its pipeline, its frames, and
-the settings of :class:`~cuvis_dist.scaling.Scaling` that change bits. It holds the nodes as
-phase 1 left them and, from :mod:`cuvis_dist.training.checkpoint`, the last finished epoch of
-phase 2. Another fingerprint starts anew. How many workers there are is no part of it.
+the settings of :class:`~cuvis_dist.scaling.Scaling` that change bits. It holds the passes of
+phase 1 as far as they got (:mod:`cuvis_dist.initialization.stored`), the nodes as phase 1 left
+them and, from :mod:`cuvis_dist.training.checkpoint`, the last finished epoch of phase 2. Another
+fingerprint starts anew. How many workers there are is no part of it.
 """
 
 from __future__ import annotations
@@ -26,23 +27,11 @@ from ray import cloudpickle
 
 from cuvis_dist.archive import open_split
 from cuvis_dist.errors import CuvisDistError, InputError, one_line
+from cuvis_dist.initialization.stored import PASSES
 from cuvis_dist.output import Location, OutputFolder
 from cuvis_dist.record import RunRecord
-from cuvis_dist.scaling import Scaling
+from cuvis_dist.scaling import MEASURING_SETTINGS, Scaling
 from cuvis_dist.storage import writing_to
-
-#: Settings of ``Scaling`` that change bits, or which frames are used.
-_BIT_SETTINGS = (
-    "shard_frames",
-    "fold",
-    "pixels",
-    "sample_frames",
-    "sample_fraction",
-    "sample_seed",
-    "worker_gpus",
-    "on_error",
-    "max_skipped",
-)
 
 
 @contextmanager
@@ -92,7 +81,7 @@ def fingerprint(
     parts: dict[str, Any] = {
         "trainrun": config.model_dump(mode="json", exclude={"output_dir", "tags"}),
         "pipeline": structure,
-        "scaling": scaling.model_dump(mode="json", include=set(_BIT_SETTINGS)),
+        "scaling": scaling.model_dump(mode="json", include=set(MEASURING_SETTINGS)),
     }
     with isolate_rng():
         for split in ("train", "val", "test"):
@@ -196,8 +185,9 @@ class Resume:
             return None
 
     def save_initialized(self, **state: Any) -> None:
-        """Keep the fitted nodes, and what the record says about phase 1."""
+        """Keep the fitted nodes, and what the record says about phase 1, instead of its passes."""
         self.output.write("resume/initialized.pkl", cloudpickle.dumps(state))
+        self.output.remove_folder(PASSES)
 
     def finish(self) -> None:
         """Keep the fingerprint alone: the result is saved."""

@@ -30,7 +30,7 @@ from cuvis_dist.errors import INTERRUPTED, CuvisDistError, DataError, InputError
 from cuvis_dist.evaluation import failed_split, post_fit
 from cuvis_dist.initialization import StatisticalTrainer, recipe_for, statistical_nodes
 from cuvis_dist.output import Location, OutputFolder, location_of
-from cuvis_dist.record import RunRecord, now, save_pipeline
+from cuvis_dist.record import RunRecord, now, save_pipeline, state_sha256
 from cuvis_dist.resume import Resume, fingerprint, only_run
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.session import connect, require_resources, terminable
@@ -247,7 +247,7 @@ def run_trainrun(
     """Run both phases of a trainrun (the first alone without a ``training`` block) and save.
 
     A run of the same trainrun that was cut off in the same ``output_dir`` is continued: phase 1
-    is not repeated when it was finished, and phase 2 goes on after its last finished epoch. One
+    goes on in the middle of a pass, and phase 2 after its last finished epoch. One
     that is done is left as it is.
 
     Parameters
@@ -360,7 +360,7 @@ def _run(
                 pipeline, datamodule, metric_nodes=metric_nodes, emit=emit, scaling=scaling
             )
             try:
-                trainer.fit()
+                trainer.fit(resume=True)  # what is there is this run's: see Resume
             finally:
                 record.passes = trainer.records
                 record.skipped_frames = {
@@ -373,6 +373,8 @@ def _run(
             skipped_frames=record.skipped_frames,
             findings=record.findings,
         )
+
+    record.initialized = state_sha256(pipeline)
 
     if config.training is None:
         with _timed(record, "evaluation"):

@@ -17,6 +17,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from cuvis_dist.errors import InputError, one_line
 from cuvis_dist.storage import is_uri
 
+#: Settings that change bits of phase 1, or which frames are used.
+MEASURING_SETTINGS = (
+    "shard_frames",
+    "fold",
+    "pixels",
+    "sample_frames",
+    "sample_fraction",
+    "sample_seed",
+    "worker_gpus",
+    "on_error",
+    "max_skipped",
+)
+
 
 class Scaling(BaseModel):
     """Resources of a run.
@@ -64,6 +77,9 @@ class Scaling(BaseModel):
         out and names them in ``run.json``.
     max_skipped : int
         How many frames ``skip`` may leave out of a pass before the run ends all the same.
+    save_seconds : float
+        How often a pass of phase 1 writes down what it has measured, for a run that goes on
+        after its driver was lost; at most a twentieth of the time goes into writing.
     read_ahead : int
         Frames that Ray tasks decode ahead of each training worker's next batch, on any CPU of the
         cluster; 0: the data module's own loader reads, in the worker.
@@ -103,6 +119,7 @@ class Scaling(BaseModel):
     sample_seed: int = 0
     on_error: Literal["raise", "skip"] = "raise"
     max_skipped: int = Field(default=10, ge=0)
+    save_seconds: float = Field(default=5, ge=0)
     read_ahead: int = Field(default=0, ge=0)
     cache: Literal["none", "memory", "disk"] = "none"
     cache_bytes: int = Field(default=4 * 10**9, ge=0)

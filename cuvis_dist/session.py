@@ -14,6 +14,7 @@ from typing import Any
 import ray
 import ray.data
 from loguru import logger
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cuvis_dist.errors import ClusterError, one_line
 from cuvis_dist.scaling import Scaling
@@ -78,6 +79,11 @@ def terminable() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def beside_driver() -> NodeAffinitySchedulingStrategy:
+    """Return where an actor of the driver runs: on its node, so that no other can take it along."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def cpus_wanted(scaling: Scaling) -> int:

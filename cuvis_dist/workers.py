@@ -55,6 +55,15 @@ def _keep_freed_memory() -> None:
         mallopt(m_trim_threshold, 2**31 - 1)
 
 
+def attempts_before() -> int:
+    """Return how often Ray has started the task that runs now before, after losing it.
+
+    Private: Ray's public context of a task does not have it.
+    """
+    worker: Any = ray._private.worker.global_worker
+    return worker.core_worker.get_current_task_attempt_number()
+
+
 def peak_bytes() -> int:
     """Return the largest resident memory that this process has had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""``ray job submit`` against a real head node on loopback."""
+"""``ray job submit`` against a cluster of three nodes on loopback, with token authentication."""
 
 from __future__ import annotations
 
@@ -10,17 +10,23 @@ from pathlib import Path
 
 import pytest
 import yaml
-from archives import ROOT
-from heads import BIN, head_node
+from archives import ROOT, assert_same_state
+from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from gradients import train_upstream
+from heads import BIN, cluster
+
+from cuvis_dist import Scaling, StatisticalTrainer
+from cuvis_dist.record import state_sha256
+from cuvis_dist.run import load_trainrun
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
 @pytest.fixture
-def head(tmp_path):
-    """A head node's job address, and the environment of who may use it."""
-    with head_node(tmp_path, 9465) as (address, environment):
-        yield address, environment
+def three_nodes(tmp_path):
+    """A head that does no work, and two nodes of one CPU each."""
+    with cluster(tmp_path, 9500, nodes=2) as started:
+        yield started
 
 
 def submit(folder, address, environment, *arguments):
@@ -39,8 +45,20 @@ def submit(folder, address, environment, *arguments):
     )
 
 
-def test_submitting_the_demo(head, demo_trainrun, tmp_path):
-    address, environment = head
+def one_process(trainrun: Path, folder: Path):
+    """The same trainrun with phase 1 on one worker here, and phase 2 by upstream."""
+    run = load_trainrun(trainrun, [f"output_dir={folder}"])
+    scaling = Scaling(workers=1, output_dir=folder)
+    StatisticalTrainer(run.pipeline, run.datamodule(), scaling=scaling).fit()
+    initialized = state_sha256(run.pipeline)
+    run.pipeline.unfreeze_nodes_by_name(run.config.unfreeze_nodes)
+    run.config.training.callbacks.checkpoint.dirpath = str(folder / "checkpoints")
+    train_upstream(run)
+    return initialized, run.pipeline
+
+
+def test_submitting_the_demo_to_three_nodes(ray_session, three_nodes, demo_trainrun, tmp_path):
+    address, environment = three_nodes.address, three_nodes.environment
     working_dir = tmp_path / "jobs_dir"
     for part in ("cuvis_dist", "jobs"):
         shutil.copytree(
@@ -50,18 +68,21 @@ def test_submitting_the_demo(head, demo_trainrun, tmp_path):
     run = yaml.safe_load(demo_trainrun.read_text())
     run["output_dir"] = str(tmp_path / "results")
     run["training"]["max_epochs"] = 1
-    (working_dir / "trainrun.yaml").write_text(yaml.safe_dump(run))
+    trainrun = working_dir / "trainrun.yaml"
+    trainrun.write_text(yaml.safe_dump(run))
 
     done = submit(tmp_path, address, environment, "trainrun.yaml", "--train-workers", "2")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert re.search(r"rx_detector: 10/10 frames", done.stdout)
-    record = json.loads((tmp_path / "results" / "run.json").read_text())
-    assert record["status"] == "done"
-    assert Path(record["pipeline"]).is_file()
+    result = json.loads((tmp_path / "results" / "result.json").read_text())
+    assert (result["status"], result["exit_code"]) == ("done", 0)
+    record = json.loads(Path(result["run"]).read_text())
 
-    failed = submit(tmp_path, address, environment, "nowhere.yaml")
-    assert failed.returncode != 0
-    assert "trainrun not found" in failed.stdout
+    initialized, expected = one_process(trainrun, tmp_path / "one")
+    assert record["initialized"] == initialized, "phase 1 has the same bits on one worker"
+    pipeline = Path(result["pipeline"])
+    saved = CuvisPipeline.load_pipeline(pipeline, pipeline.with_suffix(".pt"))
+    assert_same_state(saved, expected, 1e-5)
 
     stranger = {k: v for k, v in environment.items() if not k.startswith("RAY_AUTH")}
     stranger["RAY_AUTH_MODE"] = "disabled"

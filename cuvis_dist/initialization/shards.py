@@ -12,16 +12,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import ray
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from torch import Tensor
 
 from cuvis_dist.archive import Archive, batch_bytes
-from cuvis_dist.errors import CuvisDistError, DataError
+from cuvis_dist.errors import CuvisDistError, DataError, one_line
 from cuvis_dist.initialization.measuring import Measurer, Partial, compute_inputs
 from cuvis_dist.initialization.recipes import Recipe
 from cuvis_dist.upstream import nodes_before
-from cuvis_dist.workers import fetch_once, peak_bytes, prepare_worker, state_mark
+from cuvis_dist.workers import (
+    attempts_before,
+    causes,
+    fetch_once,
+    peak_bytes,
+    prepare_worker,
+    state_mark,
+)
 
 
 class StatefulNodesError(CuvisDistError):
@@ -30,14 +38,35 @@ class StatefulNodesError(CuvisDistError):
 
 @dataclass(frozen=True)
 class Task:
-    """What a pass asks of every worker: the pipeline and archive, by reference, and settings."""
+    """What a pass asks of every worker.
+
+    Attributes
+    ----------
+    archive, pipeline : ObjectRef
+        As they are at the start of the pass.
+    threads : int
+        Of a worker.
+    skip : bool
+        Leave out frames that cannot be used.
+    probed : int
+        Up to this ordinal shards send pixels to check affine maps on. Those of the first shard
+        with a frame are used, and only so many can be without one.
+    pixels : str
+        Which count.
+    on_gpu : bool
+        Compute there.
+    elsewhere : bool
+        Whether another node can be asked for what this one cannot read.
+    """
 
     archive: Any
     pipeline: Any
     threads: int
     skip: bool
+    probed: int
     pixels: str
     on_gpu: bool
+    elsewhere: bool
 
     def open(self) -> tuple[Archive, CuvisPipeline]:
         """Prepare this process and return archive and pipeline, the same ones for every shard."""
@@ -52,6 +81,24 @@ class Task:
 def _smallest_ranks(of_pass: Any) -> dict[str, Tensor]:
     """Return what this process keeps from shard to shard of one pass: see ``Measurer.ranks``."""
     return {}
+
+
+class OneByOne:
+    """Runs a function on the shards of a task, one after another.
+
+    An error that nobody foresaw (a class that this node cannot import) becomes a row, too.
+    """
+
+    def __init__(self, function: MeasureShard | GatherShard) -> None:
+        self.function = function
+
+    def __call__(self, task: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the rows of all shards of the task."""
+        for shard in task["shards"]:
+            try:
+                yield from self.function(shard)
+            except Exception as error:
+                yield _row(shard["ordinal"], error=one_line(error), failed=True)
 
 
 class MeasureShard:
@@ -79,6 +126,8 @@ class MeasureShard:
                 partial, few = measurer.frame(batch, frame, index)
                 merged = merged.merge(partial)
             except DataError as error:
+                if self.task.elsewhere and _unreadable(error):
+                    return [_row(shard["ordinal"], error=str(error), unreadable=True)]
                 if not self.task.skip:
                     return [_row(shard["ordinal"], error=str(error))]
                 skipped.append((frame.uid, str(error)))
@@ -94,7 +143,7 @@ class MeasureShard:
                 peak=peak_bytes(),
                 first_frame=merged.first_frame,
                 partials=[s.to_bytes() for s in merged.statistics.values()],
-                samples=pickle.dumps(probes),
+                samples=pickle.dumps(probes if shard["ordinal"] <= self.task.probed else {}),
                 skipped=pickle.dumps(skipped),
             )
         ]
@@ -141,12 +190,34 @@ def _row(ordinal: int, **values: Any) -> dict[str, Any]:
     """Return a row with every column, since blocks must share a schema."""
     counts = {"frames": 0, "bytes": 0, "peak": 0}
     data = {"first_frame": "", "partials": [b""], "samples": b"", "skipped": pickle.dumps([])}
-    return {"ordinal": ordinal, "error": "", "stateful": False, **counts, **data, **values}
+    node = ray.get_runtime_context().get_node_id()
+    known = {"ordinal": ordinal, "again": attempts_before() > 0, "node": node}
+    what = {"error": "", "stateful": False, "unreadable": False, "failed": False}
+    return {**known, **what, **counts, **data, **values}
 
 
-def row_error(row: dict[str, Any]) -> CuvisDistError:
-    """Return the error that a worker's row stands for."""
-    return (StatefulNodesError if row["stateful"] else DataError)(row["error"])
+def _unreadable(error: DataError) -> bool:
+    """Whether the file system said no: a path that is missing here may exist on other nodes."""
+    return any(isinstance(cause, OSError) for cause in causes(error))
+
+
+def row_error(row: dict[str, Any], *tried: str) -> CuvisDistError:
+    """Return the error that a worker's row stands for; it names the nodes, where there are several.
+
+    Parameters
+    ----------
+    tried : str
+        Ids of nodes that could not read the frame before.
+    """
+    if row["failed"]:
+        return CuvisDistError(f"a worker failed: {row['error']}")
+    if row["stateful"]:
+        return StatefulNodesError(row["error"])
+    address = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    if len(address) == 1:
+        return DataError(row["error"])
+    where = ", ".join(address.get(node, node) for node in [*tried, row["node"]])
+    return DataError(f"{row['error']} (on node {where})")
 
 
 def _state(pipeline: CuvisPipeline, targets: list[Node]) -> dict[str, tuple]:

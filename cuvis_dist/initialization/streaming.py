@@ -10,6 +10,8 @@ from __future__ import annotations
 import pickle
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 from cuvis_ai_core.node.node import Node
@@ -18,12 +20,22 @@ from cuvis_ai_core.training.post_fit import EmitFn, FrameProgress, TrainEvent, T
 from loguru import logger
 
 from cuvis_dist.archive import Archive
-from cuvis_dist.errors import CuvisDistError, InputError, one_line
+from cuvis_dist.errors import CuvisDistError, InputError, LostWorkerError, one_line
 from cuvis_dist.initialization.measuring import compute_inputs
 from cuvis_dist.initialization.passes import PassRecord, Tally, make_task, spread
 from cuvis_dist.initialization.shards import GatherShard, StatefulNodesError, row_error
+from cuvis_dist.initialization.stored import StoredPass
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.workers import adopt, on_worker
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A node that was fitted, and how; ``done`` are the frames dealt with."""
+
+    node: Node
+    record: PassRecord
+    done: int
 
 
 def require_whole_frames(node: Node, scaling: Scaling) -> None:
@@ -36,9 +48,19 @@ def require_whole_frames(node: Node, scaling: Scaling) -> None:
 
 
 def stream_pass(
-    pipeline: CuvisPipeline, archive: Archive, node: Node, scaling: Scaling, emit: EmitFn
+    pipeline: CuvisPipeline,
+    archive: Archive,
+    node: Node,
+    scaling: Scaling,
+    emit: EmitFn,
+    stored: StoredPass | None = None,
 ) -> PassRecord:
     """Fit ``node`` on its inputs for every frame of the archive.
+
+    Parameters
+    ----------
+    stored : StoredPass, optional
+        Where to keep the fitted node; one that an earlier run left there is not fitted again.
 
     Raises
     ------
@@ -49,6 +71,12 @@ def stream_pass(
     CuvisDistError
         If the node's own fit failed.
     """
+    if stored and stored.earlier:
+        earlier: Streamed = stored.earlier
+        adopt(node, earlier.node)
+        return replace(
+            earlier.record, restored_shards=earlier.record.shards, restored_frames=earlier.done
+        )
     started = time.perf_counter()
     require_whole_frames(node, scaling)
     # The fitting process mostly waits for the readers: it leaves them the CPUs.
@@ -56,7 +84,14 @@ def stream_pass(
 
     def fit(in_order: bool) -> tuple[Node, Tally]:
         arguments = (pipeline, archive, node.name, in_order, scaling)
-        return on_worker(_fit, *arguments, emit=emit, scaling=beside)
+        for failure in count(1):
+            try:
+                return on_worker(_fit, *arguments, emit=emit, scaling=beside)
+            except LostWorkerError as error:
+                if failure > scaling.max_failures:
+                    raise
+                logger.warning(f"{error}. It starts anew (failure {failure})")
+        raise AssertionError
 
     try:
         fitted, tally = fit(in_order=False)
@@ -64,7 +99,7 @@ def stream_pass(
         logger.info(f"{error} changes with every frame: the nodes before {node.name} run in order")
         fitted, tally = fit(in_order=True)
     adopt(node, fitted)
-    return PassRecord(
+    record = PassRecord(
         {node.name: {"statistic": "streamed", "pixels": None}},
         tally.frames,
         tally.bytes,
@@ -72,7 +107,11 @@ def stream_pass(
         time.perf_counter() - started,
         tally.peak,
         tally.skipped,
+        repeated=sorted(tally.repeated),
     )
+    if stored:
+        stored.save(Streamed(fitted, record, tally.done))
+    return record
 
 
 def _fit(
@@ -85,7 +124,7 @@ def _fit(
 ) -> tuple[Node, Tally]:
     node = next(n for n in pipeline.nodes() if n.name == name)
     gather = GatherShard(make_task(pipeline, archive, scaling), None if in_order else name)
-    tally = Tally(archive, scaling.max_skipped)
+    tally = Tally(len(archive), scaling.max_skipped)
 
     def stream() -> Iterator[dict[str, Any]]:
         for row in spread(archive.shards(scaling.shard_frames), gather, scaling):

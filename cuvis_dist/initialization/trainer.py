@@ -23,7 +23,9 @@ from cuvis_dist.initialization.diagnosis import Finding, diagnose
 from cuvis_dist.initialization.passes import PassRecord, measure_pass
 from cuvis_dist.initialization.plan import Pass, make_plan, measured_directly, share
 from cuvis_dist.initialization.shards import StatefulNodesError
+from cuvis_dist.initialization.stored import StoredPass, identify
 from cuvis_dist.initialization.streaming import require_whole_frames, stream_pass
+from cuvis_dist.output import OutputFolder
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.session import connect, require_resources
 
@@ -64,8 +66,15 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         self.scaling = scaling or Scaling()
         self.records: list[PassRecord] = []
 
-    def fit(self) -> None:
+    def fit(self, *, resume: bool = False) -> None:
         """Fit every statistical node of the pipeline on the train split.
+
+        Parameters
+        ----------
+        resume : bool
+            Keep what each pass has measured in ``<output_dir>/resume/passes``, and go on from what
+            an earlier such fit of the same pipeline and archive left there. The result has the
+            same bits. Otherwise nothing is kept.
 
         Raises
         ------
@@ -96,10 +105,14 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
 
         outer_owner = self.pipeline.structure_frozen_by
         self.pipeline.freeze_structure("StatisticalTrainer.fit")
+        number = 0
         try:
             while plan:
                 self._raise_if_cancelled()
-                plan.extendleft(reversed(self._run(plan.popleft(), archive)))
+                number += 1
+                this_pass = plan.popleft()
+                stored = self._stored(number, this_pass, archive) if resume else None
+                plan.extendleft(reversed(self._run(this_pass, archive, stored)))
         finally:
             if outer_owner is None:
                 self.pipeline.unfreeze_structure()
@@ -107,7 +120,16 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
                 self.pipeline.freeze_structure(outer_owner)
         self._raise_if_cancelled()
 
-    def _run(self, this_pass: Pass, archive: Archive) -> list[Pass]:
+    def _stored(self, number: int, this_pass: Pass, archive: Archive) -> StoredPass:
+        scaling = self.scaling
+        return StoredPass(
+            OutputFolder(scaling.output_dir),
+            number,
+            identify(self.pipeline, archive, this_pass, scaling),
+            scaling.save_seconds,
+        )
+
+    def _run(self, this_pass: Pass, archive: Archive, stored: StoredPass | None) -> list[Pass]:
         """Carry out one pass between the start and end events of its nodes.
 
         Returns passes that turned out to be needed before the next one of the plan.
@@ -120,11 +142,17 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
                 frames = FrameProgress(done, len(archive))
                 self.emit(TrainEvent(hook, node=node.name, progress=frames))
 
-        progress(TrainHook.STATISTICAL_NODE_START, 0)
+        done = 0
+        if stored and stored.earlier:
+            done = stored.earlier.done
+            logger.warning(
+                f"pass {stored.number} goes on: {done} of {len(archive)} frames were read before"
+            )
+        progress(TrainHook.STATISTICAL_NODE_START, done)
         further: list[Pass] = []
         if this_pass.streamed is not None:
             record = stream_pass(
-                self.pipeline, archive, this_pass.streamed, self.scaling, self.emit
+                self.pipeline, archive, this_pass.streamed, self.scaling, self.emit, stored
             )
         else:
             try:
@@ -134,6 +162,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
                     this_pass,
                     self.scaling,
                     lambda done: progress(TrainHook.STATISTICAL_PROGRESS, done),
+                    stored,
                 )
             except StatefulNodesError as error:
                 logger.info(f"{error} changes with every frame: what follows is fitted in order")

@@ -64,6 +64,9 @@ class MergeTree(Generic[T]):
         self._waiting[level, index] = partial
         return True
 
+    def __contains__(self, ordinal: int) -> bool:
+        return ordinal in self._seen
+
     @property
     def missing(self) -> int:
         """How many partials have not arrived."""

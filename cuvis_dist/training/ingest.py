@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from loguru import logger
 from torch.utils.data import DataLoader, Dataset
 
+from cuvis_dist.errors import one_line
 from cuvis_dist.workers import prepare_worker
 
 
@@ -65,9 +67,11 @@ class FrameCache:
             try:
                 part.write_bytes(data)
                 os.replace(part, self._path(index))
-            except OSError:  # a full disk, or the run's end: the frame is read again instead
+            except OSError as error:  # a full disk
                 part.unlink(missing_ok=True)
                 self.left = 0
+                if self.folder.is_dir():  # else another worker has ended the run
+                    logger.warning(f"no more frames are kept in {self.folder}: {one_line(error)}")
                 return
         self.left -= len(data)
         self.held += len(data)
@@ -116,7 +120,11 @@ def make_cache(kind: str, limit: int, run: str) -> FrameCache:
     if kind == "memory":
         return FrameCache(limit)
     folder = Path(tempfile.gettempdir()) / f"cuvis-dist-{os.getuid()}-{run}"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        logger.warning(f"frames are read anew in every epoch: no {folder}: {one_line(error)}")
+        limit = 0
     return FrameCache(limit, folder)
 
 

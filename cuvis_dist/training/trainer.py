@@ -37,7 +37,7 @@ from cuvis_dist.evaluation import post_fit
 from cuvis_dist.events import relayed
 from cuvis_dist.output import Mirror, OutputFolder, temporary_folder
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.session import connect, require_resources
+from cuvis_dist.session import beside_driver, connect, require_resources
 from cuvis_dist.storage import is_uri
 from cuvis_dist.training.checkpoint import LAST, finished_epochs
 from cuvis_dist.training.configuration import check_training
@@ -280,7 +280,8 @@ class GradientTrainer(UpstreamGradientTrainer):
     @contextmanager
     def _watched(self, what: str) -> Iterator[Any]:
         """Watch the ranks; a group that ended because one was stuck is an error that names it."""
-        watch: Any = ray.remote(num_cpus=0)(Watch).remote(self.scaling.stall_seconds)
+        options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": beside_driver()}
+        watch: Any = ray.remote(**options)(Watch).remote(self.scaling.stall_seconds)
         try:
             yield watch
             sizes = ray.get(watch.sizes.remote())

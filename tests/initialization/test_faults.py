@@ -18,6 +18,8 @@ from cuvis_ai_schemas.pipeline import PipelineConfig
 from fragile import CountedCubes, FragileCubes, FragileModule, wrap_train
 
 from cuvis_dist import Scaling, StatisticalTrainer
+from cuvis_dist.errors import CuvisDistError
+from cuvis_dist.initialization import passes
 from cuvis_dist.run import load_trainrun
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -59,6 +61,38 @@ def test_a_killed_worker_changes_no_bit(tmp_path, fold):
     again = {index: n - passes for index, n in readings.items() if n > passes}
     assert set(again) <= {4, 5, 6, 7, 8, 9}, "only work in flight may be read again"
     assert 7 in again
+    repeated = {shard for record in trainer.records for shard in record.repeated}
+    assert repeated == {index // 2 for index in again}, "run.json says which shards ran again"
+
+
+def test_several_shards_in_a_task_change_no_bit(tmp_path, monkeypatch):
+    for name in ("one", "several"):
+        (tmp_path / name).mkdir()
+    one, _, _ = fit(tmp_path / "one", False, True)
+    monkeypatch.setattr(passes, "_TASKS", 2)
+    monkeypatch.setattr(passes, "_TASKS_PER_WORKER", 1)
+    several, trainer, readings = fit(tmp_path / "several", True, True)
+    assert (tmp_path / "several" / "died").exists()
+    assert buffers_sha256(several) == buffers_sha256(one)
+    (record,) = trainer.records
+    assert (record.shards, record.frames) == (6, 12)
+    again = {index // 2 for index, n in readings.items() if n > 1}
+    assert 3 in again
+    assert again <= set(record.repeated) == {3, 4, 5}, "the task of the worker that died"
+
+
+class HereAlone(FragileCubes):
+    """Frames that no other process can open."""
+
+    def __setstate__(self, state):
+        raise ImportError("no module named mine")
+
+
+def test_an_error_that_nobody_foresaw_ends_the_run(tmp_path):
+    module = FragileModule(tmp_path, cubes=HereAlone(tmp_path, False))
+    trainer = StatisticalTrainer(chain(MinMaxNormalizer(), RXGlobal(5)), module)
+    with pytest.raises(CuvisDistError, match=r"a worker failed: .*no module named mine"):
+        trainer.fit()
 
 
 DEEP_SVDD = "configs/pipeline/anomaly/deep_svdd/deep_svdd.yaml"

@@ -1,6 +1,7 @@
 """Notes every frame file that a process opens, and makes it wait a moment.
 
-For processes that have the file to write to in an environment variable.
+For processes that have the file to write to in an environment variable. Another one names a file
+that this process cannot see, as if it lay on other machines.
 """
 
 import os
@@ -8,15 +9,19 @@ import sys
 import time
 
 _log = os.environ.get("CUVIS_DIST_READINGS")
+_seconds = float(os.environ.get("CUVIS_DIST_READING_SECONDS", "0.1"))
+_absent = os.environ.get("CUVIS_DIST_ABSENT")
 
 
 def _note(event, arguments):
     if event == "open" and str(arguments[0]).endswith(".npz"):
-        line = f"{os.path.basename(arguments[0])}\n".encode()
+        name = os.path.basename(arguments[0])
         file = os.open(_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        os.write(file, line)
+        os.write(file, f"{name}\n".encode())
         os.close(file)
-        time.sleep(0.1)
+        time.sleep(_seconds)
+        if name == _absent:
+            raise FileNotFoundError(2, "No such file or directory", str(arguments[0]))
 
 
 if _log:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
+import tempfile
 from collections import Counter
 
 import pytest
 import torch
 from fragile import FragileCubes
+from loguru import logger
 from torch.utils.data import DataLoader
 
 from cuvis_dist.archive import Frame, NamedFrames
 from cuvis_dist.errors import DataError
-from cuvis_dist.training.ingest import CachedFrames, FrameCache, ReadAhead
+from cuvis_dist.training.ingest import CachedFrames, FrameCache, ReadAhead, make_cache
 
 BATCHES = [[3, 1, 4], [1, 5], [9, 2, 6], [5]]
 
@@ -58,6 +63,34 @@ def test_a_full_disk_is_no_error(tmp_path):
     kept = CachedFrames(FragileCubes(tmp_path, False), FrameCache(10**9, gone))
     assert kept[3]["cube"].shape == (9, 8, 5)
     assert kept.cache.left == 0
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 64 KB; needs the right to mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no right to mount a disk here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_runs_full_keeps_what_it_has(tmp_path, small_disk, monkeypatch):
+    said: list[str] = []
+    handler = logger.add(said.append, level="WARNING", format="{message}")
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    kept = CachedFrames(FragileCubes(tmp_path, False, bands=50), make_cache("disk", 10**9, "run"))
+    first, second = ([kept[index]["cube"] for index in range(12)] for _ in range(2))
+    logger.remove(handler)
+    assert all((a == b).all() for a, b in zip(first, second, strict=True))
+    read = (tmp_path / "read.log").read_text().split()
+    assert 12 < len(read) < 24, "some are kept, the others are read again"
+    assert len(said) == 1
+    assert re.search(r"no more frames are kept in .*No space left on device", said[0])
+    left = {path.suffix for path in small_disk.rglob("*") if path.is_file()}
+    assert left == {".frame"}, "nothing half written is left"
 
 
 @pytest.mark.parametrize("cached", [False, True])
