@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
 import ray
 import ray.data
 import torch
@@ -223,11 +224,45 @@ def make_task(pipeline: CuvisPipeline, archive: Archive, scaling: Scaling) -> Ta
     return Task(ray.put(archive), ray.put(pipeline), threads, skip, scaling.pixels, on_gpu)
 
 
+def share_files(shards: list[Shard], at_least: int) -> list[range]:
+    """Cut the shards into tasks, each of one staged file; more per file if files are few.
+
+    Parameters
+    ----------
+    shards : list of Shard
+        In canonical order.
+    at_least : int
+        How many tasks keep the workers busy to the end.
+    """
+    runs: list[range] = []
+    for i, shard in enumerate(shards):
+        if runs and shard.staged and shard.staged == shards[i - 1].staged:
+            runs[-1] = range(runs[-1].start, i + 1)
+        else:
+            runs.append(range(i, i + 1))
+    pieces = math.ceil(at_least / len(runs))
+    return [
+        run[len(run) * k // n : len(run) * (k + 1) // n]
+        for run in runs
+        for n in [min(pieces, len(run))]
+        for k in range(n)
+    ]
+
+
 def spread(shards: list[Shard], function: Any, scaling: Scaling) -> Iterator[dict[str, Any]]:
-    """Run ``function`` on a row per shard, one task each, and yield its rows as they come."""
+    """Run ``function`` on a row per shard, one task each, and yield its rows as they come.
+
+    Shards of one file that has to be staged share a task, so that few nodes fetch it.
+    """
     rows = [{"ordinal": s.ordinal, "start": s.start, "stop": s.stop} for s in shards]
     workers = min(scaling.workers, len(shards)) if scaling.workers else None
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).flat_map(
+    if any(shard.staged for shard in shards):
+        cpus = int(ray.cluster_resources().get("CPU", 1) / scaling.cpus_per_worker)
+        tasks = share_files(shards, 4 * (workers or max(1, cpus)))
+        source = ray.data.from_arrow([pa.Table.from_pylist(rows[t.start : t.stop]) for t in tasks])
+    else:
+        source = ray.data.from_items(rows, override_num_blocks=len(rows))
+    dataset = source.flat_map(
         function,
         compute=ray.data.TaskPoolStrategy(size=workers),
         num_cpus=scaling.cpus_per_worker,

@@ -30,6 +30,7 @@ from loguru import logger
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from cuvis_dist.archive import portable
 from cuvis_dist.errors import ClusterError, CuvisDistError, InputError, LostWorkerError
 from cuvis_dist.evaluation import post_fit
 from cuvis_dist.events import relayed
@@ -186,7 +187,7 @@ class GradientTrainer(UpstreamGradientTrainer):
             assignment = Assignment(
                 verb,
                 self.pipeline,
-                self.datamodule,
+                portable(self.datamodule),
                 [node.name for node in self.loss_nodes],
                 [node.name for node in self.metric_nodes],
                 _with_absolute_paths(self.training_config),
