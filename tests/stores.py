@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ def s3_server(port: int = 0) -> Iterator[dict[str, str]]:
     """Serve S3 with a bucket named ``bucket``; yields the environment of who may use it."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
     server.start()
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     try:
         host, port = server.get_host_and_port()
         endpoint = f"http://{host}:{port}"

@@ -115,7 +115,8 @@ class NamedFrames(Dataset):
 
     def __getstate__(self) -> dict[str, Any]:
         """Let the paths of staged files mean those of the node where this arrives."""
-        return self.__dict__ | {"dataset": portable(self.dataset)}
+        staged = any(frame.staging for frame in self.frames)
+        return self.__dict__ | ({"dataset": portable(self.dataset)} if staged else {})
 
 
 class Archive:

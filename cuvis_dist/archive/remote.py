@@ -71,7 +71,8 @@ class _Localizer:
     @property
     def staging(self) -> Staging:
         folder = self.scaling.stage_dir
-        return staging_here(str(folder) if folder else None, self.scaling.stage_bytes)
+        configured = str(folder.expanduser().absolute()) if folder else None
+        return staging_here(configured, self.scaling.stage_bytes)
 
     def localized(self) -> DataConfig:
         params = {key: self._param(key, value) for key, value in self.data.params.items()}
@@ -107,12 +108,12 @@ class _Localizer:
             return place  # upstream says so
         try:
             content = self.staging.read(place) if is_uri(place) else Path(place).read_bytes()
+            if not is_uri(place) and b"://" not in content:
+                return place
             reader = csv.DictReader(io.StringIO(content.decode("utf-8")))
             rows = list(reader)
         except (OSError, ValueError, csv.Error) as error:
             raise InputError(f"{place} cannot be read: {one_line(error)}") from error
-        if not is_uri(place) and b"://" not in content:
-            return place
         locate = partial(self._located, place)
         for row in rows:
             path = (row.get("materialized_path") or "").strip()

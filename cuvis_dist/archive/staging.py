@@ -497,7 +497,8 @@ class Staging:
             if stat.S_ISLNK(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
                 raise ClusterError(
                     f"the cache folder {self.folder} on {socket.gethostname()} is a link, belongs "
-                    "to someone else, or is writable by others; remove it or set stage_dir"
+                    "to someone else, or is writable by others; set stage_dir to a folder that is "
+                    "yours alone or not there yet"
                 )
             self._prepared = True
             for path in (self.files, self._index, self._fetching, self._rewritten):

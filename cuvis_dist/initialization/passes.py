@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyarrow as pa
 import ray
 import ray.data
 import torch
@@ -25,7 +24,7 @@ from cuvis_dist.errors import CuvisDistError, DataError, one_line
 from cuvis_dist.initialization.affine import probe
 from cuvis_dist.initialization.measuring import Partial
 from cuvis_dist.initialization.plan import Fit, Pass
-from cuvis_dist.initialization.shards import MeasureShard, Task, row_error
+from cuvis_dist.initialization.shards import MeasureShard, OneByOne, Task, row_error
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.statistics import MergeTree, Moments, Statistic, from_bytes
 from cuvis_dist.workers import raise_cause
@@ -254,16 +253,13 @@ def spread(shards: list[Shard], function: Any, scaling: Scaling) -> Iterator[dic
 
     Shards of one file that has to be staged share a task, so that few nodes fetch it.
     """
-    rows = [{"ordinal": s.ordinal, "start": s.start, "stop": s.stop} for s in shards]
-    workers = min(scaling.workers, len(shards)) if scaling.workers else None
-    if any(shard.staged for shard in shards):
-        cpus = int(ray.cluster_resources().get("CPU", 1) / scaling.cpus_per_worker)
-        tasks = share_files(shards, 4 * (workers or max(1, cpus)))
-        source = ray.data.from_arrow([pa.Table.from_pylist(rows[t.start : t.stop]) for t in tasks])
-    else:
-        source = ray.data.from_items(rows, override_num_blocks=len(rows))
-    dataset = source.flat_map(
-        function,
+    cpus = ray.cluster_resources().get("CPU", 1) / scaling.cpus_per_worker
+    tasks = share_files(shards, 4 * math.ceil(scaling.workers or cpus))
+    listed = [{"ordinal": s.ordinal, "start": s.start, "stop": s.stop} for s in shards]
+    rows = [{"shards": listed[task.start : task.stop]} for task in tasks]
+    workers = min(scaling.workers, len(rows)) if scaling.workers else None
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).flat_map(
+        OneByOne(function),
         compute=ray.data.TaskPoolStrategy(size=workers),
         num_cpus=scaling.cpus_per_worker,
         num_gpus=scaling.worker_gpus or None,

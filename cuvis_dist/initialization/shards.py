@@ -17,7 +17,7 @@ from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from torch import Tensor
 
 from cuvis_dist.archive import Archive, batch_bytes
-from cuvis_dist.errors import CuvisDistError, DataError
+from cuvis_dist.errors import ClusterError, CuvisDistError, DataError, InputError
 from cuvis_dist.initialization.measuring import Measurer, Partial, compute_inputs
 from cuvis_dist.initialization.recipes import Recipe
 from cuvis_dist.upstream import nodes_before
@@ -52,6 +52,25 @@ class Task:
 def _smallest_ranks(of_pass: Any) -> dict[str, Tensor]:
     """Return what this process keeps from shard to shard of one pass: see ``Measurer.ranks``."""
     return {}
+
+
+class OneByOne:
+    """Runs a function on the shards of a task, one after another.
+
+    What is wrong with a node or the settings, not with a frame, becomes a row, too: Ray Data
+    would lose the error's class.
+    """
+
+    def __init__(self, function: MeasureShard | GatherShard) -> None:
+        self.function = function
+
+    def __call__(self, task: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the rows of all shards of the task."""
+        for shard in task["shards"]:
+            try:
+                yield from self.function(shard)
+            except CuvisDistError as error:
+                yield _row(shard["ordinal"], error=str(error), exit_code=error.exit_code)
 
 
 class MeasureShard:
@@ -141,11 +160,15 @@ def _row(ordinal: int, **values: Any) -> dict[str, Any]:
     """Return a row with every column, since blocks must share a schema."""
     counts = {"frames": 0, "bytes": 0, "peak": 0}
     data = {"first_frame": "", "partials": [b""], "samples": b"", "skipped": pickle.dumps([])}
-    return {"ordinal": ordinal, "error": "", "stateful": False, **counts, **data, **values}
+    what = {"error": "", "exit_code": 0, "stateful": False}
+    return {"ordinal": ordinal, **what, **counts, **data, **values}
 
 
 def row_error(row: dict[str, Any]) -> CuvisDistError:
     """Return the error that a worker's row stands for."""
+    if row["exit_code"]:
+        known = {error.exit_code: error for error in (InputError, DataError, ClusterError)}
+        return known.get(row["exit_code"], CuvisDistError)(row["error"])
     return (StatefulNodesError if row["stateful"] else DataError)(row["error"])
 
 

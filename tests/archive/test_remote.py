@@ -157,6 +157,39 @@ def test_phase_1_from_a_bucket_through_a_small_cache(demo_trainrun, bucket, tmp_
     assert done.evicted == done.fetched - len(kept) > frames / 2
 
 
+@pytest.mark.usefixtures("ray_session")
+def test_phase_1_over_remote_recordings(store, tmp_path, scaling, sessions):
+    """One recording after the other through a cache for one of them, each fetched once."""
+    rows = [{"source": f"{name}.cu3s", "index": "0-3"} for name in ("day1", "day2/a", "day2/b c")]
+    (sessions / "universe.csv").write_bytes(as_csv(rows))
+    remote = store.put("sessions/universe.csv", as_csv(rows))
+    size = (sessions / "day1.cu3s").stat().st_size
+    nodes = [
+        ("data", "data.CU3SDataNode", {}),
+        ("rx", "anomaly.rx_detector.RXGlobal", {"num_channels": 6}),
+    ]
+    edges = [("data.outputs.cube", "rx.inputs.data")]
+
+    def fitted(universe, **settings):
+        run = statistical_trainrun(
+            tmp_path, universe, nodes, edges,
+            data_module="cu3s_multi", params={"universe_csv": str(universe)},
+        )  # fmt: skip
+        chosen = scaling.model_copy(update={"workers": 1, "shard_frames": 1, **settings})
+        trainer = StatisticalTrainer(run.pipeline, run.datamodule(chosen), scaling=chosen)
+        trainer.fit()
+        return buffers_sha256(run.pipeline)
+
+    here = fitted(sessions / "universe.csv")
+    limit = int(1.5 * size)
+    assert fitted(remote, stage_bytes=limit) == here
+    done = staging_here(str(scaling.stage_dir), limit).counters()
+    assert done.fetched == 1 + 3
+    assert done.bytes <= limit
+    with pytest.raises(InputError, match=rf"day1\.cu3s has {size} bytes.*raise stage_bytes"):
+        fitted(remote, stage_bytes=size - 1, stage_dir=tmp_path / "small")
+
+
 def test_a_local_list_of_remote_frames(demo_trainrun, store, tmp_path, scaling):
     """Frames are named by their URIs; one that is gone ends the reading with its URI."""
     archive = demo_trainrun.parent / "archive"

@@ -73,8 +73,16 @@ def test_a_file_is_fetched_once_and_the_oldest_goes(cache, store):
     assert counters.bytes == on_disk(cache) == 3000
 
 
-def test_many_processes_fetch_each_file_once(store, tmp_path):
+def test_many_processes_fetch_each_file_once(store, tmp_path, monkeypatch):
     folder = tmp_path / "cache"
+    filesystem = module._filesystem("file:///", 0)[0]
+
+    def slowly(data):
+        time.sleep(0.05)
+        return data
+
+    slow = tampered(filesystem, slowly)
+    monkeypatch.setattr(module, "_filesystem", lambda root, pid: (slow, "/"))
 
     def reader():
         mine = Staging(folder, 10_000)
