@@ -200,19 +200,17 @@ def test_a_local_list_of_remote_frames(demo_trainrun, store, tmp_path, scaling):
     for row in rows[1::2]:
         shutil.copy(archive / row["materialized_path"], tmp_path)
     (tmp_path / "universe.csv").write_bytes(as_csv(rows))
-    params = {"universe_csv": str(tmp_path / "universe.csv")}
-    module = with_data(demo_trainrun, tmp_path, params=params).datamodule(scaling)
-    ours = open_archive(module, "train")
-    theirs = open_archive(load_trainrun(demo_trainrun).datamodule(), "train")
+    universe = {"universe_csv": str(tmp_path / "universe.csv")}
+    local = {"universe_csv": str(archive / "universe.csv")}
+    theirs, ours = both_archives("npz_multi", scaling, tmp_path, EVERY, local, universe)
     assert [f.uid for f in ours.frames] == [f.uid for f in theirs.frames]
     assert {f.path.startswith("file://") for f in ours.frames} == {True, False}
     for i in range(len(ours)):
         assert same_items(ours.read(i), theirs.read(i)), ours.frames[i]
     gone = [i for i, frame in enumerate(ours.frames) if frame.files][-1]
     store.delete(ours.frames[gone].files[0].partition("?")[0].removeprefix(f"{store.base}/"))
-    module = with_data(demo_trainrun, tmp_path, params=params).datamodule(
-        scaling.model_copy(update={"stage_dir": tmp_path / "other"})
-    )
+    other = scaling.model_copy(update={"stage_dir": tmp_path / "other"})
+    module = module_of("npz_multi", other, tmp_path, EVERY, **universe)
     with pytest.raises(DataError, match=r"cannot read frame .*#\d+ \(file://.* does not exist"):
         open_archive(module, "train").read(gone)
 
@@ -220,10 +218,9 @@ def test_a_local_list_of_remote_frames(demo_trainrun, store, tmp_path, scaling):
 def test_the_fingerprint_does_not_know_the_cache(demo_trainrun, store, tmp_path, scaling):
     store.upload(demo_trainrun.parent / "archive", "archive")
     params = {"universe_csv": store.uri("archive/universe.csv")}
-    found = []
+    run, found = with_data(demo_trainrun, tmp_path, params=params), []
     for name in ("one", "two"):
         here = scaling.model_copy(update={"stage_dir": tmp_path / name})
-        run = with_data(demo_trainrun, tmp_path, params=params)
         found.append(fingerprint(run.config, run.pipeline, run.datamodule(here), here))
     assert found[0] == found[1]
 
