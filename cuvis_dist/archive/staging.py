@@ -48,7 +48,7 @@ STAGE_DIR = "CUVIS_DIST_STAGE_DIR"
 
 ATTEMPTS = 4
 PAUSE = 0.5  # seconds before the second attempt; doubles
-PATIENCE = 120.0  # seconds to wait for room that other readers hold
+PATIENCE = 40.0  # seconds to wait for room that other readers hold
 _CHUNK = 8 * 2**20
 _LISTED = ".listed"
 
@@ -246,37 +246,59 @@ class Staging:
 
     def _hold(self, uri: str) -> int:
         """Return a descriptor that holds the file until it is closed."""
+        seen = 0
         while True:
-            lock = self._lock(uri, fcntl.LOCK_SH)
-            try:
-                if self._usable(uri, lock):
-                    os.utime(lock)
-                    return lock
-            except BaseException:
-                os.close(lock)
-                raise
-            os.close(lock)
-            lock = self._lock(uri, fcntl.LOCK_EX)  # waits for a process that is fetching it
-            try:
-                if not self._usable(uri, lock):
-                    self._fetch(uri, lock)
-            finally:
-                os.close(lock)
+            for how in (fcntl.LOCK_SH, fcntl.LOCK_EX):
+                lock, held = self._lock(uri, how), False
+                if lock is None:  # another process fetches it, or is about to
+                    seen = self._see(uri, seen)
+                    time.sleep(random.uniform(0.02, 0.1))
+                    break
+                try:
+                    usable = self._usable(uri, lock)
+                    if usable and how == fcntl.LOCK_SH:
+                        os.utime(lock)
+                        held = True
+                        return lock
+                    if not usable and how == fcntl.LOCK_EX:
+                        self._fetch(uri, lock)
+                finally:
+                    if not held:
+                        os.close(lock)
 
-    def _lock(self, uri: str, how: int) -> int:
+    def _lock(self, uri: str, how: int) -> int | None:
+        """Open and lock a file's entry, or return None if others have it."""
         path = self._entry_path(uri)
         while True:
             with self._writing():
                 self._make_folder(path.parent)
                 lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             try:
-                fcntl.flock(lock, how)
+                fcntl.flock(lock, how | fcntl.LOCK_NB)
                 if _is_still(lock, path):
                     return lock
+            except BlockingIOError:
+                os.close(lock)
+                return None
             except BaseException:
                 os.close(lock)
                 raise
             os.close(lock)  # it was evicted before the lock was had
+
+    def _see(self, uri: str, seen: int) -> int:
+        """Read some of what another process has fetched meanwhile; return how much it has.
+
+        A training worker that waits is known to be alive by what it reads.
+        """
+        try:
+            with open(self._fetching / _name(uri), "rb", buffering=0) as part:
+                size = part.seek(0, os.SEEK_END)
+                if size != seen:
+                    part.seek(max(0, size - 2**17))
+                    part.read(2**17)
+                return size
+        except OSError:
+            return seen
 
     def _usable(self, uri: str, lock: int) -> bool:
         """Whether the file is here, whole, and the one that the store has."""

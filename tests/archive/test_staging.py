@@ -189,6 +189,52 @@ def test_a_process_killed_while_it_fetches_leaves_nothing_behind(cache, store, t
     assert cache.counters().bytes == 1000
 
 
+def test_who_waits_for_a_large_file_is_seen_to_be_alive(store, tmp_path):
+    """By what it reads, as the watch of training workers has it; as long as the file grows."""
+    large = tmp_path / "store" / "large.bin"
+    large.write_bytes(bytes(4_000_000))
+    folder, real = tmp_path / "cache", module._filesystem
+    started = forked.Event()
+
+    class Slow:
+        def __getattr__(self, name):
+            return getattr(real("file:///", 0)[0], name)
+
+        def open_input_stream(self, key):
+            stream = real("file:///", 0)[0].open_input_stream(key)
+
+            class Stream:
+                def metadata(self):
+                    return {}
+
+                def read(self, size):
+                    started.set()
+                    time.sleep(0.05)
+                    return stream.read(100_000)
+
+                __enter__ = lambda self: self  # noqa: E731
+                __exit__ = lambda self, *_: stream.close()  # noqa: E731
+
+            return Stream()
+
+    def fetch():
+        module._filesystem = lambda root, pid: (Slow(), "/")
+        content(Staging(folder, 10**7), store("large"))
+
+    def read_bytes():
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    fetching = forked.Process(target=fetch)
+    fetching.start()
+    started.wait(10)
+    before = read_bytes()
+    with Staging(folder, 10**7).held([store("large")]):
+        waited = read_bytes() - before
+    fetching.join()
+    assert waited > 10 * 2**17
+    assert Staging(folder, 10**7).counters().fetched == 1
+
+
 def test_what_a_killed_process_was_fetching_is_evicted_for_others(cache, store, tmp_path):
     test_a_process_killed_while_it_fetches_leaves_nothing_behind(cache, store, tmp_path)
     flag = tmp_path / "half"
