@@ -291,7 +291,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _print_plan(trainrun: TrainRun, scaling: Scaling, calibrate: bool = False) -> None:
     from cuvis_dist.initialization import preview
 
-    plan = preview(trainrun.pipeline, trainrun.datamodule(), scaling, calibrate)
+    plan = preview(trainrun.pipeline, trainrun.datamodule(scaling), scaling, calibrate)
     frame, frames = plan.frame_bytes, plan.frames
     print(f"{frames} frames in {plan.shards} shards, {frame / 1e6:.1f} MB a frame")
     for number, cost in enumerate(plan.costs, 1):

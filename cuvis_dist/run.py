@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from cuvis_dist import upstream
-from cuvis_dist.archive import open_archive, setup_error
+from cuvis_dist.archive import fetched_when_opened, localize, open_archive, setup_error
 from cuvis_dist.errors import INTERRUPTED, CuvisDistError, DataError, InputError, one_line
 from cuvis_dist.evaluation import failed_split, post_fit
 from cuvis_dist.initialization import StatisticalTrainer, recipe_for, statistical_nodes
@@ -101,19 +101,26 @@ class TrainRun:
         config = self.config.model_copy(update={"training": None})
         return replace(self, config=config, result="initialized")
 
-    def datamodule(self) -> pl.LightningDataModule:
+    def datamodule(self, scaling: Scaling | None = None) -> pl.LightningDataModule:
         """Build the data module, set up for fitting.
+
+        ``scaling`` says where files at URIs are staged.
 
         Raises
         ------
         InputError
             If it cannot be built: a missing plugin, parameter, recording or SDK.
+        DataError
+            If a remote file that it opens is missing, or cannot be fetched.
         """
-        data = self.config.data
+        data, base_dir = self.config.data, self.path.parent
+        local = localize(data, scaling or Scaling(), base_dir)
+        config = self.config.model_copy(update={"data": local})
         try:
-            return upstream.create_datamodule(
-                self.config, self.plugins_dirs, base_dir=self.path.parent
-            )
+            with fetched_when_opened():
+                return upstream.create_datamodule(config, self.plugins_dirs, base_dir=base_dir)
+        except CuvisDistError:
+            raise
         except (Exception, SystemExit) as error:  # importing cuvis can exit
             params = ", ".join(f"{key}={value}" for key, value in data.params.items())
             raise setup_error(f"{data.data_module} ({params})", "train", error) from error
@@ -290,7 +297,7 @@ def _run_alone(
     with _recorded(record), terminable():
         if trainrun.config.training is not None:
             check_training(trainrun.config.training, scaling)
-        datamodule = trainrun.datamodule()
+        datamodule = trainrun.datamodule(scaling)
         parts = fingerprint(trainrun.config, trainrun.pipeline, datamodule, scaling)
         resume = Resume(trainrun.output_dir, parts, restart)
     if finished := resume.finished():

@@ -89,6 +89,11 @@ class Scaling(BaseModel):
         modules that change a frame at random when it is read.
     cache_bytes : int
         How much each worker may keep.
+    stage_dir : Path or None
+        Where each node keeps copies of recordings that lie at URIs, on a disk of its own; None:
+        below its folder for temporary files. ``CUVIS_DIST_STAGE_DIR`` on a node wins.
+    stage_bytes : int
+        How much these copies may take on a node; at least a few recordings.
     output_dir : path or URI
         Where checkpoints and logs go when the training configuration does not say: a folder that
         all nodes see, or a URI of any file system of ``pyarrow.fs`` (``s3://bucket/runs/x``).
@@ -123,6 +128,8 @@ class Scaling(BaseModel):
     read_ahead: int = Field(default=0, ge=0)
     cache: Literal["none", "memory", "disk"] = "none"
     cache_bytes: int = Field(default=4 * 10**9, ge=0)
+    stage_dir: Path | None = None
+    stage_bytes: int = Field(default=20 * 10**9, ge=1)
     output_dir: Path | str = Path("outputs")
     max_failures: int = Field(default=3, ge=0)
     stall_seconds: float = Field(default=45, gt=0)

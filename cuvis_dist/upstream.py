@@ -7,7 +7,8 @@ changes one of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import networkx as nx
@@ -28,11 +29,13 @@ from cuvis_ai_core.utils.restore import (
 from cuvis_ai_core.utils.restore import (
     _discover_plugins_dirs as discover_plugins_dirs,
 )
+from cuvis_ai_dataloader.data import datamodule_cu3s, datamodule_cu3s_multi
 from cuvis_ai_schemas.enums import ExecutionStage
 
 __all__ = [
     "accumulated_mean",
     "build_pipeline",  # a trainrun's pipeline reference, built as restore-trainrun builds it
+    "counting_measurements",
     "create_datamodule",  # its data module, from the same plugins and splits
     "discover_plugins_dirs",  # the same search order for plugin manifests
     "edges_into",
@@ -102,3 +105,28 @@ def node_inputs(pipeline: CuvisPipeline, node: Node, batch: dict[str, Any]) -> d
     )
     StatisticalTrainer(pipeline, None)._require_predecessor_outputs(node, outputs)
     return pipeline._gather_node_inputs(node, outputs, batch)
+
+
+@contextmanager
+def counting_measurements(
+    count: Callable[[str, bool, Callable[[str], Any]], Any],
+) -> Iterator[None]:
+    """Let ``count(path, needed, theirs)`` do what the cu3s modules do to count measurements.
+
+    Not needed where a list is only checked against the recording. Private: the names by which
+    ``datamodule_cu3s`` and ``datamodule_cu3s_multi`` know ``count_measurements`` and
+    ``Cu3sCubeReader``, since they open every recording of a split when they are set up.
+    """
+    single, multi = datamodule_cu3s, datamodule_cu3s_multi
+    theirs = single.count_measurements, multi.count_measurements, single.Cu3sCubeReader
+    reader: Any = theirs[2]
+    replaced: Any = (
+        lambda path: count(path, True, theirs[0]),
+        lambda path: count(path, False, theirs[1]),
+        lambda path, **options: count(path, True, lambda path: reader(path, **options)),
+    )
+    single.count_measurements, multi.count_measurements, single.Cu3sCubeReader = replaced
+    try:
+        yield
+    finally:
+        single.count_measurements, multi.count_measurements, single.Cu3sCubeReader = theirs

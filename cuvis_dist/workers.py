@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import pytorch_lightning as pl
 import ray
 import torch
 from cuvis_ai_core.node.node import Node
@@ -26,6 +27,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from cuvis_dist.archive import portable
 from cuvis_dist.errors import ClusterError, CuvisDistError, LostWorkerError, one_line
 from cuvis_dist.events import relayed
 from cuvis_dist.scaling import Scaling
@@ -92,6 +94,7 @@ def on_worker(
     CuvisDistError
         What the function raised, when it was one; else as :func:`raise_cause` says.
     """
+    args = tuple(portable(a) if isinstance(a, pl.LightningDataModule) else a for a in args)
     remote: Any = ray.remote(num_cpus=scaling.cpus_per_worker, num_gpus=gpus, max_retries=0)(
         _call_on_worker
     )

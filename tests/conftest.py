@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from loguru import logger
+from stores import CREDENTIALS, s3_server
 
 logger.remove()
 STANDIN = Path(__file__).parent / "standin"
@@ -18,6 +20,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, _PATHS))
 sys.path.insert(0, str(STANDIN))
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.pop("RAY_ADDRESS", None)
+os.environ.update(CREDENTIALS)
 
 
 @pytest.fixture(scope="session")
@@ -40,6 +43,13 @@ def ray_session(session_log):
     connect(Scaling(workers=3))
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[str]:
+    """The endpoint of an S3 server with a bucket named ``bucket``."""
+    with s3_server() as environment:
+        yield environment["AWS_ENDPOINT_URL"]
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training import GradientTrainer, StatisticalTrainer, evaluation
 from cuvis_ai_core.training.config import TrainingConfig
 from cuvis_ai_core.utils import restore
+from cuvis_ai_dataloader.data import datamodule_cu3s, datamodule_cu3s_multi
 
 from cuvis_dist.training.rank import RankTrainer
 from cuvis_dist.upstream import accumulated_mean
@@ -25,6 +26,11 @@ PRIVATE = {
     (StatisticalTrainer, "_require_predecessor_outputs"): ["self", "target_node", "outputs"],
     (StatisticalTrainer, "_raise_if_cancelled"): ["self"],
     (GradientTrainer, "_build_trainer"): ["self"],
+    (datamodule_cu3s, "count_measurements"): ["cu3s_file_path"],
+    (datamodule_cu3s_multi, "count_measurements"): ["cu3s_file_path"],
+    (datamodule_cu3s, "Cu3sCubeReader"): [
+        "cu3s_file_path", "processing_mode", "white_ref", "dark_ref", "cuda_cubes",
+    ],
     (GradientTrainer, "_run_step"): [
         "self", "batch", "batch_idx", "stage", "collect_metrics", "monitor_key",
     ],

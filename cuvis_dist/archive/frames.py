@@ -13,8 +13,8 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,15 @@ import torch
 from cuvis_ai_schemas.training.data import SampleRef
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from cuvis_dist.errors import DataError, InputError, one_line
+from cuvis_dist.archive.remote import (
+    fetched_when_opened,
+    original,
+    portable,
+    staged_files,
+    with_uris,
+)
+from cuvis_dist.archive.staging import Staging
+from cuvis_dist.errors import CuvisDistError, DataError, InputError, one_line
 
 
 @dataclass(frozen=True)
@@ -39,23 +47,37 @@ class Frame:
         ``SampleRef.source``.
     path : str
         The file that is read; the recording itself unless the module keeps frames elsewhere.
+    files : tuple of str
+        URIs of what is read, as far as it has to be staged.
+    staging : Staging or None
+        Where to.
     """
 
     uid: str
     recording: str
     path: str
+    files: tuple[str, ...] = ()
+    staging: Staging | None = field(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"frame {self.uid}" + ("" if self.path == self.recording else f" ({self.path})")
 
+    def held(self) -> AbstractContextManager[None]:
+        """Have the frame's files on this node as long as the block lasts."""
+        return self.staging.held(self.files) if self.staging else nullcontext()
+
 
 @dataclass(frozen=True)
 class Shard:
-    """Frames ``start .. stop - 1`` of an archive, all of one recording."""
+    """Frames ``start .. stop - 1`` of an archive, all of one recording.
+
+    ``staged`` is the URI that the first of them is read from, if it has to be staged.
+    """
 
     ordinal: int
     start: int
     stop: int
+    staged: str | None = None
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -65,6 +87,7 @@ class NamedFrames(Dataset):
     """A data module's dataset whose read errors name the frame.
 
     Also resolves relative paths as the driver did: a worker has a working directory of its own.
+    Files at URIs are staged for as long as they are read.
     """
 
     def __init__(self, dataset: Any, frames: Sequence[Frame]) -> None:
@@ -79,10 +102,21 @@ class NamedFrames(Dataset):
         """Read one frame; raises DataError with its recording and path."""
         if os.path.isdir(self._directory):
             os.chdir(self._directory)
+        frame = self.frames[index]
         try:
-            return self.dataset[index]
+            with frame.held():
+                return self.dataset[index]
+        except DataError as error:
+            raise DataError(f"cannot read {frame}: {error}") from error
+        except CuvisDistError:
+            raise
         except Exception as error:
-            raise DataError(f"cannot read {self.frames[index]}: {one_line(error)}") from error
+            raise DataError(f"cannot read {frame}: {with_uris(one_line(error))}") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Let the paths of staged files mean those of the node where this arrives."""
+        staged = any(frame.staging for frame in self.frames)
+        return self.__dict__ | ({"dataset": portable(self.dataset)} if staged else {})
 
 
 class Archive:
@@ -150,7 +184,8 @@ class Archive:
         for stop in range(1, len(self) + 1):
             full = stop - start == shard_frames
             if stop == len(self) or full or self._recording(stop) != self._recording(start):
-                shards.append(Shard(len(shards), start, stop))
+                files = self.frames[start].files
+                shards.append(Shard(len(shards), start, stop, files[0] if files else None))
                 start = stop
         return shards
 
@@ -192,12 +227,17 @@ def open_split(datamodule: pl.LightningDataModule, split: str) -> tuple[DataLoad
     ------
     InputError
         If the module cannot be set up, has no such split, or serves no map-style dataset.
+    DataError
+        If a remote file that it opens is missing, or cannot be fetched.
     """
     stage = {"train": "fit", "val": "validate", "test": "test"}[split]
     with _recorded_refs(datamodule) as refs_of:
         try:
-            datamodule.setup(stage)
-            loader = getattr(datamodule, f"{split}_dataloader")()
+            with fetched_when_opened():
+                datamodule.setup(stage)
+                loader = getattr(datamodule, f"{split}_dataloader")()
+        except CuvisDistError:
+            raise
         except (Exception, SystemExit) as error:  # importing cuvis can exit
             raise setup_error(datamodule, split, error) from error
     return loader, _frames(require_map_style(loader, split), refs_of)
@@ -234,7 +274,8 @@ def setup_error(datamodule: Any, split: str, error: BaseException) -> InputError
         )
     elif "is not built" in str(error):
         hint = f". The {split} split of the trainrun selects no frames"
-    return InputError(f"{name}{where} cannot set up the {split} split: {one_line(error)}{hint}")
+    message = f"{name}{where} cannot set up the {split} split: {one_line(error)}{hint}"
+    return InputError(with_uris(message))
 
 
 def _sources(datamodule: Any) -> dict[str, str]:
@@ -295,10 +336,14 @@ def _frames(loader: DataLoader, refs_of: dict[int, list[SampleRef]]) -> list[Fra
     frames = []
     for i in range(len(base)):
         row = rows[i] if rows else {}
-        recording = str(
+        source = str(
             refs[i].source if refs else row.get("source") or (sources[i] if sources else "data")
         )
-        path = row.get("materialized_path") or (sources[i] if sources else recording)
-        uid = refs[i].uid if refs else f"{recording}#{row.get('index', i)}"
-        frames.append(Frame(uid, recording, str(path)))
+        path = str(row.get("materialized_path") or (sources[i] if sources else source))
+        labels = refs[i].annotation if refs else row.get("annotation")
+        uid = refs[i].uid if refs else f"{source}#{row.get('index', i)}"
+        recording = original(source)
+        uid = recording + uid.removeprefix(source) if recording != source else uid
+        staging, files = staged_files(path, labels)
+        frames.append(Frame(uid, recording, original(path), files, staging))
     return [frames[i % len(frames)] for i in range(len(dataset))]

@@ -37,6 +37,7 @@ from cuvis_ai_core.training.post_fit import (
 from cuvis_ai_schemas.enums import ExecutionStage, NodeCategory, NodeTag
 from loguru import logger
 
+from cuvis_dist.archive import fetched_when_opened
 from cuvis_dist.evaluation.cluster import ClusterPipeline, Split
 from cuvis_dist.evaluation.merging import unmergeable
 from cuvis_dist.scaling import Scaling
@@ -183,6 +184,10 @@ class _NamedSplits:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._datamodule, name)
+
+    def setup(self, stage: str | None = None) -> None:
+        with fetched_when_opened():
+            self._datamodule.setup(stage)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> Any:
         return self._open("val")

@@ -384,19 +384,46 @@ def as_row(shard: Shard) -> dict[str, int]:
     return {"ordinal": shard.ordinal, "start": shard.start, "stop": shard.stop}
 
 
+def share_files(shards: list[Shard], at_least: int) -> list[range]:
+    """Cut the shards into tasks, each of one staged file; more per file if files are few.
+
+    Parameters
+    ----------
+    shards : list of Shard
+        In canonical order.
+    at_least : int
+        How many tasks keep the workers busy to the end.
+    """
+    runs: list[range] = []
+    for i, shard in enumerate(shards):
+        if runs and shard.staged and shard.staged == shards[i - 1].staged:
+            runs[-1] = range(runs[-1].start, i + 1)
+        else:
+            runs.append(range(i, i + 1))
+    pieces = math.ceil(at_least / len(runs))
+    return [
+        run[len(run) * k // n : len(run) * (k + 1) // n]
+        for run in runs
+        for n in [min(pieces, len(run))]
+        for k in range(n)
+    ]
+
+
 def spread(shards: list[Shard], function: Any, scaling: Scaling) -> Iterator[dict[str, Any]]:
     """Run ``function`` on every shard, and yield its rows as they come.
 
-    A task takes one shard, or several where there are very many: Ray Data needs some ten
-    milliseconds of the driver for each task. (Not where the rows carry cubes.)
+    A task takes one shard; those of one file that has to be staged, so that few nodes fetch it; or
+    several where there are very many: Ray Data needs some ten milliseconds of the driver for each
+    task. (Not where the rows carry cubes.)
     """
     cpus = ray.cluster_resources().get("CPU", 1) / scaling.cpus_per_worker
+    runs = share_files(shards, 4 * math.ceil(scaling.workers or cpus))
     tasks = max(_TASKS, int(_TASKS_PER_WORKER * (scaling.workers or cpus)))
-    each = 1 if function.ordered else math.ceil(len(shards) / tasks)
-    rows = [
-        {"shards": [as_row(shard) for shard in shards[first : first + each]]}
-        for first in range(0, len(shards), each)
-    ]
+    each = 1 if function.ordered else math.ceil(len(runs) / tasks)
+    rows = []
+    for first in range(0, len(runs), each):
+        start, stop = runs[first].start, runs[first : first + each][-1].stop
+        rows.append({"shards": [as_row(shard) for shard in shards[start:stop]]})
     workers = min(scaling.workers, len(rows)) if scaling.workers else None
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).flat_map(
         OneByOne(function),

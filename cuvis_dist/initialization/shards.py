@@ -18,7 +18,7 @@ from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from torch import Tensor
 
 from cuvis_dist.archive import Archive, batch_bytes
-from cuvis_dist.errors import CuvisDistError, DataError, one_line
+from cuvis_dist.errors import ClusterError, CuvisDistError, DataError, InputError, one_line
 from cuvis_dist.initialization.measuring import Measurer, Partial, compute_inputs
 from cuvis_dist.initialization.recipes import Recipe
 from cuvis_dist.upstream import nodes_before
@@ -86,7 +86,8 @@ def _smallest_ranks(of_pass: Any) -> dict[str, Tensor]:
 class OneByOne:
     """Runs a function on the shards of a task, one after another.
 
-    An error that nobody foresaw (a class that this node cannot import) becomes a row, too.
+    What is wrong with a node or the settings, and not with a frame, becomes a row, too, as does an
+    error that nobody foresaw (a class that this node cannot import): Ray Data would try again.
     """
 
     def __init__(self, function: MeasureShard | GatherShard) -> None:
@@ -97,8 +98,11 @@ class OneByOne:
         for shard in task["shards"]:
             try:
                 yield from self.function(shard)
+            except CuvisDistError as error:
+                yield _row(shard["ordinal"], error=str(error), exit_code=error.exit_code)
             except Exception as error:
-                yield _row(shard["ordinal"], error=one_line(error), failed=True)
+                what = f"a worker failed: {one_line(error)}"
+                yield _row(shard["ordinal"], error=what, exit_code=CuvisDistError.exit_code)
 
 
 class MeasureShard:
@@ -192,7 +196,7 @@ def _row(ordinal: int, **values: Any) -> dict[str, Any]:
     data = {"first_frame": "", "partials": [b""], "samples": b"", "skipped": pickle.dumps([])}
     node = ray.get_runtime_context().get_node_id()
     known = {"ordinal": ordinal, "again": attempts_before() > 0, "node": node}
-    what = {"error": "", "stateful": False, "unreadable": False, "failed": False}
+    what = {"error": "", "exit_code": 0, "stateful": False, "unreadable": False}
     return {**known, **what, **counts, **data, **values}
 
 
@@ -209,8 +213,9 @@ def row_error(row: dict[str, Any], *tried: str) -> CuvisDistError:
     tried : str
         Ids of nodes that could not read the frame before.
     """
-    if row["failed"]:
-        return CuvisDistError(f"a worker failed: {row['error']}")
+    if row["exit_code"]:
+        known = {error.exit_code: error for error in (InputError, DataError, ClusterError)}
+        return known.get(row["exit_code"], CuvisDistError)(row["error"])
     if row["stateful"]:
         return StatefulNodesError(row["error"])
     address = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}

@@ -32,6 +32,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from cuvis_dist.archive import portable
 from cuvis_dist.errors import ClusterError, CuvisDistError, InputError, LostWorkerError
 from cuvis_dist.evaluation import post_fit
 from cuvis_dist.events import relayed
@@ -198,7 +199,7 @@ class GradientTrainer(UpstreamGradientTrainer):
             assignment = Assignment(
                 verb,
                 self.pipeline,
-                self.datamodule,
+                portable(self.datamodule),
                 [node.name for node in self.loss_nodes],
                 [node.name for node in self.metric_nodes],
                 self._with_absolute_paths(),
