@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from typing import Any
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 
 from cuvis_dist.initialization import Finding, PassRecord
-from cuvis_dist.storage import write_atomically
+from cuvis_dist.storage import remove_file, write_atomically
 
 _PACKAGES = (
     "cuvis-dist",
@@ -36,6 +37,10 @@ class RunRecord:
 
     Attributes
     ----------
+    job : str
+        ``run``, ``init`` or ``train``.
+    weights : str or None
+        The saved state that ``train`` began with.
     status : str
         ``running``, ``done``, ``failed`` or ``interrupted``.
     error : str or None
@@ -60,6 +65,8 @@ class RunRecord:
     trainrun: str
     name: str
     output_dir: str
+    job: str = "run"
+    weights: str | None = None
     pipeline: str = ""
     scaling: dict[str, Any] = field(default_factory=dict)
     status: str = "running"
@@ -113,6 +120,7 @@ class RunRecord:
     def result(self) -> dict[str, Any]:
         """Return what whoever submitted the run asks first; the rest is in ``run.json``."""
         return {
+            "job": self.job,
             "status": self.status,
             "exit_code": self.exit_code,
             "error": self.error,
@@ -120,6 +128,45 @@ class RunRecord:
             "metrics": self.metrics,
             "run": str(Path(self.output_dir) / "run.json"),
         }
+
+
+@dataclass
+class JobRecord:
+    """What ``result.json`` says about a job that uses a saved pipeline.
+
+    Attributes
+    ----------
+    job : str
+        ``evaluate`` or ``score``.
+    output_dir : str
+        Folder or URI.
+    values : dict
+        What the job found out, besides how it ended.
+    status, error, exit_code, started, finished
+        As in :class:`RunRecord`.
+    """
+
+    job: str
+    output_dir: str
+    values: dict[str, Any] = field(default_factory=dict)
+    status: str = "running"
+    error: str | None = None
+    exit_code: int | None = None
+    started: str = field(default_factory=lambda: now())
+    finished: str | None = None
+
+    def begin(self) -> None:
+        """Remove an earlier ``result.json``: where there is one, the job has ended."""
+        path = f"{self.output_dir}/result.json"
+        with contextlib.suppress(OSError):
+            remove_file(path)
+
+    def write(self) -> None:
+        """Write ``<output_dir>/result.json``."""
+        ending = {name: getattr(self, name) for name in ("job", "status", "exit_code", "error")}
+        times = {"started": self.started, "finished": self.finished}
+        content = json.dumps(ending | self.values | times, indent=2, default=_as_json) + "\n"
+        write_atomically(f"{self.output_dir}/result.json", content.encode())
 
 
 def now() -> str:

@@ -98,6 +98,15 @@ def fingerprint(
     }
 
 
+def sha256(*paths: Path) -> str:
+    """Return the SHA-256 of the bytes of some files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
 def _uids(datamodule: pl.LightningDataModule, split: str) -> list[str] | None:
     try:
         return [frame.uid for frame in open_split(datamodule, split)[1]]
@@ -133,9 +142,12 @@ class Resume:
             names = sorted(
                 name for name in {**parts, **earlier} if parts.get(name) != earlier.get(name)
             )
-            logger.warning(
+            # Nothing is lost where a job that is done is followed by another, as init by train.
+            lost = earlier.get("job") == parts.get("job") or self._unfinished()
+            logger.log(
+                "WARNING" if lost else "INFO",
                 f"starting anew: an earlier run in {output_dir} had another "
-                f"{', another '.join(names)}"
+                f"{', another '.join(names)}",
             )
             shutil.rmtree(self.folder)
         else:
@@ -146,6 +158,9 @@ class Resume:
             return json.loads((self.folder / "fingerprint.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
+
+    def _unfinished(self) -> bool:
+        return any(path.name != "fingerprint.json" for path in self.folder.iterdir())
 
     def finished(self) -> RunRecord | None:
         """Return the record of the same run, if it is done and its result is there."""

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TypeVar
 
-from pyarrow.fs import FileSystem
+from pyarrow.fs import FileSelector, FileSystem, FileType
 
 from cuvis_dist.errors import InputError, one_line
 
@@ -57,6 +57,46 @@ def write_atomically(target: PathOrURI, content: bytes) -> PathOrURI:
     local = Path(target)
     local.parent.mkdir(parents=True, exist_ok=True)
     temporary = local.with_name(f".{local.name}.{os.getpid()}")
-    temporary.write_bytes(content)
+    temporary.unlink(missing_ok=True)  # never through a link that lies there
+    with open(temporary, "xb") as file:
+        file.write(content)
     os.replace(temporary, local)
     return target
+
+
+def list_files(folder: str | Path) -> list[str]:
+    """Return the paths of all files in a folder and those below, relative to it.
+
+    Nothing if there is no such folder. Links to folders are not followed.
+    """
+    if is_uri(folder):
+        filesystem, path = filesystem_of(str(folder))
+        selector = FileSelector(path, allow_not_found=True, recursive=True)
+        return [
+            os.path.relpath(info.path, path)
+            for info in filesystem.get_file_info(selector)
+            if info.type == FileType.File
+        ]
+    return [
+        os.path.relpath(os.path.join(at, name), folder)
+        for at, _, names in os.walk(folder)
+        for name in names
+    ]
+
+
+def read_file(path: str | Path) -> bytes:
+    """Read a file; raises OSError if it cannot be read."""
+    if is_uri(path):
+        filesystem, inner = filesystem_of(str(path))
+        with filesystem.open_input_file(inner) as file:
+            return file.read()
+    return Path(path).read_bytes()
+
+
+def remove_file(path: str | Path) -> None:
+    """Remove a file; raises OSError if it cannot be removed."""
+    if is_uri(path):
+        filesystem, inner = filesystem_of(str(path))
+        filesystem.delete_file(inner)
+    else:
+        os.unlink(path)

@@ -128,10 +128,14 @@ class Archive:
         if size == len(self):
             return self
         drawn = sorted(range(len(self)), key=lambda i: _hash(seed, self.frames[i].uid))[:size]
-        sample = copy.copy(self)
-        sample.frames = [self.frames[i] for i in sorted(drawn)]
-        sample._items = [self._items[i] for i in sorted(drawn)]
-        return sample
+        return self.only(sorted(drawn))
+
+    def only(self, indices: Sequence[int]) -> Archive:
+        """Return an archive of these frames, in this order."""
+        some = copy.copy(self)
+        some.frames = [self.frames[i] for i in indices]
+        some._items = [self._items[i] for i in indices]
+        return some
 
     def read(self, index: int) -> dict[str, Any]:
         """Read one frame as a batch of one, as the module's own loader would collate it."""
@@ -181,7 +185,13 @@ def open_archive(datamodule: pl.LightningDataModule, split: str) -> Archive:
 
 
 def open_split(datamodule: pl.LightningDataModule, split: str) -> tuple[DataLoader, list[Frame]]:
-    """Set up the data module for ``split`` (``train``, ``val`` or ``test``) and list its frames.
+    """Set up the data module for a split and list its frames.
+
+    Parameters
+    ----------
+    split : str
+        ``train``, ``val``, ``test`` or ``predict`` (every frame, unless the data module is told
+        otherwise).
 
     Returns
     -------
@@ -193,7 +203,7 @@ def open_split(datamodule: pl.LightningDataModule, split: str) -> tuple[DataLoad
     InputError
         If the module cannot be set up, has no such split, or serves no map-style dataset.
     """
-    stage = {"train": "fit", "val": "validate", "test": "test"}[split]
+    stage = {"train": "fit", "val": "validate"}.get(split, split)
     with _recorded_refs(datamodule) as refs_of:
         try:
             datamodule.setup(stage)
