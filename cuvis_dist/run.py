@@ -337,6 +337,7 @@ def _run_alone(
             f"this run is done since {finished.finished}, its result is in {finished.pipeline}; "
             "--restart runs it again"
         )
+        finished.write()  # result.json is that of the last job in this folder
         return finished
     resume.begin()
     record.write()

@@ -24,7 +24,7 @@ from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training import StatisticalTrainer as UpstreamStatisticalTrainer
 from cuvis_ai_core.training.evaluation import evaluate_split
 from cuvis_ai_schemas.enums import ExecutionStage
-from scoring import LabelledModule, scoring_pipeline
+from scoring import LabelledModule, Trail, scoring_pipeline
 from torch.utils.data import DataLoader, Dataset
 
 from cuvis_dist import Scaling
@@ -236,22 +236,24 @@ def test_frames_are_read_once_more_only_where_a_file_is_missing(saved, demo_trai
     assert not (out / "scores" / "field" / ".4.npz.77").exists()
 
 
+def running() -> PercentileNormalizer:
+    return PercentileNormalizer(5, name="normalizer", running_warmup_frames=0)
+
+
+@pytest.mark.parametrize("node", [running, Trail])
 @pytest.mark.usefixtures("ray_session")
-def test_what_changes_with_every_frame_is_computed_in_order(saved, demo_trainrun, tmp_path):
+def test_what_changes_with_every_frame_is_computed_in_order(node, saved, demo_trainrun, tmp_path):
     """No file is written from a wrong state, also when only some are missing."""
 
     def pipeline():
-        return scoring_pipeline(
-            before=PercentileNormalizer(5, name="normalizer", running_warmup_frames=0)
-        )
+        return scoring_pipeline(before=node())
 
     module, out = LabelledModule(tmp_path), tmp_path / "out"
     expected = reference(module, pipeline(), SCORES)
-    alone = scoring_pipeline(before=PercentileNormalizer(5, name="n", running_warmup_frames=0))
     last = module.test_ds[11]
     batch = {key: torch.as_tensor(value)[None] for key, value in last.items()}
     assert not np.array_equal(
-        alone.forward(batch=batch)["score", "scores"][0], expected[11]["score.scores"]
+        pipeline().forward(batch=batch)["score", "scores"][0], expected[11]["score.scores"]
     ), "this archive does not tell whether the order counts"
 
     scaling = Scaling(workers=3, shard_frames=2)
@@ -398,6 +400,7 @@ def test_evaluate_reports_upstreams_metrics(saved, own, capsys):
 
 @pytest.mark.cluster
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_stopped_job_goes_on_where_it_was_in_a_bucket(saved, demo_trainrun, tmp_path):
     """``python -m jobs.score``, twice, into S3; frames that are read are counted."""
     from moto.server import ThreadedMotoServer
