@@ -37,9 +37,9 @@ from cuvis_ai_schemas.execution import Context
 from loguru import logger
 
 from cuvis_dist.archive import Archive, Frame, open_archive
-from cuvis_dist.errors import ClusterError, DataError, InputError, one_line
+from cuvis_dist.errors import ClusterError, CuvisDistError, DataError, InputError, one_line
 from cuvis_dist.initialization.passes import make_task, spread
-from cuvis_dist.initialization.shards import StatefulNodesError, Task, row_error
+from cuvis_dist.initialization.shards import StatefulNodesError, Task
 from cuvis_dist.naming import file_names
 from cuvis_dist.record import JobRecord, now
 from cuvis_dist.resume import sha256
@@ -375,7 +375,7 @@ def _compute(
             with raise_cause("scoring"):
                 for row in spread(some.shards(scaling.shard_frames), job, scaling):
                     if row["error"]:
-                        raise row_error(row)
+                        raise _error(row)
                     tally.add(row)
                     on_frames(tally.done, len(plan.todo))
             return
@@ -468,8 +468,8 @@ class ScoreShard:
                     skipped.append((uid, reason))
                 else:
                     written += 1
-        except (DataError, StatefulNodesError) as error:
-            return [_row(error=str(error), stateful=isinstance(error, StatefulNodesError))]
+        except CuvisDistError as error:
+            return [_row(error=str(error), kind=type(error).__name__)]
         return [_row(written=written, skipped=pickle.dumps(skipped))]
 
     def frames(self, indices: range) -> Iterator[tuple[str, str]]:
@@ -540,7 +540,14 @@ def _array(value: torch.Tensor) -> np.ndarray:
 
 def _row(**values: Any) -> dict[str, Any]:
     """Return a row with every column, since blocks must share a schema."""
-    return {"error": "", "stateful": False, "written": 0, "skipped": pickle.dumps([]), **values}
+    return {"error": "", "kind": "", "written": 0, "skipped": pickle.dumps([]), **values}
+
+
+def _error(row: dict[str, Any]) -> CuvisDistError:
+    """Return the error that a worker's row stands for."""
+    kinds = (DataError, InputError, ClusterError, StatefulNodesError)
+    by_name: dict[str, type[CuvisDistError]] = {kind.__name__: kind for kind in kinds}
+    return by_name.get(row.get("kind", ""), CuvisDistError)(row["error"])
 
 
 def _score_in_order(job: ScoreShard, frames: int, max_skipped: int, emit: EmitFn) -> dict[str, Any]:

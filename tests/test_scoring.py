@@ -169,6 +169,12 @@ def test_a_damaged_frame_is_named_and_the_rest_comes_when_it_is_repaired(saved, 
     assert len(after) == 22
     assert {file: after[file] for file in before} == before
 
+    shutil.rmtree(out / "scores" / "recording_02")
+    (out / "scores" / "recording_02").write_text("where a folder belongs")
+    assert main(command) == 4
+    assert f"cannot be written to {out}/scores/recording_02/" in capsys.readouterr().err
+    assert result(out)["exit_code"] == 4
+
 
 def over(module, pipeline, folder: Path, saved: Path, demo_trainrun):
     """A trainrun whose pipeline and data module are these."""
