@@ -46,6 +46,10 @@ _BIT_SETTINGS = (
 )
 
 
+#: File in a run's folder that the run's process holds.
+LOCK = ".lock"
+
+
 @contextmanager
 def only_run(output_dir: Path) -> Iterator[None]:
     """Keep a second run out of ``output_dir`` for as long as the block lasts.
@@ -58,7 +62,7 @@ def only_run(output_dir: Path) -> Iterator[None]:
         If another run has the folder, with its process and host.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    with open(output_dir / ".lock", "a+", encoding="utf-8") as file:
+    with open(output_dir / LOCK, "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

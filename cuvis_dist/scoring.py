@@ -22,6 +22,7 @@ import pickle
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from cuvis_dist.initialization.passes import make_task, spread
 from cuvis_dist.initialization.shards import StatefulNodesError, Task
 from cuvis_dist.naming import file_names
 from cuvis_dist.record import JobRecord, now
-from cuvis_dist.resume import sha256
+from cuvis_dist.resume import LOCK, only_run, sha256
 from cuvis_dist.run import TrainRun, recorded
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.session import connect, require_resources, terminable
@@ -130,7 +131,7 @@ def plan_scores(
         "outputs": _hash(named),
         "device": _hash(device),
     }
-    there = set(list_files(folder))
+    there = set(list_files(folder)) - {LOCK}
     earlier = _earlier(folder) if _FINGERPRINT in there else None
     if there and not restart:
         if earlier is None:
@@ -187,7 +188,30 @@ def score_archive(
     CuvisDistError
         With a message for people; ``result.json`` then says ``failed``, and finished files stay.
     """
-    scaling, started = scaling or Scaling(), time.perf_counter()
+    folder = f"{trainrun.output_folder}/scores"
+    _refuse_links(folder, [])
+    with nullcontext() if is_uri(folder) else only_run(Path(folder)):
+        return _score_alone(
+            trainrun,
+            split,
+            outputs,
+            scaling or Scaling(),
+            on_frames or (lambda done, total: None),
+            verbose,
+            restart,
+        )
+
+
+def _score_alone(
+    trainrun: TrainRun,
+    split: str,
+    outputs: str | None,
+    scaling: Scaling,
+    on_frames: OnFrames,
+    verbose: bool,
+    restart: bool,
+) -> JobRecord:
+    started = time.perf_counter()
     values = {"pipeline": trainrun.config.pipeline, "split": split}
     record = JobRecord("score", trainrun.output_folder, values)
     record.begin()
@@ -209,7 +233,7 @@ def score_archive(
                 with terminable():  # Ray sets a handler of its own
                     connect(scaling, verbose)
                     require_resources(scaling, training=False)
-                _compute(trainrun.pipeline, plan, scaling, tally, on_frames or (lambda *_: None))
+                _compute(trainrun.pipeline, plan, scaling, tally, on_frames)
         finally:
             record.values |= {"written": tally.written, "skipped": tally.skipped}
             record.values["seconds"] = round(time.perf_counter() - started, 3)

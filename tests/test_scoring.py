@@ -31,6 +31,7 @@ from cuvis_dist import Scaling
 from cuvis_dist.cli import main
 from cuvis_dist.errors import InputError
 from cuvis_dist.record import save_pipeline
+from cuvis_dist.resume import only_run
 from cuvis_dist.run import load_trainrun
 from cuvis_dist.scoring import ScoreShard, plan_scores, score_archive
 
@@ -168,6 +169,11 @@ def test_a_damaged_frame_is_named_and_the_rest_comes_when_it_is_repaired(saved, 
     after = files(out / "scores")
     assert len(after) == 22
     assert {file: after[file] for file in before} == before
+
+    with only_run(out / "scores"):
+        assert main(command) == 2
+    assert "another run is writing" in capsys.readouterr().err
+    assert (result(out)["status"], result(out)["written"]) == ("done", 1)
 
     shutil.rmtree(out / "scores" / "recording_02")
     (out / "scores" / "recording_02").write_text("where a folder belongs")
