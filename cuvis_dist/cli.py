@@ -55,12 +55,42 @@ def _parser() -> argparse.ArgumentParser:
     add_trainrun_options(init)
     add_scaling_options(init)
     init.set_defaults(command=_init)
-    for command in (run, init):
-        _add_restart(command)
+
+    train = commands.add_parser(
+        "train", help="run phase 2 alone, on what init left, and save the pipeline"
+    )
+    add_trainrun_options(train)
+    train.add_argument(
+        "--pipeline",
+        metavar="PIPELINE",
+        help="saved pipeline (.yaml, .pt beside it) to take the fitted state of instead",
+    )
+    add_scaling_options(train)
+    train.set_defaults(command=_train)
+
+    evaluate = commands.add_parser("evaluate", help="print a saved pipeline's metrics on a split")
+    _add_saved_options(evaluate, ("val", "test"), "test")
+    add_scaling_options(evaluate)
+    evaluate.set_defaults(command=_evaluate)
+
+    score = commands.add_parser(
+        "score", help="write a saved pipeline's score maps and decisions, one file per frame"
+    )
+    _add_saved_options(score, ("train", "val", "test", "predict"), "predict: all frames")
+    score.add_argument(
+        "--outputs",
+        metavar="NODE.PORT,...",
+        help="what to write; default: every port called scores or decisions",
+    )
+    add_scaling_options(score)
+    score.set_defaults(command=_score)
+    for command in (run, init, train, evaluate, score):
+        if command is not evaluate:
+            _add_restart(command)
         command.add_argument(
             "--dry-run",
             action="store_true",
-            help="print the plan and the resources it would ask for; starts no Ray",
+            help="print what it would do and the resources it would ask for; starts no Ray",
         )
 
     info = commands.add_parser(
@@ -120,6 +150,30 @@ def _parser() -> argparse.ArgumentParser:
 def add_trainrun_options(parser: argparse.ArgumentParser) -> None:
     """Add what says which trainrun is meant, with ``restore-trainrun``'s spellings."""
     parser.add_argument("trainrun", metavar="TRAINRUN", help="trainrun YAML, flat or with defaults")
+    _add_trainrun_settings(parser)
+
+
+def _add_saved_options(
+    parser: argparse.ArgumentParser, splits: tuple[str, ...], default: str
+) -> None:
+    parser.add_argument("pipeline", metavar="PIPELINE", help="saved pipeline, .yaml beside its .pt")
+    parser.add_argument(
+        "--data",
+        dest="trainrun",
+        required=True,
+        metavar="TRAINRUN",
+        help="trainrun YAML whose data block is used",
+    )
+    parser.add_argument(
+        "--split",
+        choices=splits,
+        default=default.partition(":")[0],
+        help=f"of that data; default: {default}",
+    )
+    _add_trainrun_settings(parser)
+
+
+def _add_trainrun_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plugins-dir",
         action="append",
@@ -196,11 +250,11 @@ def _quiet(verbose: bool) -> None:
         warnings.filterwarnings("ignore")
 
 
-def _trainrun(arguments: argparse.Namespace) -> TrainRun:
+def _trainrun(arguments: argparse.Namespace, saved: str | None = None) -> TrainRun:
     from cuvis_dist.run import load_trainrun
 
     return load_trainrun(
-        arguments.trainrun, arguments.override, arguments.plugins_dir, arguments.output_dir
+        arguments.trainrun, arguments.override, arguments.plugins_dir, arguments.output_dir, saved
     )
 
 
@@ -232,6 +286,70 @@ def _init(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _train(arguments: argparse.Namespace) -> int:
+    trainrun = _trainrun(arguments).training_only(arguments.pipeline)
+    if arguments.dry_run:
+        return _dry_run(trainrun, _scaling(arguments))
+    _run_and_print(arguments, trainrun)
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from cuvis_dist.archive import open_archive
+    from cuvis_dist.progress import ProgressLines
+    from cuvis_dist.saved import evaluate_saved
+
+    trainrun, scaling = _trainrun(arguments, arguments.pipeline), _scaling(arguments)
+    if arguments.dry_run:
+        frames = len(open_archive(trainrun.datamodule(scaling, fitting=False), arguments.split))
+        print(f"pipeline {trainrun.config.pipeline}")
+        print(f"frames   {frames} of {arguments.split}")
+        on_gpus = bool(scaling.gpus_per_worker)
+        _print_workers(
+            scaling, scaling.train_workers if on_gpus else scaling.workers, scaling.gpus_per_worker
+        )
+        return 0
+    record = evaluate_saved(
+        trainrun, arguments.split, scaling, ProgressLines(), verbose=arguments.verbose
+    )
+    for name, value in record.values["metrics"][arguments.split].items():
+        print(f"{arguments.split:5} {name} {value:.4f}")
+    print(f"result   {record.output.at('result.json')}")
+    return 0
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    from cuvis_dist.progress import ProgressLines
+    from cuvis_dist.scoring import plan_scores, score_archive
+
+    trainrun, scaling = _trainrun(arguments, arguments.pipeline), _scaling(arguments)
+    what = arguments.split, arguments.outputs
+    if arguments.dry_run:
+        plan = plan_scores(trainrun, *what, scaling, arguments.restart)
+        print(f"pipeline {trainrun.config.pipeline}")
+        done = len(plan.files) - len(plan.todo)
+        print(f"frames   {len(plan.files)} of {arguments.split}, {done} of them scored before")
+        print(f"outputs  {', '.join('.'.join(port) for port in plan.outputs)}")
+        _print_workers(scaling, scaling.workers, scaling.worker_gpus)
+        print(f"result   {plan.folder.at(plan.files[0])}, ...")
+        return 0
+    record = score_archive(
+        trainrun, *what, scaling, ProgressLines().scored, arguments.verbose, arguments.restart
+    )
+    values = record.values
+    print(f"frames   {values['frames']}: {values['written']} written, {values['there']} before")
+    for reason in values["skipped"].values():
+        print(f"skipped  {reason}")
+    print(f"scores   {values['scores']}")
+    return 0
+
+
+def _print_workers(scaling: Scaling, workers: int | None, gpus: float) -> None:
+    on_gpus = f" and {gpus:g} GPUs" if gpus else ""
+    each = f"{scaling.cpus_per_worker:g} CPUs{on_gpus} each"
+    print(f"workers  {workers or 'one per CPU of the cluster'}, {each}")
+
+
 def _run_and_print(arguments: argparse.Namespace, trainrun: TrainRun) -> RunRecord:
     from cuvis_dist.progress import ProgressLines
     from cuvis_dist.run import run_trainrun
@@ -250,9 +368,12 @@ def _run_and_print(arguments: argparse.Namespace, trainrun: TrainRun) -> RunReco
 
 
 def _dry_run(trainrun: TrainRun, scaling: Scaling) -> int:
-    _print_plan(trainrun, scaling)
     each = f"{scaling.cpus_per_worker:g} CPUs each"
-    print(f"phase 1  {scaling.workers or 'one per CPU of the cluster'} workers, {each}")
+    if trainrun.weights is None:
+        _print_plan(trainrun, scaling)
+        print(f"phase 1  {scaling.workers or 'one per CPU of the cluster'} workers, {each}")
+    else:
+        print(f"phase 1  none: its result is that of {trainrun.weights}")
     if trainrun.config.training is None:
         print("phase 2  none: phase 1 alone")
     else:
@@ -317,9 +438,11 @@ def _submit(arguments: argparse.Namespace) -> int:
     job = _parser().parse_args(command)  # a wrong option is found here, not on the cluster
     if job.command is _submit:
         raise InputError("a job that submits a job would wait for itself")
-    for name in ("trainrun", "scaling"):
+    for name in ("trainrun", "pipeline", "scaling"):
         if path := getattr(job, name, None):
             _check_uploaded(Path(path), arguments.working_dir)
+            if name == "pipeline":
+                _check_uploaded(Path(path).with_suffix(".pt"), arguments.working_dir)
     options = {"address": arguments.address} if arguments.address else {}
     submission = Submission(command, working_dir=arguments.working_dir, **options)
     print(submission.as_ray_command(), flush=True)

@@ -11,6 +11,8 @@ from typing import TextIO
 
 from cuvis_ai_core.training.post_fit import FrameProgress, TrainEvent, TrainHook, describe_event
 
+#: Seconds between two lines of a log about the same thing.
+_LOG_SECONDS = 30
 _EPOCH_HOOKS = {TrainHook.EPOCH_START, TrainHook.TRAIN_PROGRESS, TrainHook.EPOCH_END}
 _EVALUATION_HOOKS = {TrainHook.EVALUATION_PROGRESS, TrainHook.CALIBRATION_PROGRESS}
 _SILENT = {
@@ -30,7 +32,7 @@ class ProgressLines:
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
         self._live = self.stream.isatty()
-        self._started = time.monotonic()
+        self._started = self._said = time.monotonic()
         self._nodes: dict[str, bool] = {}  # name -> still being fitted
         self._before = 0  # frames of the pass that an earlier run dealt with
 
@@ -60,6 +62,15 @@ class ProgressLines:
                 )
         elif line := describe_event(event):
             self._finish(line)
+
+    def scored(self, done: int, total: int) -> None:
+        """Say how many frames are scored; elsewhere than on a terminal at times only."""
+        if done >= total:
+            self._finish(f"scored {self._rate(FrameProgress(total, total))}")
+        elif self._live:
+            self._rewrite(f"scoring: {self._rate(FrameProgress(done, total))}")
+        elif time.monotonic() - self._said >= _LOG_SECONDS:
+            self._finish(f"scoring: {self._rate(FrameProgress(done, total))}")
 
     def _epoch(self, event: TrainEvent) -> None:
         epochs = event.epochs
@@ -95,3 +106,4 @@ class ProgressLines:
     def _finish(self, line: str) -> None:
         self.stream.write(f"\r\x1b[2K  {line}\n" if self._live else f"  {line}\n")
         self.stream.flush()
+        self._said = time.monotonic()

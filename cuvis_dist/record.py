@@ -41,6 +41,10 @@ class RunRecord:
 
     Attributes
     ----------
+    job : str
+        ``run``, ``init`` or ``train``.
+    weights : str or None
+        The saved state that ``train`` began with.
     status : str
         ``running``, ``done``, ``failed`` or ``interrupted``.
     error : str or None
@@ -67,6 +71,8 @@ class RunRecord:
     trainrun: str
     name: str
     output_dir: str
+    job: str = "run"
+    weights: str | None = None
     pipeline: str = ""
     scaling: dict[str, Any] = field(default_factory=dict)
     status: str = "running"
@@ -127,6 +133,7 @@ class RunRecord:
     def result(self) -> dict[str, Any]:
         """Return what whoever submitted the run asks first; the rest is in ``run.json``."""
         return {
+            "job": self.job,
             "status": self.status,
             "exit_code": self.exit_code,
             "error": self.error,
@@ -145,6 +152,44 @@ def state_sha256(pipeline: CuvisPipeline) -> str:
             flat = value.detach().cpu().reshape(-1).contiguous()
             digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+@dataclass
+class JobRecord:
+    """What ``result.json`` says about a job that uses a saved pipeline.
+
+    Attributes
+    ----------
+    job : str
+        ``evaluate`` or ``score``.
+    output : OutputFolder
+        Where it goes.
+    values : dict
+        What the job found out, besides how it ended.
+    status, error, exit_code, started, finished
+        As in :class:`RunRecord`.
+    """
+
+    job: str
+    output: OutputFolder
+    values: dict[str, Any] = field(default_factory=dict)
+    status: str = "running"
+    error: str | None = None
+    exit_code: int | None = None
+    started: str = field(default_factory=lambda: now())
+    finished: str | None = None
+
+    def begin(self) -> None:
+        """Remove an earlier ``result.json``: where there is one, the job has ended."""
+        self.output.probe()
+        self.output.remove("result.json")
+
+    def write(self) -> None:
+        """Write ``<output_dir>/result.json``."""
+        ending = {name: getattr(self, name) for name in ("job", "status", "exit_code", "error")}
+        times = {"started": self.started, "finished": self.finished}
+        content = json.dumps(ending | self.values | times, indent=2, default=_as_json) + "\n"
+        self.output.write("result.json", content.encode())
 
 
 def now() -> str:

@@ -16,6 +16,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -32,6 +33,9 @@ from cuvis_dist.output import Location, OutputFolder
 from cuvis_dist.record import RunRecord
 from cuvis_dist.scaling import MEASURING_SETTINGS, Scaling
 from cuvis_dist.storage import writing_to
+
+#: File in a run's folder that the run's process holds.
+LOCK = ".lock"
 
 
 @contextmanager
@@ -51,7 +55,7 @@ def only_run(output: OutputFolder) -> Iterator[None]:
         return
     with writing_to(output.local):
         output.local.mkdir(parents=True, exist_ok=True)
-        file = open(output.local / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+        file = open(output.local / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,6 +96,15 @@ def fingerprint(
     }
 
 
+def sha256(*paths: Path) -> str:
+    """Return the SHA-256 of the bytes of some files."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
 def _uids(datamodule: pl.LightningDataModule, split: str) -> list[str] | None:
     try:
         return [frame.uid for frame in open_split(datamodule, split)[1]]
@@ -126,9 +139,12 @@ class Resume:
             names = sorted(
                 name for name in {**parts, **earlier} if parts.get(name) != earlier.get(name)
             )
-            logger.warning(
+            # Nothing is lost where a job that is done is followed by another, as init by train.
+            lost = earlier.get("job") == parts.get("job") or self._unfinished()
+            logger.log(
+                "WARNING" if lost else "INFO",
                 f"starting anew: an earlier run in {self.output} had another "
-                f"{', another '.join(names)}"
+                f"{', another '.join(names)}",
             )
             self.output.remove_folder("resume")
         else:
@@ -148,6 +164,9 @@ class Resume:
             return json.loads(content)
         except ValueError:
             return None
+
+    def _unfinished(self) -> bool:
+        return self.output.names("resume") != ["resume/fingerprint.json"]
 
     def finished(self) -> RunRecord | None:
         """Return the record of the same run, if it is done and its result is there."""

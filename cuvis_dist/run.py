@@ -29,9 +29,9 @@ from cuvis_dist.archive import fetched_when_opened, localize, open_archive, setu
 from cuvis_dist.errors import INTERRUPTED, CuvisDistError, DataError, InputError, one_line
 from cuvis_dist.evaluation import failed_split, post_fit
 from cuvis_dist.initialization import StatisticalTrainer, recipe_for, statistical_nodes
-from cuvis_dist.output import Location, OutputFolder, location_of
-from cuvis_dist.record import RunRecord, now, save_pipeline, state_sha256
-from cuvis_dist.resume import Resume, fingerprint, only_run
+from cuvis_dist.output import Location, OutputFolder, location_of, temporary_folder
+from cuvis_dist.record import JobRecord, RunRecord, now, save_pipeline, state_sha256
+from cuvis_dist.resume import Resume, fingerprint, only_run, sha256
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.session import connect, require_resources, terminable
 from cuvis_dist.training import GradientTrainer, check_training
@@ -53,15 +53,19 @@ class TrainRun:
         Resolved and overridden.
     plugins_dirs : list of Path
         Where plugin manifests are looked up.
-    result : str
-        Ending of the saved pipeline's name; upstream's by default.
+    job : str
+        Which part of it is meant: ``run`` (all of it), ``init`` or ``train``; ``evaluate`` and
+        ``score`` use its data alone.
+    weights : Path or None
+        The ``.pt`` that the state of the pipeline's nodes was loaded from.
     """
 
     path: Path
     config: TrainRunConfig
     pipeline: CuvisPipeline
     plugins_dirs: list[Path]
-    result: str = "restored"
+    job: str = "run"
+    weights: Path | None = None
 
     @property
     def loss_nodes(self) -> list[Node]:
@@ -88,8 +92,12 @@ class TrainRun:
 
     @property
     def result_name(self) -> str:
-        """Upstream's place and name of the result in the output folder, less its suffix."""
-        return f"trained_models/{self.pipeline.name}_{self.result}"
+        """Place and name of the result in the output folder, less its suffix.
+
+        Upstream's, or that of phase 1 alone.
+        """
+        ending = "initialized" if self.job == "init" else "restored"
+        return f"trained_models/{self.pipeline.name}_{ending}"
 
     @property
     def saved_pipeline(self) -> Location:
@@ -99,10 +107,64 @@ class TrainRun:
     def initialization_only(self) -> TrainRun:
         """Return this trainrun without phase 2; its result does not replace a trained one."""
         config = self.config.model_copy(update={"training": None})
-        return replace(self, config=config, result="initialized")
+        return replace(self, config=config, job="init")
 
-    def datamodule(self, scaling: Scaling | None = None) -> pl.LightningDataModule:
-        """Build the data module, set up for fitting.
+    def training_only(self, saved: str | Path | None = None) -> TrainRun:
+        """Return this trainrun without phase 1: its nodes have the state of a saved pipeline.
+
+        The nodes, their settings and edges stay the trainrun's own, as with the ``--weights-path``
+        of ``restore-trainrun``: thresholds that were calibrated when the pipeline was saved do
+        not change what training monitors.
+
+        Parameters
+        ----------
+        saved : str or Path, optional
+            The saved pipeline, ``.pt`` beside it; by default what ``cuvis-dist init`` left.
+
+        Raises
+        ------
+        InputError
+            If there is nothing to train, no such pipeline, or it does not fit the trainrun's.
+        """
+        if self.config.training is None:
+            raise InputError(f"trainrun {self.path} has no training block: nothing to train")
+        weights = self._initialized() if saved is None else Path(saved).with_suffix(".pt")
+        weights = weights.expanduser().resolve()
+        if not weights.is_file():
+            hint = ". cuvis-dist init makes it; --pipeline names another" if saved is None else ""
+            raise InputError(f"the fitted state is not there: {weights}{hint}")
+        try:
+            missing = set(upstream.restore_weights(self.pipeline, weights))
+        except Exception as error:
+            raise InputError(
+                f"{weights} does not fit the pipeline {self.pipeline.name} of trainrun "
+                f"{self.path}: {one_line(error)}"
+            ) from error
+        stateful = [node.name for node in self.pipeline.nodes() if node.state_dict()]
+        if lost := [name for name in stateful if name in missing]:
+            raise InputError(
+                f"{weights} has no state of {', '.join(lost)}, which the pipeline "
+                f"{self.pipeline.name} of trainrun {self.path} needs"
+            )
+        return replace(self, job="train", weights=weights)
+
+    def _initialized(self) -> Path:
+        """Return the state that ``cuvis-dist init`` left, as a file on this machine."""
+        name = f"{self.initialization_only().result_name}.pt"
+        if self.output.local is not None:
+            return self.output.local / name
+        try:
+            return self.output.download(name, temporary_folder() / Path(name).name)
+        except FileNotFoundError:
+            raise InputError(
+                f"the fitted state is not there: {self.output.at(name)}. cuvis-dist init makes "
+                "it; --pipeline names another"
+            ) from None
+
+    def datamodule(
+        self, scaling: Scaling | None = None, fitting: bool = True
+    ) -> pl.LightningDataModule:
+        """Build the data module, set up for ``fitting`` or not at all.
 
         ``scaling`` says where files at URIs are staged.
 
@@ -118,7 +180,9 @@ class TrainRun:
         config = self.config.model_copy(update={"data": local})
         try:
             with fetched_when_opened():
-                return upstream.create_datamodule(config, self.plugins_dirs, base_dir=base_dir)
+                if fitting:
+                    return upstream.create_datamodule(config, self.plugins_dirs, base_dir=base_dir)
+                return upstream.build_datamodule(local, self.plugins_dirs, base_dir)
         except CuvisDistError:
             raise
         except (Exception, SystemExit) as error:  # importing cuvis can exit
@@ -131,8 +195,15 @@ def load_trainrun(
     overrides: Sequence[str] = (),
     plugins_dirs: Sequence[str | Path] = (),
     output_dir: str | Path | None = None,
+    saved: str | Path | None = None,
 ) -> TrainRun:
     """Read a trainrun (flat YAML or with Hydra ``defaults``) and build its pipeline.
+
+    Parameters
+    ----------
+    saved : str or Path, optional
+        A saved pipeline, ``.pt`` beside it, to use instead of the trainrun's own, which then
+        need not be there.
 
     Raises
     ------
@@ -152,6 +223,12 @@ def load_trainrun(
         raise InputError(f"trainrun {path} is not valid: {problems}") from error
     except Exception as error:
         raise InputError(f"trainrun {path} cannot be read: {one_line(error)}") from error
+    dirs = upstream.discover_plugins_dirs(path, [*installed_plugins_dirs(), *plugins_dirs])
+    if saved is not None:
+        pipeline, weights = _load_saved(saved)
+        config = config.model_copy(update={"pipeline": str(weights.with_name(Path(saved).name))})
+        _check_names(path, config, pipeline, ["metric_nodes"])
+        return TrainRun(path, config, pipeline, dirs, weights=weights)
 
     if config.training is not None:
         # As upstream: before the pipeline, whose initial weights depend on it.
@@ -163,10 +240,28 @@ def load_trainrun(
             f"the pipeline {config.pipeline!r} of trainrun {path} cannot be built: "
             f"{one_line(error)}"
         ) from error
-    _check_names(path, config, pipeline)
+    _check_names(path, config, pipeline, ["unfreeze_nodes", "loss_nodes", "metric_nodes"])
     _check_places(path, config, pipeline)
-    dirs = upstream.discover_plugins_dirs(path, [*installed_plugins_dirs(), *plugins_dirs])
+    if config.training is not None and not config.loss_nodes:
+        raise InputError(
+            f"trainrun {path} has a training block but no loss_nodes; name the nodes whose "
+            "losses are summed, or remove the block to run phase 1 alone"
+        )
     return TrainRun(path, config, pipeline, dirs)
+
+
+def _load_saved(path: str | Path) -> tuple[CuvisPipeline, Path]:
+    path = Path(path).expanduser().resolve()
+    weights = path.with_suffix(".pt")
+    for part, what in ((path, "the saved pipeline"), (weights, "its weights")):
+        if not part.is_file():
+            raise InputError(f"{what}: {part} is not there")
+    try:
+        return CuvisPipeline.load_pipeline(path, weights, device="cpu"), weights
+    except Exception as error:
+        raise InputError(
+            f"the saved pipeline {path} cannot be loaded: {one_line(error)}"
+        ) from error
 
 
 def _read_config(path: Path, overrides: list[str]) -> TrainRunConfig:
@@ -193,21 +288,18 @@ def installed_plugins_dirs() -> list[Path]:
     return [folder] if folder.is_dir() else []
 
 
-def _check_names(path: Path, config: TrainRunConfig, pipeline: CuvisPipeline) -> None:
+def _check_names(
+    path: Path, config: TrainRunConfig, pipeline: CuvisPipeline, keys: Sequence[str]
+) -> None:
     """Refuse a node name that the pipeline lacks now, not after hours of phase 1."""
     known = {node.name for node in pipeline.nodes()}
-    for key in ("unfreeze_nodes", "loss_nodes", "metric_nodes"):
+    for key in keys:
         unknown = [name for name in getattr(config, key) if name not in known]
         if unknown:
             raise InputError(
                 f"{key} of trainrun {path} names {', '.join(map(repr, unknown))}, which the "
                 f"pipeline {pipeline.name} does not have. Its nodes: {', '.join(sorted(known))}"
             )
-    if config.training is not None and not config.loss_nodes:
-        raise InputError(
-            f"trainrun {path} has a training block but no loss_nodes; name the nodes whose "
-            "losses are summed, or remove the block to run phase 1 alone"
-        )
 
 
 def _check_places(path: Path, config: TrainRunConfig, pipeline: CuvisPipeline) -> None:
@@ -251,7 +343,10 @@ def run_trainrun(
     verbose: bool = False,
     restart: bool = False,
 ) -> RunRecord:
-    """Run both phases of a trainrun (the first alone without a ``training`` block) and save.
+    """Run both phases of a trainrun, or the one that is left of it, and save the pipeline.
+
+    Without a ``training`` block that is the first, after :meth:`TrainRun.training_only` the
+    second.
 
     A run of the same trainrun that was cut off in the same ``output_dir`` is continued: phase 1
     goes on in the middle of a pass, and phase 2 after its last finished epoch. One
@@ -291,24 +386,30 @@ def _run_alone(
         str(trainrun.path),
         trainrun.config.name,
         str(trainrun.output_dir),
+        job=trainrun.job,
+        weights=str(trainrun.weights) if trainrun.weights else None,
         scaling=scaling.model_dump(mode="json"),
     )
     trainrun.output.probe()
-    with _recorded(record), terminable():
+    with recorded(record), terminable():
         if trainrun.config.training is not None:
             check_training(trainrun.config.training, scaling)
         datamodule = trainrun.datamodule(scaling)
         parts = fingerprint(trainrun.config, trainrun.pipeline, datamodule, scaling)
+        parts["job"] = trainrun.job
+        if trainrun.weights is not None:
+            parts["weights"] = sha256(trainrun.weights)
         resume = Resume(trainrun.output_dir, parts, restart)
     if finished := resume.finished():
         logger.warning(
             f"this run is done since {finished.finished}, its result is in {finished.pipeline}; "
             "--restart runs it again"
         )
+        finished.write()  # result.json is that of the last job in this folder
         return finished
     resume.begin()
     record.write()
-    with _recorded(record), terminable():
+    with recorded(record), terminable():
         _run(trainrun, datamodule, scaling, record, resume, emit, verbose)
         record.status, record.exit_code, record.finished = "done", 0, now()
         record.write()
@@ -317,8 +418,8 @@ def _run_alone(
 
 
 @contextmanager
-def _recorded(record: RunRecord) -> Iterator[None]:
-    """Write down how the run ended, if it did not end well."""
+def recorded(record: RunRecord | JobRecord) -> Iterator[None]:
+    """Write down how the job ended, if it did not end well."""
     try:
         yield
     except BaseException as error:
@@ -361,6 +462,8 @@ def _run(
         adopt_all(pipeline, earlier["nodes"])
         record.passes, record.skipped_frames = earlier["passes"], earlier["skipped_frames"]
         record.findings = earlier["findings"]
+    elif trainrun.weights is not None:
+        logger.info(f"phase 1 is left out: its result is that of {trainrun.weights}")
     elif statistical_nodes(pipeline):
         with _timed(record, "initialization"):
             trainer = StatisticalTrainer(

@@ -40,8 +40,8 @@ class Scaling(BaseModel):
         Ray cluster to join (``auto``, ``host:port`` or ``ray://host:port``). None joins the
         cluster that ``RAY_ADDRESS`` names (as inside ``ray job submit``), or starts Ray here.
     workers : int or None
-        Shards measured at the same time in phase 1, and parts of a split evaluated; None: one per
-        CPU of the cluster.
+        Shards measured at the same time in phase 1 or scored, and parts of a split evaluated;
+        None: one per CPU of the cluster.
     train_workers : int
         DDP processes of phase 2. ``batch_size`` of a trainrun stays the global batch size: a
         step's frames are dealt over these processes.
@@ -57,7 +57,8 @@ class Scaling(BaseModel):
     shard_frames : int
         Frames in a shard, the unit of work of phase 1.
     worker_gpus : float
-        GPUs of each worker of phase 1, which then computes and measures on it; 0 uses CPUs.
+        GPUs of each worker of phase 1, which then computes and measures on it, or of each that
+        scores; 0 uses CPUs.
     fold : bool
         Derive the statistics of ports that affine nodes separate from a measured one, instead
         of reading the archive again. What the nodes between round to float32 is then not seen:
@@ -73,8 +74,8 @@ class Scaling(BaseModel):
     sample_seed : int
         Chooses among such samples.
     on_error : str
-        ``raise`` ends phase 1 at the first frame that cannot be used; ``skip`` leaves such frames
-        out and names them in ``run.json``.
+        ``raise`` ends phase 1, or scoring, at the first frame that cannot be used; ``skip``
+        leaves such frames out and names them in ``run.json``, or ``result.json``.
     max_skipped : int
         How many frames ``skip`` may leave out of a pass before the run ends all the same.
     save_seconds : float

@@ -119,8 +119,10 @@ def write_atomically(target: PathOrURI, content: bytes) -> PathOrURI:
     temporary = local.with_name(f".{local.name}.{os.getpid()}")
     with writing_to(local.parent):
         local.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)  # never through a link that lies there
         try:
-            temporary.write_bytes(content)
+            with open(temporary, "xb") as file:
+                file.write(content)
             os.replace(temporary, local)
         except OSError:
             temporary.unlink(missing_ok=True)

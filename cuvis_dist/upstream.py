@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import networkx as nx
@@ -19,6 +20,11 @@ from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training import StatisticalTrainer
 from cuvis_ai_core.training.evaluation import (
     _pooled_objects as pooled_objects,
+)
+from cuvis_ai_core.utils.node_registry import NodeRegistry
+from cuvis_ai_core.utils.restore import (
+    _build_data_module,
+    _resolve_splits_path_in_config,
 )
 from cuvis_ai_core.utils.restore import (
     _build_pipeline_from_config as build_pipeline,
@@ -31,9 +37,11 @@ from cuvis_ai_core.utils.restore import (
 )
 from cuvis_ai_dataloader.data import datamodule_cu3s, datamodule_cu3s_multi
 from cuvis_ai_schemas.enums import ExecutionStage
+from cuvis_ai_schemas.training import DataConfig
 
 __all__ = [
     "accumulated_mean",
+    "build_datamodule",
     "build_pipeline",  # a trainrun's pipeline reference, built as restore-trainrun builds it
     "counting_measurements",
     "create_datamodule",  # its data module, from the same plugins and splits
@@ -42,8 +50,27 @@ __all__ = [
     "node_inputs",
     "nodes_before",
     "pooled_objects",  # a metric node's live torchmetrics, as an evaluation resets and reads them
+    "restore_weights",
     "topological_order",
 ]
+
+
+def build_datamodule(data: DataConfig, plugins_dirs: list[Path], base_dir: Path) -> Any:
+    """Build a trainrun's data module as :func:`create_datamodule` does, not yet set up.
+
+    Private: ``_build_data_module`` and ``_resolve_splits_path_in_config``, since upstream's way
+    sets up train and val, which a saved pipeline does not need.
+    """
+    data = _resolve_splits_path_in_config(data, base_dir)
+    return _build_data_module(NodeRegistry(), data, plugins_dirs)
+
+
+def restore_weights(pipeline: CuvisPipeline, path: Path) -> list[str]:
+    """Load a saved pipeline's weights on the CPU; return the nodes that they do not have.
+
+    Private: ``pipeline._restore_weights_from_checkpoint``, as restore-trainrun uses it.
+    """
+    return pipeline._restore_weights_from_checkpoint(path, device="cpu")
 
 
 def topological_order(pipeline: CuvisPipeline) -> list[Node]:

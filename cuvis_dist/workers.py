@@ -86,8 +86,14 @@ def on_worker(
     emit: EmitFn,
     scaling: Scaling,
     gpus: float = 0,
+    retries: int = 0,
 ) -> T:
     """Run ``function(*args, emit=...)`` on one worker of the cluster and return its result.
+
+    Parameters
+    ----------
+    retries : int
+        How often Ray may call it again, elsewhere, when its worker is lost.
 
     Raises
     ------
@@ -95,7 +101,7 @@ def on_worker(
         What the function raised, when it was one; else as :func:`raise_cause` says.
     """
     args = tuple(portable(a) if isinstance(a, pl.LightningDataModule) else a for a in args)
-    remote: Any = ray.remote(num_cpus=scaling.cpus_per_worker, num_gpus=gpus, max_retries=0)(
+    remote: Any = ray.remote(num_cpus=scaling.cpus_per_worker, num_gpus=gpus, max_retries=retries)(
         _call_on_worker
     )
     with relayed(emit) as worker_emit, raise_cause(function.__name__.replace("_", " ").strip()):

@@ -36,6 +36,21 @@ class FirstBand(Node):
         return {"scores": data[..., :1], "plane": data[..., 0]}
 
 
+class Trail(Node):
+    """Adds what it saw before to a frame; it keeps that in no tensor of its own."""
+
+    _category = NodeCategory.TRANSFORM
+    _tags = frozenset({NodeTag.TRACKING})
+    INPUT_SPECS = {"data": PortSpec(dtype=torch.float32, shape=(-1, -1, -1, -1))}
+    OUTPUT_SPECS = {"normalized": PortSpec(dtype=torch.float32, shape=(-1, -1, -1, -1))}
+    seen = 0.0
+
+    def forward(self, data, **_):
+        output = data + self.seen
+        self.seen += float(data.mean())
+        return {"normalized": output}
+
+
 class ExactMetrics(Node):
     """Pooled metrics that keep every score (states that are concatenated)."""
 

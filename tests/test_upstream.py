@@ -21,6 +21,11 @@ PRIVATE = {
     (restore, "_build_pipeline_from_config"): ["trainrun_config", "device", "base_dir"],
     (restore, "_create_datamodule_from_config"): ["trainrun_config", "candidate_dirs", "base_dir"],
     (restore, "_discover_plugins_dirs"): ["pipeline_path", "explicit_dirs"],
+    (restore, "_build_data_module"): ["registry", "data_config", "candidate_dirs"],
+    (restore, "_resolve_splits_path_in_config"): ["data_config", "base_dir"],
+    (CuvisPipeline, "_restore_weights_from_checkpoint"): [
+        "self", "weights_path", "strict_weight_loading", "device",
+    ],
     (evaluation, "_pooled_objects"): ["node"],
     (CuvisPipeline, "_gather_node_inputs"): ["self", "node", "port_data", "batch"],
     (StatisticalTrainer, "_require_predecessor_outputs"): ["self", "target_node", "outputs"],

@@ -162,10 +162,14 @@ class Archive:
         if size == len(self):
             return self
         drawn = sorted(range(len(self)), key=lambda i: _hash(seed, self.frames[i].uid))[:size]
-        sample = copy.copy(self)
-        sample.frames = [self.frames[i] for i in sorted(drawn)]
-        sample._items = [self._items[i] for i in sorted(drawn)]
-        return sample
+        return self.only(sorted(drawn))
+
+    def only(self, indices: Sequence[int]) -> Archive:
+        """Return an archive of these frames, in this order."""
+        some = copy.copy(self)
+        some.frames = [self.frames[i] for i in indices]
+        some._items = [self._items[i] for i in indices]
+        return some
 
     def read(self, index: int) -> dict[str, Any]:
         """Read one frame as a batch of one, as the module's own loader would collate it."""
@@ -216,7 +220,13 @@ def open_archive(datamodule: pl.LightningDataModule, split: str) -> Archive:
 
 
 def open_split(datamodule: pl.LightningDataModule, split: str) -> tuple[DataLoader, list[Frame]]:
-    """Set up the data module for ``split`` (``train``, ``val`` or ``test``) and list its frames.
+    """Set up the data module for a split and list its frames.
+
+    Parameters
+    ----------
+    split : str
+        ``train``, ``val``, ``test`` or ``predict`` (every frame, unless the data module is told
+        otherwise).
 
     Returns
     -------
@@ -230,7 +240,7 @@ def open_split(datamodule: pl.LightningDataModule, split: str) -> tuple[DataLoad
     DataError
         If a remote file that it opens is missing, or cannot be fetched.
     """
-    stage = {"train": "fit", "val": "validate", "test": "test"}[split]
+    stage = {"train": "fit", "val": "validate"}.get(split, split)
     with _recorded_refs(datamodule) as refs_of:
         try:
             with fetched_when_opened():
