@@ -26,7 +26,8 @@ from pyarrow.fs import FileType
 from ray import cloudpickle
 
 from cuvis_dist import upstream
-from cuvis_dist.archive.staging import Staging, join, parent, staging_here, stagings
+from cuvis_dist.archive.staging import Staging, staging_here, stagings
+from cuvis_dist.archive.uris import join, parent
 from cuvis_dist.errors import InputError, one_line
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.storage import is_uri

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import functools
 import hashlib
 import json
 import os
@@ -35,19 +34,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
 from typing import Any
-from urllib.parse import quote, unquote
 
 from loguru import logger
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
 
-from cuvis_dist.errors import ClusterError, DataError, InputError, one_line
-from cuvis_dist.storage import filesystem_of
+from cuvis_dist.archive.uris import join, parts_of, remote, retried, uri_of_parts
+from cuvis_dist.errors import ClusterError, InputError, one_line
 
 #: On a node, wins over the setting ``stage_dir``: nodes may have their fast disks elsewhere.
 STAGE_DIR = "CUVIS_DIST_STAGE_DIR"
 
-ATTEMPTS = 4
-PAUSE = 0.5  # seconds before the second attempt; doubles
 PATIENCE = 40.0  # seconds to wait for room that other readers hold
 _CHUNK = 8 * 2**20
 _LISTED = ".listed"
@@ -120,17 +116,14 @@ class Staging:
 
     def path_of(self, uri: str) -> Path:
         """Return where the file lies while it is held; raises InputError for an unsafe key."""
-        return self.files.joinpath(*_parts(uri))
+        return self.files.joinpath(*parts_of(uri))
 
     def uri_of(self, path: str | PurePath) -> str | None:
         """Return the URI whose copy, or rewritten list, a path of the cache is; else None."""
         for tree in (self.files, self._rewritten):
             inside = str(path).removeprefix(f"{tree}{os.sep}")
             if inside != str(path):
-                scheme, _, rest = inside.partition(os.sep)
-                place, _, key = rest.partition(os.sep)
-                authority, mark, query = unquote(place.removeprefix("_")).partition("?")
-                return f"{scheme}://{authority}/{quote(key, safe=_SAFE)}{mark}{query}"
+                return uri_of_parts(*inside.split(os.sep))
         return None
 
     def uris_in(self, text: str) -> str:
@@ -194,8 +187,8 @@ class Staging:
 
     def look(self, uri: str) -> FileInfo:
         """Return what lies at a URI; raises DataError if the store does not answer."""
-        filesystem, key = _remote(uri)
-        return _retried(uri, lambda: filesystem.get_file_info(key))
+        filesystem, key = remote(uri)
+        return retried(uri, lambda: filesystem.get_file_info(key))
 
     def place(self, uri: str) -> Path:
         """Let a file show in its folder, without content as long as it is not held."""
@@ -211,8 +204,8 @@ class Staging:
 
     def place_folder(self, uri: str, recursive: bool) -> Path:
         """Let all files of a remote folder show, and none that are not there; return it."""
-        filesystem, key = _remote(uri)
-        found = _retried(
+        filesystem, key = remote(uri)
+        found = retried(
             uri, lambda: filesystem.get_file_info(FileSelector(key, recursive=recursive))
         )
         there = set()
@@ -229,7 +222,7 @@ class Staging:
 
     def rewrite(self, uri: str, content: bytes) -> Path:
         """Keep another content for a file; return its path, which stands for ``uri``."""
-        path = self._rewritten.joinpath(*_parts(uri))
+        path = self._rewritten.joinpath(*parts_of(uri))
         part = self._fetching / f"{_name(uri)}.{os.getpid()}"
         with self._writing():
             self._make_folder(path.parent)
@@ -323,7 +316,7 @@ class Staging:
 
     def _fetch(self, uri: str, lock: int) -> None:
         """Fetch a file whose entry this process alone has locked."""
-        filesystem, key = _remote(uri)
+        filesystem, key = remote(uri)
         damaged: set[str] = set()
 
         def attempt() -> None:
@@ -350,11 +343,11 @@ class Staging:
         started = time.perf_counter()
         try:
             try:
-                _retried(uri, attempt)
+                retried(uri, attempt)
             except _FullDiskError:
                 with self._books() as (counters, _):
                     self._evict(counters, 0)
-                _retried(uri, attempt)
+                retried(uri, attempt)
         except BaseException:
             self._entry_path(uri).unlink(missing_ok=True)
             raise
@@ -584,81 +577,12 @@ def stagings() -> list[Staging]:
     return list(_here.values())
 
 
-# ---- URIs ------------------------------------------------------------------------------
-
-_SAFE = "/!$&'()*+,;=:@~"
-
-
-def join(folder: str, inside: str) -> str:
-    """Return the URI of a file in a folder, of which ``inside`` is the relative path."""
-    base, mark, query = folder.partition("?")
-    return f"{base.rstrip('/')}/{quote(inside, safe=_SAFE)}{mark}{query}"
-
-
-def parent(uri: str) -> str:
-    """Return the URI of the folder of a file."""
-    base, mark, query = uri.partition("?")
-    return f"{base.rpartition('/')[0]}{mark}{query}"
-
-
-def _split(uri: str) -> tuple[str, str, str, str]:
-    """Return scheme, authority, key (decoded) and query."""
-    scheme, _, rest = uri.partition("://")
-    rest, _, query = rest.partition("?")
-    authority, _, key = rest.partition("/")
-    return scheme.lower(), authority, unquote(key).rstrip("/"), query
-
-
-def _parts(uri: str) -> tuple[str, ...]:
-    """Return the parts of the path below ``files``; raises InputError for an unsafe key."""
-    scheme, authority, key, query = _split(uri)
-    place = "_" + quote(f"{authority}?{query}" if query else authority, safe=":")
-    parts = (scheme, place, *key.split("/")) if key else (scheme, place)
-    if {"", ".", ".."} & set(parts) or "\0" in key:
-        raise InputError(
-            f"{uri!r} cannot be staged: its path must not have '..', '.' or empty parts"
-        )
-    return parts
-
-
-def _remote(uri: str) -> tuple[FileSystem, str]:
-    """Return the file system of a URI, and the path on it."""
-    scheme, authority, key, query = _split(uri)
-    root = f"{scheme}://{authority}/{f'?{query}' if query else ''}"
-    filesystem, base = _filesystem(root, os.getpid())
-    return filesystem, f"{base.rstrip('/')}/{key}"
-
-
-@functools.lru_cache(maxsize=32)
-def _filesystem(root: str, pid: int) -> tuple[FileSystem, str]:
-    """Return a client, a new one in a process that was forked."""
-    return filesystem_of(root)
-
-
-def _retried(uri: str, call: Any) -> Any:
-    """Call, a few times if the network fails; raises DataError in the end."""
-    for attempt in range(ATTEMPTS):
-        try:
-            return call()
-        except FileNotFoundError as error:
-            raise DataError(f"{uri} does not exist") from error
-        except OSError as error:
-            problem = error
-            logger.debug(f"{uri}, attempt {attempt + 1} of {ATTEMPTS}: {one_line(error)}")
-        if attempt + 1 < ATTEMPTS:
-            time.sleep(PAUSE * 2**attempt * random.uniform(0.8, 1.2))
-    raise DataError(
-        f"{uri} cannot be fetched, tried {ATTEMPTS} times on {socket.gethostname()}: "
-        f"{one_line(problem)}"
-    ) from problem
-
-
 # ---- entries ---------------------------------------------------------------------------
 
 
 def _name(uri: str) -> str:
     """Return a name for what one file is called in any spelling of its URI."""
-    return hashlib.sha256("/".join(_parts(uri)).encode()).hexdigest()[:32]
+    return hashlib.sha256("/".join(parts_of(uri)).encode()).hexdigest()[:32]
 
 
 def _stamp(info: FileInfo) -> str:

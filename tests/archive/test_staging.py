@@ -10,11 +10,13 @@ import pickle
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from cuvis_dist.archive import staging as module
+from cuvis_dist.archive import uris
 from cuvis_dist.archive.staging import Staging, staging_here
 from cuvis_dist.errors import ClusterError, DataError, InputError
 
@@ -51,7 +53,14 @@ def here(cache: Staging) -> list[str]:
 
 
 def on_disk(cache: Staging) -> int:
-    return sum(p.stat().st_size for t in (cache.files, cache._fetching) for p in t.rglob("*.bin"))
+    """Bytes of the copies and of what is being fetched, at a moment when nothing is evicted."""
+    size = 0
+    with cache._books():
+        for tree in (cache.files, cache._fetching):  # a file may move from here to there
+            for path in tree.rglob("*"):
+                with suppress(FileNotFoundError):
+                    size += path.stat().st_size if path.is_file() else 0
+    return size
 
 
 def run(*targets) -> None:
@@ -60,7 +69,7 @@ def run(*targets) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(120)
         assert process.exitcode == 0
 
 
@@ -75,14 +84,14 @@ def test_a_file_is_fetched_once_and_the_oldest_goes(cache, store):
 
 def test_many_processes_fetch_each_file_once(store, tmp_path, monkeypatch):
     folder = tmp_path / "cache"
-    filesystem = module._filesystem("file:///", 0)[0]
+    filesystem = uris._filesystem("file:///", 0)[0]
 
     def slowly(data):
         time.sleep(0.05)
         return data
 
     slow = tampered(filesystem, slowly)
-    monkeypatch.setattr(module, "_filesystem", lambda root, pid: (slow, "/"))
+    monkeypatch.setattr(uris, "_filesystem", lambda root, pid: (slow, "/"))
 
     def reader():
         mine = Staging(folder, 10_000)
@@ -168,10 +177,10 @@ class SlowStore:
 
 def test_a_process_killed_while_it_fetches_leaves_nothing_behind(cache, store, tmp_path):
     flag = tmp_path / "half"
-    real = module._filesystem
+    real = uris._filesystem
 
     def fetch():
-        module._filesystem = lambda root, pid: (SlowStore(real(root, pid)[0], flag), "/")
+        uris._filesystem = lambda root, pid: (SlowStore(real(root, pid)[0], flag), "/")
         content(again(cache), store(0))
 
     victim = forked.Process(target=fetch)
@@ -193,7 +202,7 @@ def test_who_waits_for_a_large_file_is_seen_to_be_alive(store, tmp_path):
     """By what it reads, as the watch of training workers has it; as long as the file grows."""
     large = tmp_path / "store" / "large.bin"
     large.write_bytes(bytes(4_000_000))
-    folder, real = tmp_path / "cache", module._filesystem
+    folder, real = tmp_path / "cache", uris._filesystem
     started = forked.Event()
 
     class Slow:
@@ -218,7 +227,7 @@ def test_who_waits_for_a_large_file_is_seen_to_be_alive(store, tmp_path):
             return Stream()
 
     def fetch():
-        module._filesystem = lambda root, pid: (Slow(), "/")
+        uris._filesystem = lambda root, pid: (Slow(), "/")
         content(Staging(folder, 10**7), store("large"))
 
     def read_bytes():
@@ -239,10 +248,10 @@ def test_what_a_killed_process_was_fetching_is_evicted_for_others(cache, store, 
     test_a_process_killed_while_it_fetches_leaves_nothing_behind(cache, store, tmp_path)
     flag = tmp_path / "half"
     flag.unlink()
-    real = module._filesystem
+    real = uris._filesystem
 
     def fetch():
-        module._filesystem = lambda root, pid: (SlowStore(real(root, pid)[0], flag), "/")
+        uris._filesystem = lambda root, pid: (SlowStore(real(root, pid)[0], flag), "/")
         content(again(cache), store(5))
 
     victim = forked.Process(target=fetch)
@@ -290,7 +299,7 @@ def test_a_copy_that_somebody_cut_is_fetched_again(cache, store):
 def test_a_missing_file_and_one_that_cannot_be_fetched(cache, store, monkeypatch):
     with pytest.raises(DataError, match=r"nothing\.bin does not exist"):
         content(cache, store("nothing"))
-    monkeypatch.setattr(module, "PAUSE", 0.001)
+    monkeypatch.setattr(uris, "PAUSE", 0.001)
     tried = []
 
     class Unreachable:
@@ -298,7 +307,7 @@ def test_a_missing_file_and_one_that_cannot_be_fetched(cache, store, monkeypatch
             tried.append(key)
             raise OSError("no route to host")
 
-    monkeypatch.setattr(module, "_filesystem", lambda root, pid: (Unreachable(), "/"))
+    monkeypatch.setattr(uris, "_filesystem", lambda root, pid: (Unreachable(), "/"))
     with pytest.raises(DataError, match=r"1\.bin cannot be fetched, tried 4 times.*no route"):
         content(cache, store(1))
     assert len(tried) == 4
@@ -334,11 +343,11 @@ def tampered(filesystem, alter, etag=None):
 
 
 def test_damage_on_the_way_is_found_and_mended(cache, store, monkeypatch):
-    monkeypatch.setattr(module, "PAUSE", 0.001)
-    filesystem = module._filesystem("file:///", 0)[0]
+    monkeypatch.setattr(uris, "PAUSE", 0.001)
+    filesystem = uris._filesystem("file:///", 0)[0]
     damages = iter([lambda d: b"?" + d[1:], lambda d: d[:-1], lambda d: d])
     broken = tampered(filesystem, lambda data: next(damages)(data))
-    monkeypatch.setattr(module, "_filesystem", lambda root, pid: (broken, "/"))
+    monkeypatch.setattr(uris, "_filesystem", lambda root, pid: (broken, "/"))
     assert content(cache, store(4)) == bytes([4]) * 1000
     assert next(damages, None) is None
     assert cache.counters().fetched == 1
@@ -346,10 +355,10 @@ def test_damage_on_the_way_is_found_and_mended(cache, store, monkeypatch):
 
 def test_an_etag_that_is_no_checksum(cache, store, monkeypatch):
     """As of objects that S3 encrypts with a managed key: the same content comes twice."""
-    monkeypatch.setattr(module, "PAUSE", 0.001)
-    filesystem = module._filesystem("file:///", 0)[0]
+    monkeypatch.setattr(uris, "PAUSE", 0.001)
+    filesystem = uris._filesystem("file:///", 0)[0]
     encrypted = tampered(filesystem, lambda data: data, etag="0" * 32)
-    monkeypatch.setattr(module, "_filesystem", lambda root, pid: (encrypted, "/"))
+    monkeypatch.setattr(uris, "_filesystem", lambda root, pid: (encrypted, "/"))
     assert content(cache, store(4)) == bytes([4]) * 1000
 
 

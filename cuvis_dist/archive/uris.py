@@ -1,0 +1,94 @@
+"""How is a file at a URI named, joined to its folder, and reached, also when the network fails?"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import socket
+import time
+from collections.abc import Callable
+from typing import TypeVar
+from urllib.parse import quote, unquote
+
+from loguru import logger
+from pyarrow.fs import FileSystem
+
+from cuvis_dist.errors import DataError, InputError, one_line
+from cuvis_dist.storage import filesystem_of
+
+T = TypeVar("T")
+
+ATTEMPTS = 4
+PAUSE = 0.5  # seconds before the second attempt; doubles
+_SAFE = "/!$&'()*+,;=:@~"
+
+
+def join(folder: str, inside: str) -> str:
+    """Return the URI of a file in a folder, of which ``inside`` is the relative path."""
+    base, mark, query = folder.partition("?")
+    return f"{base.rstrip('/')}/{quote(inside, safe=_SAFE)}{mark}{query}"
+
+
+def parent(uri: str) -> str:
+    """Return the URI of the folder of a file."""
+    base, mark, query = uri.partition("?")
+    return f"{base.rpartition('/')[0]}{mark}{query}"
+
+
+def _split(uri: str) -> tuple[str, str, str, str]:
+    """Return scheme, authority, key (decoded) and query."""
+    scheme, _, rest = uri.partition("://")
+    rest, _, query = rest.partition("?")
+    authority, _, key = rest.partition("/")
+    return scheme.lower(), authority, unquote(key).rstrip("/"), query
+
+
+def parts_of(uri: str) -> tuple[str, ...]:
+    """Return scheme, place and key as parts of a path; raises InputError for an unsafe key."""
+    scheme, authority, key, query = _split(uri)
+    place = "_" + quote(f"{authority}?{query}" if query else authority, safe=":")
+    parts = (scheme, place, *key.split("/")) if key else (scheme, place)
+    if {"", ".", ".."} & set(parts) or "\0" in key:
+        raise InputError(
+            f"{uri!r} cannot be staged: its path must not have '..', '.' or empty parts"
+        )
+    return parts
+
+
+def uri_of_parts(scheme: str, place: str, *key: str) -> str:
+    """Return the URI that :func:`parts_of` was given."""
+    authority, mark, query = unquote(place.removeprefix("_")).partition("?")
+    return f"{scheme}://{authority}/{quote('/'.join(key), safe=_SAFE)}{mark}{query}"
+
+
+def remote(uri: str) -> tuple[FileSystem, str]:
+    """Return the file system of a URI, and the path on it."""
+    scheme, authority, key, query = _split(uri)
+    root = f"{scheme}://{authority}/{f'?{query}' if query else ''}"
+    filesystem, base = _filesystem(root, os.getpid())
+    return filesystem, f"{base.rstrip('/')}/{key}"
+
+
+@functools.lru_cache(maxsize=32)
+def _filesystem(root: str, pid: int) -> tuple[FileSystem, str]:
+    """Return a client, a new one in a process that was forked."""
+    return filesystem_of(root)
+
+
+def retried(uri: str, call: Callable[[], T]) -> T:
+    """Call, a few times if the network fails; raises DataError in the end."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return call()
+        except FileNotFoundError as error:
+            raise DataError(f"{uri} does not exist") from error
+        except OSError as error:
+            problem = error
+            logger.debug(f"{uri}, attempt {attempt + 1} of {ATTEMPTS}: {one_line(error)}")
+        if attempt + 1 < ATTEMPTS:
+            time.sleep(PAUSE * 2**attempt * random.uniform(0.8, 1.2))
+    raise DataError(
+        f"{uri} cannot be fetched, tried {ATTEMPTS} times on {socket.gethostname()}: "
+        f"{one_line(problem)}"
+    ) from problem
