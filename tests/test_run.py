@@ -107,7 +107,7 @@ def test_both_phases_leave_a_pipeline_that_plain_cuvis_ai_loads(demo, capsys):
     assert set(record["metrics"]) == {"val", "test"}
     assert set(record["seconds"]) == {"start", "initialization", "training"}
     assert list((results / "checkpoints").glob("*.ckpt"))
-    assert not list(results.rglob(".*")), "something temporary was left"
+    assert [path.name for path in results.rglob(".*")] == [".lock"], "something temporary was left"
 
 
 @pytest.mark.slow
