@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from cuvis_dist import Scaling
 from cuvis_dist.cli import main
 from cuvis_dist.errors import InputError
+from cuvis_dist.output import OutputFolder
 from cuvis_dist.record import save_pipeline
 from cuvis_dist.resume import only_run
 from cuvis_dist.run import load_trainrun
@@ -43,7 +44,9 @@ def saved(demo_trainrun, tmp_path_factory) -> Path:
     """The demo's pipeline, fitted and saved by upstream."""
     trainrun = load_trainrun(demo_trainrun)
     UpstreamStatisticalTrainer(trainrun.pipeline, trainrun.datamodule()).fit()
-    return save_pipeline(trainrun.pipeline, tmp_path_factory.mktemp("saved") / "pipeline.yaml")
+    return save_pipeline(
+        trainrun.pipeline, OutputFolder(tmp_path_factory.mktemp("saved")), "pipeline"
+    )
 
 
 @pytest.fixture
@@ -186,7 +189,7 @@ def over(module, pipeline, folder: Path, saved: Path, demo_trainrun):
     """A trainrun whose pipeline and data module are these."""
     trainrun = load_trainrun(demo_trainrun, output_dir=folder, saved=saved)
     trainrun = replace(trainrun, pipeline=pipeline)
-    trainrun.datamodule = lambda fitting=True: module
+    trainrun.datamodule = lambda scaling=None, fitting=True: module
     return trainrun
 
 
@@ -319,7 +322,7 @@ def test_no_recording_leaves_the_output_folder(saved, own, capsys):
     error = capsys.readouterr().err
     assert str(link) in error
     assert str(target) in error
-    worker = ScoreShard(None, None, str(out / "scores"), [])
+    worker = ScoreShard(None, None, OutputFolder(out / "scores"), [])
     with pytest.raises(InputError, match="is a link"):
         worker._write(f"{link.name}/0.npz", None, {})
     assert not list(target.iterdir())
