@@ -173,7 +173,7 @@ def test_a_damaged_frame_is_named_and_the_rest_comes_when_it_is_repaired(saved, 
     assert len(after) == 22
     assert {file: after[file] for file in before} == before
 
-    with only_run(out / "scores"):
+    with only_run(OutputFolder(out / "scores")):
         assert main(command) == 2
     assert "another run is writing" in capsys.readouterr().err
     assert (result(out)["status"], result(out)["written"]) == ("done", 1)
