@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cuvis_dist.initialization import Recipe, StatisticalTrainer, recipe
-    from cuvis_dist.run import load_trainrun, run_trainrun
+    from cuvis_dist.run import run_trainrun
     from cuvis_dist.scaling import Scaling
     from cuvis_dist.training import GradientTrainer
+    from cuvis_dist.trainrun import load_trainrun
 
 __all__ = [
     "GradientTrainer",
@@ -30,7 +31,7 @@ _HOMES = {
     "Recipe": "initialization",
     "Scaling": "scaling",
     "StatisticalTrainer": "initialization",
-    "load_trainrun": "run",
+    "load_trainrun": "trainrun",
     "recipe": "initialization",
     "run_trainrun": "run",
 }

@@ -12,8 +12,8 @@ from cuvis_dist.errors import INTERRUPTED, CuvisDistError, InputError, one_line
 
 if TYPE_CHECKING:
     from cuvis_dist.record import RunRecord
-    from cuvis_dist.run import TrainRun
     from cuvis_dist.scaling import Scaling
+    from cuvis_dist.trainrun import TrainRun
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -251,7 +251,7 @@ def _quiet(verbose: bool) -> None:
 
 
 def _trainrun(arguments: argparse.Namespace, saved: str | None = None) -> TrainRun:
-    from cuvis_dist.run import load_trainrun
+    from cuvis_dist.trainrun import load_trainrun
 
     return load_trainrun(
         arguments.trainrun, arguments.override, arguments.plugins_dir, arguments.output_dir, saved
@@ -388,7 +388,7 @@ def _dry_run(trainrun: TrainRun, scaling: Scaling) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from cuvis_dist.run import describe
+    from cuvis_dist.trainrun import describe
 
     trainrun = _trainrun(arguments)
     info = describe(trainrun)

@@ -18,10 +18,13 @@ from typing import Any
 
 import torch
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from loguru import logger
 
+from cuvis_dist.errors import INTERRUPTED, CuvisDistError, one_line
 from cuvis_dist.initialization import Finding, PassRecord
 from cuvis_dist.output import Location, OutputFolder, temporary_folder
 from cuvis_dist.storage import writing_to
+from cuvis_dist.workers import out_of_space
 
 _PACKAGES = (
     "cuvis-dist",
@@ -141,6 +144,30 @@ class RunRecord:
             "metrics": self.metrics,
             "run": str(self.output.at("run.json")),
         }
+
+
+@contextmanager
+def recorded(record: RunRecord | JobRecord) -> Iterator[None]:
+    """Write down how the job ended, if it did not end well."""
+    try:
+        yield
+    except BaseException as error:
+        if full := out_of_space(error):
+            error = full
+        # Ray ends a driver by SystemExit, both on SIGTERM and on Ctrl-C while it trains.
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+        record.status = "interrupted" if stopped else "failed"
+        record.exit_code = INTERRUPTED if stopped else getattr(error, "exit_code", 1)
+        record.error = None if stopped else one_line(error)
+        record.finished = now()
+        try:
+            record.write()
+        except CuvisDistError as second:
+            logger.warning(f"run.json could not be written: {second}")
+        if stopped:
+            logger.warning("interrupted; the same command goes on from here")
+            raise KeyboardInterrupt from error
+        raise error
 
 
 def state_sha256(pipeline: CuvisPipeline) -> str:

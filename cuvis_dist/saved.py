@@ -11,10 +11,10 @@ from loguru import logger
 
 from cuvis_dist.errors import InputError
 from cuvis_dist.evaluation import evaluate
-from cuvis_dist.record import JobRecord, now
-from cuvis_dist.run import TrainRun, recorded
+from cuvis_dist.record import JobRecord, now, recorded
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.session import connect, require_resources, terminable
+from cuvis_dist.trainrun import TrainRun
 
 
 def evaluate_saved(

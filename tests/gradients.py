@@ -8,8 +8,8 @@ from cuvis_ai_core.training import StatisticalTrainer as UpstreamStatisticalTrai
 from cuvis_ai_core.training.config import create_callbacks_from_config
 
 from cuvis_dist import GradientTrainer, Scaling
-from cuvis_dist.run import load_trainrun
 from cuvis_dist.training.dealing import DealtBatches, deal
+from cuvis_dist.trainrun import load_trainrun
 
 
 class Epochs(pl.Callback):

@@ -7,7 +7,7 @@ from cuvis_ai_core.training.post_fit import TrainHook
 
 from cuvis_dist import GradientTrainer, Scaling, StatisticalTrainer
 from cuvis_dist.demo import DemoSettings, write_demo
-from cuvis_dist.run import load_trainrun
+from cuvis_dist.trainrun import load_trainrun
 
 
 @pytest.mark.slow

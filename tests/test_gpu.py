@@ -7,7 +7,7 @@ import torch
 from archives import relative_difference
 
 from cuvis_dist import GradientTrainer, Scaling, StatisticalTrainer
-from cuvis_dist.run import load_trainrun
+from cuvis_dist.trainrun import load_trainrun
 
 pytestmark = [
     pytest.mark.gpu,

@@ -17,7 +17,7 @@ from heads import BIN, cluster
 
 from cuvis_dist import Scaling, StatisticalTrainer
 from cuvis_dist.record import state_sha256
-from cuvis_dist.run import load_trainrun
+from cuvis_dist.trainrun import load_trainrun
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 

@@ -23,7 +23,7 @@ from test_jobs import one_process
 from cuvis_dist import Scaling, StatisticalTrainer
 from cuvis_dist.initialization.stored import PASSES
 from cuvis_dist.record import state_sha256
-from cuvis_dist.run import load_trainrun
+from cuvis_dist.trainrun import load_trainrun
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.long]
 

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cuvis_dist.archive import Frame
-from cuvis_dist.naming import file_names
+from cuvis_dist.scoring.naming import file_names
 
 NAMES = st.text(st.sampled_from("aA.-_/\\#:1~ é\0\n"), min_size=1, max_size=12)
 

@@ -10,7 +10,7 @@ from loguru import logger
 
 from cuvis_dist import Scaling
 from cuvis_dist.resume import Resume, fingerprint
-from cuvis_dist.run import load_trainrun
+from cuvis_dist.trainrun import load_trainrun
 
 
 def parts(path, *overrides, **scaling):

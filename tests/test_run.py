@@ -22,7 +22,7 @@ from cuvis_dist.errors import InputError
 from cuvis_dist.initialization import preview
 from cuvis_dist.output import OutputFolder
 from cuvis_dist.resume import only_run
-from cuvis_dist.run import load_trainrun
+from cuvis_dist.trainrun import load_trainrun
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_a_statistical_trainrun_and_restore_trainrun_test(demo, capsys):
 
     from cuvis_ai_core.utils.restore import restore_trainrun
 
-    from cuvis_dist.run import installed_plugins_dirs
+    from cuvis_dist.trainrun import installed_plugins_dirs
 
     restore_trainrun(demo, mode="test", plugins_dirs=installed_plugins_dirs())
 

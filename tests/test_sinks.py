@@ -9,8 +9,8 @@ from cuvis_ai_schemas.enums import ExecutionStage
 from gradients import initialized
 
 from cuvis_dist.archive import open_archive
-from cuvis_dist.run import load_trainrun
 from cuvis_dist.sinks import close_sinks, rank_zero_nodes, silence_sinks
+from cuvis_dist.trainrun import load_trainrun
 
 
 @pytest.fixture

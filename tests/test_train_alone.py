@@ -38,7 +38,7 @@ def own(demo_trainrun, tmp_path):
 @pytest.fixture
 def unfitted(own, tmp_path):
     """Stands where ``init`` saves, with the state of a pipeline that was just built."""
-    from cuvis_dist.run import load_trainrun
+    from cuvis_dist.trainrun import load_trainrun
 
     trainrun = load_trainrun(own())
     path = trainrun.initialization_only().saved_pipeline

@@ -26,7 +26,7 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from ray import cloudpickle
 from torchmetrics import Metric
 
-from cuvis_dist.output import Mirror, relocated
+from cuvis_dist.mirror import Mirror, relocated
 from cuvis_dist.sinks import is_sink
 from cuvis_dist.workers import adopt_all
 

@@ -36,7 +36,8 @@ from cuvis_dist.archive import portable
 from cuvis_dist.errors import ClusterError, CuvisDistError, InputError, LostWorkerError
 from cuvis_dist.evaluation import post_fit
 from cuvis_dist.events import relayed
-from cuvis_dist.output import Mirror, OutputFolder, temporary_folder
+from cuvis_dist.mirror import Mirror
+from cuvis_dist.output import OutputFolder, temporary_folder
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.session import beside_driver, connect, require_resources
 from cuvis_dist.storage import is_uri

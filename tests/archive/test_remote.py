@@ -30,7 +30,7 @@ from cuvis_dist.archive.staging import staging_here
 from cuvis_dist.errors import DataError, InputError
 from cuvis_dist.initialization.passes import share_files
 from cuvis_dist.resume import fingerprint
-from cuvis_dist.run import TrainRun, load_trainrun
+from cuvis_dist.trainrun import TrainRun, load_trainrun
 
 MODULES = (MultiNpzDataModule, Cu3sDataModule, MultiCu3sDataModule, TiffPairedDataModule)
 

@@ -25,8 +25,8 @@ from loguru import logger
 
 from cuvis_dist import Scaling, StatisticalTrainer
 from cuvis_dist.demo import DemoSettings, write_demo
-from cuvis_dist.run import load_trainrun
 from cuvis_dist.session import connect
+from cuvis_dist.trainrun import load_trainrun
 
 
 def timed(function) -> float:

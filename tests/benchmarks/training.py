@@ -29,7 +29,7 @@ from loguru import logger
 from torch.utils.data import DataLoader, Subset
 
 from cuvis_dist import GradientTrainer, Scaling
-from cuvis_dist.run import TrainRun, load_trainrun
+from cuvis_dist.trainrun import TrainRun, load_trainrun
 
 BATCH = 4
 RUNS: dict[str, dict] = {

@@ -20,7 +20,7 @@ from fragile import CountedCubes, FragileCubes, FragileModule, wrap_train
 from cuvis_dist import Scaling, StatisticalTrainer
 from cuvis_dist.errors import CuvisDistError
 from cuvis_dist.initialization import passes
-from cuvis_dist.run import load_trainrun
+from cuvis_dist.trainrun import load_trainrun
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

@@ -27,8 +27,8 @@ from cuvis_ai_core.training.post_fit import TrainHook
 
 from cuvis_dist import Scaling, StatisticalTrainer
 from cuvis_dist.errors import DataError
-from cuvis_dist.run import load_trainrun
 from cuvis_dist.statistics import MergeTree
+from cuvis_dist.trainrun import load_trainrun
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

@@ -1,0 +1,192 @@
+"""What does a worker do with a frame? It computes the maps and writes their file.
+
+Frames go through the pipeline one at a time: a file does not depend on how frames are batched or
+dealt. Only the nodes that the outputs depend on run; labels are not needed unless these read them.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from cuvis_ai_core.node.node import Node
+from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from cuvis_ai_core.training.post_fit import EmitFn
+from cuvis_ai_schemas.enums import ExecutionStage, NodeTag
+from cuvis_ai_schemas.execution import Context
+
+from cuvis_dist.archive import Archive, Frame
+from cuvis_dist.errors import ClusterError, CuvisDistError, DataError, InputError, one_line
+from cuvis_dist.initialization.shards import StatefulNodesError, Task
+from cuvis_dist.output import OutputFolder
+from cuvis_dist.scoring.plan import refuse_links
+from cuvis_dist.upstream import nodes_before
+from cuvis_dist.workers import fetch_once, state_mark
+
+
+def only_for(pipeline: CuvisPipeline, outputs: list[tuple[str, str]]) -> None:
+    """Let only the nodes run that the outputs depend on: no sinks, metrics or losses."""
+    names = {node for node, _ in outputs}
+    targets = [node for node in pipeline.nodes() if node.name in names]
+    needed = nodes_before(pipeline, targets) | set(targets)
+    for node in pipeline.nodes():
+        if node not in needed:
+            node.should_execute = _never
+
+
+def _never(stage: object) -> bool:
+    return False
+
+
+def _running(pipeline: CuvisPipeline) -> list[Node]:
+    return [n for n in pipeline.nodes() if n.should_execute(ExecutionStage.INFERENCE)]
+
+
+def tracking(pipeline: CuvisPipeline) -> str | None:
+    """Name a node that depends on the frames before, whatever its tensors say."""
+    found = (node.name for node in _running(pipeline) if NodeTag.TRACKING in node.get_tags())
+    return next(found, None)
+
+
+class ScoreShard:
+    """Scores a shard and writes its files: one row that says how many, or what went wrong.
+
+    Parameters
+    ----------
+    task : Task
+        Pipeline and archive.
+    files : ObjectRef of list of str
+        The file of each frame, relative to ``folder``; empty where it is there already.
+    folder : OutputFolder
+        ``<output_dir>/scores``.
+    outputs : list of tuple of str
+        Node and port of each map.
+    carries_state : bool
+        Frames come in order, and what nodes keep of one is for the next.
+    """
+
+    ordered = False
+
+    def __init__(
+        self,
+        task: Task,
+        files: Any,
+        folder: OutputFolder,
+        outputs: list[tuple[str, str]],
+        carries_state: bool = False,
+    ) -> None:
+        self.task, self.files, self.folder, self.outputs = task, files, folder, outputs
+        self.carries_state = carries_state
+
+    def __call__(self, shard: dict[str, int]) -> list[dict[str, Any]]:
+        """Return the row of ``shard``."""
+        written, skipped = 0, []
+        try:
+            for uid, reason in self.frames(range(shard["start"], shard["stop"])):
+                if reason:
+                    skipped.append((uid, reason))
+                else:
+                    written += 1
+        except CuvisDistError as error:
+            return [_row(error=str(error), kind=type(error).__name__)]
+        return [_row(written=written, skipped=pickle.dumps(skipped))]
+
+    def frames(self, indices: range) -> Iterator[tuple[str, str]]:
+        """Score frames and write their files; yields each one's uid, and why it was skipped.
+
+        Raises
+        ------
+        DataError
+            If a frame cannot be used, and none may be skipped.
+        StatefulNodesError
+            Before a file is written that depends on the frames before.
+        """
+        archive, pipeline = self.task.open()
+        files = fetch_once(self.files)
+        running = _running(pipeline)
+        for module in pipeline.torch_layers:
+            module.eval()
+        before = {node.name: state_mark(node) for node in running}
+        for index in indices:
+            frame = archive.frames[index]
+            try:
+                maps = self._maps(pipeline, archive, index)
+            except DataError as error:
+                if not self.task.skip:
+                    raise
+                yield frame.uid, str(error)
+                continue
+            if not self.carries_state:
+                changed = [n.name for n in running if state_mark(n) != before[n.name]]
+                if changed:
+                    raise StatefulNodesError(", ".join(sorted(changed)))
+            if files[index]:
+                self._write(files[index], frame, maps)
+            yield frame.uid, ""
+
+    @torch.no_grad()
+    def _maps(self, pipeline: CuvisPipeline, archive: Archive, index: int) -> dict[str, np.ndarray]:
+        batch = archive.read(index)
+        try:
+            outputs = pipeline.forward(
+                batch=pipeline.move_batch_to_device(batch),
+                context=Context(stage=ExecutionStage.INFERENCE, batch_idx=index, global_step=index),
+                free_consumed_ports=True,
+                keep_ports=self.outputs,
+            )
+            return {".".join(port): _array(outputs[port]) for port in self.outputs}
+        except Exception as error:
+            raise DataError(f"{archive.frames[index]} cannot be used: {one_line(error)}") from error
+
+    def _write(self, file: str, frame: Frame, maps: dict[str, np.ndarray]) -> None:
+        refuse_links(self.folder.local, [file])
+        content = io.BytesIO()
+        arrays: dict[str, Any] = maps | {"uid": np.array(frame.uid)}
+        np.savez(content, **arrays)
+        try:
+            self.folder.write(file, content.getvalue())
+        except OSError as error:
+            raise ClusterError(
+                f"the scores of {frame} cannot be written to {self.folder.at(file)}: "
+                f"{one_line(error)}"
+            ) from error
+
+
+def _array(value: torch.Tensor) -> np.ndarray:
+    array = value.detach().cpu().numpy()
+    return array[0] if array.ndim and len(array) == 1 else array
+
+
+def _row(**values: Any) -> dict[str, Any]:
+    """Return a row with every column, since blocks must share a schema."""
+    return {"error": "", "kind": "", "written": 0, "skipped": pickle.dumps([]), **values}
+
+
+def score_error(row: dict[str, Any]) -> CuvisDistError:
+    """Return the error that a worker's row stands for."""
+    kinds = (DataError, InputError, ClusterError, StatefulNodesError)
+    by_name: dict[str, type[CuvisDistError]] = {kind.__name__: kind for kind in kinds}
+    return by_name.get(row.get("kind", ""), CuvisDistError)(row["error"])
+
+
+def score_in_order(job: ScoreShard, frames: int, max_skipped: int, emit: EmitFn) -> dict[str, Any]:
+    """Score all frames in this process and return one row for them."""
+    files, written, skipped = fetch_once(job.files), 0, []
+    say: Any = emit
+    for done, (uid, reason) in enumerate(job.frames(range(frames)), 1):
+        if reason:
+            if not files[done - 1]:  # what follows would begin from another state
+                raise DataError(f"{reason}. Its scores are there, but not those of later frames")
+            skipped.append((uid, reason))
+            if len(skipped) > max_skipped:
+                break
+        elif files[done - 1]:
+            written += 1
+        if done % math.ceil(frames / 100) == 0:
+            say(done)
+    return _row(written=written, skipped=pickle.dumps(skipped))

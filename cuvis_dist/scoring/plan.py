@@ -1,0 +1,207 @@
+"""Which maps of which frames go into which files, and which are there already?"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from cuvis_ai_schemas.enums import ExecutionStage, NodeCategory
+
+from cuvis_dist.archive import Archive, open_archive
+from cuvis_dist.errors import InputError
+from cuvis_dist.output import OutputFolder
+from cuvis_dist.resume import LOCK, sha256
+from cuvis_dist.scaling import Scaling
+from cuvis_dist.scoring.naming import file_names
+from cuvis_dist.trainrun import TrainRun
+
+#: Ports of these names are written unless others are asked for.
+DEFAULT_PORTS = ("scores", "decisions")
+
+
+FINGERPRINT, INDEX = "fingerprint.json", "frames.csv"
+
+
+@dataclass(frozen=True)
+class ScorePlan:
+    """What a job is to write, and what of it is there.
+
+    Attributes
+    ----------
+    folder : OutputFolder
+        ``<output_dir>/scores``.
+    archive : Archive
+        The frames, each once, in canonical order.
+    files : list of str
+        Of each frame, relative to ``folder``.
+    outputs : list of tuple of str
+        Node and port of each map.
+    todo : list of int
+        The frames whose file is not there.
+    leftover : list of str
+        Files of an earlier job that go when this one begins.
+    fingerprint : dict of str to str
+        SHA-256 of each thing that the maps depend on, by name.
+    """
+
+    folder: OutputFolder
+    archive: Archive
+    files: list[str]
+    outputs: list[tuple[str, str]]
+    todo: list[int]
+    leftover: list[str]
+    fingerprint: dict[str, str]
+
+
+def plan_scores(
+    trainrun: TrainRun,
+    split: str = "predict",
+    outputs: str | None = None,
+    scaling: Scaling | None = None,
+    restart: bool = False,
+) -> ScorePlan:
+    """Find out what is to be written; reads no frame, and writes nothing.
+
+    Parameters
+    ----------
+    trainrun : TrainRun
+        From ``load_trainrun(..., saved=...)``.
+    split : str
+        ``train``, ``val``, ``test`` or ``predict``: all frames, unless the splits say otherwise.
+    outputs : str, optional
+        Ports to write, as ``node.port,node.port``; by default see :func:`ports`.
+    restart : bool
+        Count nothing as there.
+
+    Raises
+    ------
+    InputError
+        If the data module cannot be set up, an output does not exist, or the folder holds the
+        scores of something else.
+    """
+    named = ports(trainrun.pipeline, outputs)
+    archive = _each_once(open_archive(trainrun.datamodule(scaling, fitting=False), split))
+    files = file_names(archive.frames, ".npz", taken=(FINGERPRINT, INDEX))
+    folder = scores_folder(trainrun)
+    data = trainrun.config.data.model_dump(mode="json", include={"data_module", "params"})
+    device = "gpu" if scaling and scaling.worker_gpus else "cpu"
+    assert trainrun.weights is not None
+    saved = Path(trainrun.config.pipeline)
+    fingerprint = {
+        "pipeline": sha256(saved, trainrun.weights),
+        "data": _hash(data),
+        "frames": _hash([frame.uid for frame in archive.frames]),
+        "outputs": _hash(named),
+        "device": _hash(device),
+    }
+    there = set(folder.names()) - {LOCK}
+    earlier = _earlier(folder) if FINGERPRINT in there else None
+    if there and not restart:
+        if earlier is None:
+            raise InputError(
+                f"{folder} holds files, but does not say of which job; choose another output "
+                "folder, or --restart to replace them"
+            )
+        if differ := sorted(name for name in fingerprint if earlier.get(name) != fingerprint[name]):
+            raise InputError(
+                f"{folder} holds the scores of another {', another '.join(differ)}; choose "
+                "another --output-dir, or --restart to replace them"
+            )
+    done: set[str] = set() if restart else there
+    ours = re.compile(r".*\.npz" if restart else r"(.*/)?\.[^/]*\.npz\.\d+")  # of lost workers
+    refuse_links(folder.local, files)
+    return ScorePlan(
+        folder,
+        archive,
+        files,
+        named,
+        [i for i, file in enumerate(files) if file not in done],
+        [file for file in sorted(there) if file == INDEX or ours.fullmatch(file)],
+        fingerprint,
+    )
+
+
+def ports(pipeline: CuvisPipeline, names: str | None = None) -> list[tuple[str, str]]:
+    """Return node and port of each output, in the pipeline's order.
+
+    Parameters
+    ----------
+    names : str, optional
+        ``node.port,node.port``; by default every port called ``scores`` or ``decisions``.
+
+    Raises
+    ------
+    InputError
+        If one does not exist or is no array, with those that there are.
+    """
+    known = [
+        (node.name, port)
+        for node in pipeline.nodes()
+        if node.should_execute(ExecutionStage.INFERENCE)
+        and node.get_category() is not NodeCategory.SINK
+        for port, spec in node.OUTPUT_SPECS.items()
+        if not isinstance(spec, list) and spec.dtype not in (list, dict, str)
+    ]
+    there = f"There are: {', '.join('.'.join(port) for port in known)}"
+    if names is None:
+        found = [port for port in known if port[1] in DEFAULT_PORTS]
+        if not found:
+            raise InputError(
+                f"the pipeline {pipeline.name} has no port called scores or decisions; name what "
+                f"to write with --outputs. {there}"
+            )
+        return found
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    unknown = [name for name in wanted if name not in {".".join(port) for port in known}]
+    if unknown or not wanted:
+        raise InputError(
+            f"the pipeline {pipeline.name} has no output {', '.join(unknown) or 'named'}. {there}"
+        )
+    return [port for port in known if ".".join(port) in wanted]
+
+
+def _each_once(archive: Archive) -> Archive:
+    """Return the archive without frames that ``samples_per_frame`` repeats."""
+    first: dict[str, int] = {}
+    for index, frame in enumerate(archive.frames):
+        other = archive.frames[first.setdefault(frame.uid, index)]
+        if other != frame:
+            raise InputError(f"two frames have one uid, {frame.uid}: {other.path} and {frame.path}")
+    return archive.only(list(first.values()))
+
+
+def scores_folder(trainrun: TrainRun) -> OutputFolder:
+    """Return ``<output_dir>/scores``; raises InputError if a link stands there."""
+    place = trainrun.output.at("scores")
+    if isinstance(place, Path):
+        refuse_links(place, [])
+    return OutputFolder(place)
+
+
+def _earlier(folder: OutputFolder) -> dict[str, str] | None:
+    try:
+        return dict(json.loads(folder.read(FINGERPRINT)))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def refuse_links(folder: Path | None, files: list[str]) -> None:
+    """Raise InputError if a link stands where a local folder of scores belongs."""
+    if folder is None:
+        return
+    for path in (folder, *(folder / name for name in {os.path.dirname(f) for f in files})):
+        if path.is_symlink():
+            raise InputError(
+                f"{path} is a link to {os.path.realpath(path)}; scores are written to the output "
+                "folder alone. Remove the link, or choose another --output-dir"
+            )
