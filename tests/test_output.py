@@ -198,8 +198,13 @@ def test_an_interrupted_upload_leaves_no_part_of_a_file(bucket, monkeypatch):
             return super().read(size)
 
     folder = OutputFolder(f"{bucket}/x")
-    with pytest.raises(KeyboardInterrupt):
-        folder._put(Interrupting(content), "a")
+    # A shell's background job ignores the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            folder._put(Interrupting(content), "a")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not folder.exists("a") or folder.read("a") == content
 
 
