@@ -128,7 +128,7 @@ def test_it_goes_on_from_a_bucket_on_another_machine(demo_trainrun, tmp_path):
     options = [part for override in overrides for part in ("--override", override)]
     local, working = tmp_path / "tmp", tmp_path / "working"
     working.mkdir()
-    output = OutputFolder("s3://bucket/runs/x")
+    output = OutputFolder("s3://bucket/runs/interrupted")
     with s3_server() as environment, pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)

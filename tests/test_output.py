@@ -36,12 +36,12 @@ SECRET = CREDENTIALS["AWS_SECRET_ACCESS_KEY"]
 
 
 @pytest.fixture
-def bucket(monkeypatch):
-    """Address of an empty bucket that this process may use."""
+def bucket(monkeypatch, tmp_path):
+    """Address of an empty folder of a bucket: all servers of a process have the same buckets."""
     with s3_server() as environment:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        yield "s3://bucket"
+        yield f"s3://bucket/{tmp_path.name}"
 
 
 @pytest.fixture(autouse=True)
@@ -90,8 +90,9 @@ def test_files_come_back(place, tmp_path, request):
         folder._connected = LocalFileSystem(), str(tmp_path / "runs")
     else:
         query = "?region=eu-central-1" if "query" in place else ""
-        folder = OutputFolder(request.getfixturevalue("bucket") + f"/runs/x/{query}")
-        assert folder.at("a/b") == f"s3://bucket/runs/x/a/b{query}"
+        address = request.getfixturevalue("bucket") + "/runs/x"
+        folder = OutputFolder(f"{address}/{query}")
+        assert folder.at("a/b") == f"{address}/a/b{query}"
     folder.probe()
     assert folder.names() == []
     with pytest.raises(FileNotFoundError):
@@ -106,7 +107,7 @@ def test_files_come_back(place, tmp_path, request):
     assert folder.read("deep/er/a") == b"2"
     assert folder.download("deep/b", tmp_path / "new" / "b").read_bytes() == b"3"
     assert folder.name_of(folder.at("deep/b")) == "deep/b"
-    assert folder.name_of("s3://bucket/runs/xy/b") is None
+    assert folder.name_of(f"{folder}y/b") is None
     folder.remove("deep/b", "nothing")
     assert folder.names() == ["deep/er/a"]
     folder.remove_folder("deep")
