@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 from pathlib import Path
@@ -14,6 +15,7 @@ from pyarrow.fs import S3FileSystem, copy_files
 from stores import s3_server
 
 from cuvis_dist.archive.staging import Staging
+from cuvis_dist.output import OutputFolder
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.long]
 
@@ -24,22 +26,31 @@ def run(verb: str, trainrun: Path, scaling: Path, address: str, environment) -> 
     command = [str(part) for part in command]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    output_dir = yaml.safe_load(trainrun.read_text())["output_dir"]
-    return json.loads((Path(output_dir) / "run.json").read_text())
+    output = OutputFolder(yaml.safe_load(trainrun.read_text())["output_dir"])
+    return json.loads(output.read("run.json"))
 
 
-def written(demo: Path, folder: Path, name: str, universe: str) -> Path:
+def saved_state(record: dict) -> dict:
+    """Return the tensors of the pipeline that a run saved."""
+    output = OutputFolder(record["output_dir"])
+    name = output.name_of(record["pipeline"])
+    return torch.load(io.BytesIO(output.read(f"{name.removesuffix('.yaml')}.pt")))
+
+
+def written(demo: Path, folder: Path, name: str, universe: str, output: str = "") -> Path:
     values = yaml.safe_load(demo.read_text())
     values["data"]["params"]["universe_csv"] = universe
     values["pipeline"] = str(demo.parent / "pipeline.yaml")
-    values["output_dir"] = str(folder / name)
+    values["output_dir"] = output or str(folder / name)
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
 
 
-def test_two_nodes_and_a_bucket(demo_trainrun, tmp_path):
-    """The same bits as from a local archive, within the bound; once per node if all fits."""
+def test_two_nodes_and_a_bucket(demo_trainrun, tmp_path, monkeypatch):
+    """Archive and results remote: the same bits as with local ones, within the bound; each file
+    once per node if all fits.
+    """
     archive = demo_trainrun.parent / "archive"
     sizes = [path.stat().st_size for path in archive.glob("*.npz")]
     limit = 6 * max(sizes)
@@ -48,6 +59,7 @@ def test_two_nodes_and_a_bucket(demo_trainrun, tmp_path):
         for node in "ab":
             started.join(cpus=2, CUVIS_DIST_STAGE_DIR=str(tmp_path / node))
             started.wait()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", store["AWS_ENDPOINT_URL"])
         endpoint = store["AWS_ENDPOINT_URL"].removeprefix("http://")
         bucket = S3FileSystem(
             access_key=store["AWS_ACCESS_KEY_ID"],
@@ -57,15 +69,16 @@ def test_two_nodes_and_a_bucket(demo_trainrun, tmp_path):
         )
         copy_files(str(archive), "bucket/archive", destination_filesystem=bucket)
         local = written(demo_trainrun, tmp_path, "local", str(archive / "universe.csv"))
-        remote = written(demo_trainrun, tmp_path, "remote", "s3://bucket/archive/universe.csv")
+        universe = "s3://bucket/archive/universe.csv"
+        remote = written(demo_trainrun, tmp_path, "remote", universe, "s3://bucket/runs/remote")
         environment = started.environment
         settings = {"workers": 3, "train_workers": 2, "shard_frames": 2, "stage_bytes": limit}
         scaling = tmp_path / "scaling.yaml"
         scaling.write_text(yaml.safe_dump(settings))
         address = f"127.0.0.1:{started.port + 1}"
         records = [run("run", path, scaling, address, environment) for path in (local, remote)]
-        states = [torch.load(Path(r["pipeline"]).with_suffix(".pt")) for r in records]
-        assert_equal(*states)
+        assert records[1]["pipeline"].startswith("s3://bucket/runs/remote/trained_models/")
+        assert_equal(*map(saved_state, records))
         assert records[0]["metrics"] == records[1]["metrics"]
         for node in "ab":
             done = Staging(tmp_path / node, limit).counters()
@@ -75,7 +88,7 @@ def test_two_nodes_and_a_bucket(demo_trainrun, tmp_path):
 
         scaling.write_text(yaml.safe_dump(settings | {"stage_bytes": 10**9}))
         before = [Staging(tmp_path / node, limit).counters() for node in "ab"]
-        once = written(demo_trainrun, tmp_path, "once", "s3://bucket/archive/universe.csv")
+        once = written(demo_trainrun, tmp_path, "once", universe)
         record = run("init", once, scaling, address, environment)
         assert len(record["passes"]) == 2
         for node, earlier in zip("ab", before, strict=True):
