@@ -296,8 +296,8 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from cuvis_dist.archive import open_archive
+    from cuvis_dist.evaluation.saved import evaluate_saved
     from cuvis_dist.progress import ProgressLines
-    from cuvis_dist.saved import evaluate_saved
 
     trainrun, scaling = _trainrun(arguments, arguments.pipeline), _scaling(arguments)
     if arguments.dry_run:

@@ -22,8 +22,7 @@ from loguru import logger
 
 from cuvis_dist.errors import INTERRUPTED, CuvisDistError, one_line
 from cuvis_dist.initialization import Finding, PassRecord
-from cuvis_dist.output import Location, OutputFolder, temporary_folder
-from cuvis_dist.storage import writing_to
+from cuvis_dist.storage import Location, OutputFolder, temporary_folder, writing_to
 from cuvis_dist.workers import out_of_space
 
 _PACKAGES = (

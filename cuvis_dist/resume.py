@@ -29,10 +29,9 @@ from ray import cloudpickle
 from cuvis_dist.archive import open_split
 from cuvis_dist.errors import CuvisDistError, InputError, one_line
 from cuvis_dist.initialization.stored import PASSES
-from cuvis_dist.output import Location, OutputFolder
 from cuvis_dist.record import RunRecord
 from cuvis_dist.scaling import MEASURING_SETTINGS, Scaling
-from cuvis_dist.storage import writing_to
+from cuvis_dist.storage import Location, OutputFolder, writing_to
 
 #: File in a run's folder that the run's process holds.
 LOCK = ".lock"

@@ -22,11 +22,12 @@ from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from cuvis_dist import upstream
-from cuvis_dist.archive import fetched_when_opened, localize, open_archive, setup_error
+from cuvis_dist.archive import open_archive, setup_error
 from cuvis_dist.errors import CuvisDistError, InputError, one_line
 from cuvis_dist.initialization import recipe_for
-from cuvis_dist.output import Location, OutputFolder, location_of, temporary_folder
 from cuvis_dist.scaling import Scaling
+from cuvis_dist.staging import fetched_when_opened, localize
+from cuvis_dist.storage import Location, OutputFolder, location_of, temporary_folder
 
 #: Folders that a run makes in its output folder.
 _FOLDERS = ("trained_models", "checkpoints", "lightning_logs", "resume")

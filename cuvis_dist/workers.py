@@ -27,11 +27,11 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from cuvis_dist.archive import portable
 from cuvis_dist.errors import ClusterError, CuvisDistError, LostWorkerError, one_line
 from cuvis_dist.events import relayed
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.sinks import close_sinks
+from cuvis_dist.staging import portable
 from cuvis_dist.storage import is_out_of_space
 
 T = TypeVar("T")

@@ -25,7 +25,7 @@ from ray import cloudpickle
 from stores import s3_server
 
 from cuvis_dist.initialization.stored import PASSES
-from cuvis_dist.output import OutputFolder
+from cuvis_dist.storage import OutputFolder
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.long]
 READINGS = Path(__file__).parent / "readings"

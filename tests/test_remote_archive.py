@@ -14,8 +14,8 @@ from heads import BIN, cluster
 from pyarrow.fs import S3FileSystem, copy_files
 from stores import s3_server
 
-from cuvis_dist.archive.staging import Staging
-from cuvis_dist.output import OutputFolder
+from cuvis_dist.staging.cache import Staging
+from cuvis_dist.storage import OutputFolder
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.long]
 

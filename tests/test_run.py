@@ -20,8 +20,8 @@ from cuvis_dist import Scaling
 from cuvis_dist.cli import main
 from cuvis_dist.errors import InputError
 from cuvis_dist.initialization import preview
-from cuvis_dist.output import OutputFolder
 from cuvis_dist.resume import only_run
+from cuvis_dist.storage import OutputFolder
 from cuvis_dist.trainrun import load_trainrun
 
 

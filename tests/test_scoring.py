@@ -30,11 +30,11 @@ from torch.utils.data import DataLoader, Dataset
 from cuvis_dist import Scaling
 from cuvis_dist.cli import main
 from cuvis_dist.errors import InputError
-from cuvis_dist.output import OutputFolder
 from cuvis_dist.record import save_pipeline
 from cuvis_dist.resume import only_run
 from cuvis_dist.scoring import plan_scores, score_archive
 from cuvis_dist.scoring.frames import ScoreShard
+from cuvis_dist.storage import OutputFolder
 from cuvis_dist.trainrun import load_trainrun
 
 READINGS = Path(__file__).parent / "readings"

@@ -10,7 +10,6 @@ from cuvis_dist.archive.frames import (
     open_split,
     setup_error,
 )
-from cuvis_dist.archive.remote import fetched_when_opened, localize, portable
 
 __all__ = [
     "Archive",
@@ -18,10 +17,7 @@ __all__ = [
     "NamedFrames",
     "Shard",
     "batch_bytes",
-    "fetched_when_opened",
-    "localize",
     "open_archive",
     "open_split",
-    "portable",
     "setup_error",
 ]

@@ -24,15 +24,15 @@ import torch
 from cuvis_ai_schemas.training.data import SampleRef
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from cuvis_dist.archive.remote import (
+from cuvis_dist.errors import CuvisDistError, DataError, InputError, one_line
+from cuvis_dist.staging import (
+    Staging,
     fetched_when_opened,
     original,
     portable,
     staged_files,
     with_uris,
 )
-from cuvis_dist.archive.staging import Staging
-from cuvis_dist.errors import CuvisDistError, DataError, InputError, one_line
 
 
 @dataclass(frozen=True)

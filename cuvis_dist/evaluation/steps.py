@@ -37,11 +37,11 @@ from cuvis_ai_core.training.post_fit import (
 from cuvis_ai_schemas.enums import ExecutionStage, NodeCategory, NodeTag
 from loguru import logger
 
-from cuvis_dist.archive import fetched_when_opened
 from cuvis_dist.evaluation.cluster import ClusterPipeline, Split
 from cuvis_dist.evaluation.merging import unmergeable
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.session import connect
+from cuvis_dist.staging import fetched_when_opened
 from cuvis_dist.workers import adopt_all, on_worker, prepare_worker, raise_cause
 
 _POST_FIT_STAGES = (ExecutionStage.INFERENCE, ExecutionStage.VAL, ExecutionStage.TEST)

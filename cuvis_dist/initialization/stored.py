@@ -20,8 +20,8 @@ from ray import cloudpickle
 from cuvis_dist.archive import Archive
 from cuvis_dist.errors import CuvisDistError, one_line
 from cuvis_dist.initialization.plan import Pass
-from cuvis_dist.output import OutputFolder
 from cuvis_dist.scaling import MEASURING_SETTINGS, Scaling
+from cuvis_dist.storage import OutputFolder
 from cuvis_dist.upstream import nodes_before
 
 #: Folder in the output folder.

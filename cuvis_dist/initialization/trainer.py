@@ -25,9 +25,9 @@ from cuvis_dist.initialization.plan import Pass, make_plan, measured_directly, s
 from cuvis_dist.initialization.shards import StatefulNodesError
 from cuvis_dist.initialization.stored import StoredPass, identify
 from cuvis_dist.initialization.streaming import require_whole_frames, stream_pass
-from cuvis_dist.output import OutputFolder
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.session import connect, require_resources
+from cuvis_dist.storage import OutputFolder
 
 
 class StatisticalTrainer(UpstreamStatisticalTrainer):

@@ -23,8 +23,8 @@ from cuvis_ai_schemas.execution import Context
 from cuvis_dist.archive import Archive, Frame
 from cuvis_dist.errors import ClusterError, CuvisDistError, DataError, InputError, one_line
 from cuvis_dist.initialization.shards import StatefulNodesError, Task
-from cuvis_dist.output import OutputFolder
 from cuvis_dist.scoring.plan import refuse_links
+from cuvis_dist.storage import OutputFolder
 from cuvis_dist.upstream import nodes_before
 from cuvis_dist.workers import fetch_once, state_mark
 

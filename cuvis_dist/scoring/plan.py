@@ -15,10 +15,10 @@ from cuvis_ai_schemas.enums import ExecutionStage, NodeCategory
 
 from cuvis_dist.archive import Archive, open_archive
 from cuvis_dist.errors import InputError
-from cuvis_dist.output import OutputFolder
 from cuvis_dist.resume import LOCK, sha256
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.scoring.naming import file_names
+from cuvis_dist.storage import OutputFolder
 from cuvis_dist.trainrun import TrainRun
 
 #: Ports of these names are written unless others are asked for.

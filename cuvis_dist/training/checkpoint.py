@@ -26,8 +26,8 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from ray import cloudpickle
 from torchmetrics import Metric
 
-from cuvis_dist.mirror import Mirror, relocated
 from cuvis_dist.sinks import is_sink
+from cuvis_dist.storage import Mirror, relocated
 from cuvis_dist.workers import adopt_all
 
 #: Name in the output folder of the state to go on from.

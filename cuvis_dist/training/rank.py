@@ -45,11 +45,9 @@ from torchmetrics import Metric
 
 from cuvis_dist.archive import NamedFrames, open_split
 from cuvis_dist.errors import InputError
-from cuvis_dist.mirror import Mirror
-from cuvis_dist.output import OutputFolder
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.sinks import close_sinks, silence_sinks
-from cuvis_dist.storage import writing_to
+from cuvis_dist.storage import Mirror, OutputFolder, writing_to
 from cuvis_dist.training.checkpoint import LAST, LastEpoch, continued
 from cuvis_dist.training.dealing import DealtBatches, deal
 from cuvis_dist.training.heartbeat import Heartbeat

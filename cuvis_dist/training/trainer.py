@@ -32,15 +32,13 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
-from cuvis_dist.archive import portable
 from cuvis_dist.errors import ClusterError, CuvisDistError, InputError, LostWorkerError
 from cuvis_dist.evaluation import post_fit
 from cuvis_dist.events import relayed
-from cuvis_dist.mirror import Mirror
-from cuvis_dist.output import OutputFolder, temporary_folder
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.session import beside_driver, connect, require_resources
-from cuvis_dist.storage import is_uri
+from cuvis_dist.staging import portable
+from cuvis_dist.storage import Mirror, OutputFolder, is_uri, temporary_folder
 from cuvis_dist.training.checkpoint import LAST, finished_epochs
 from cuvis_dist.training.configuration import check_training
 from cuvis_dist.training.rank import Assignment, Outcome, run_rank

@@ -20,7 +20,7 @@ from cuvis_dist.archive import open_archive
 from cuvis_dist.initialization import passes
 from cuvis_dist.initialization.plan import make_plan
 from cuvis_dist.initialization.stored import PASSES, StoredPass, identify
-from cuvis_dist.output import OutputFolder
+from cuvis_dist.storage import OutputFolder
 from cuvis_dist.trainrun import load_trainrun
 
 SETTINGS = {"workers": 2, "shard_frames": 2, "save_seconds": 0}

@@ -13,8 +13,7 @@ from cuvis_ai_core.training import GradientTrainer as UpstreamGradientTrainer
 from cuvis_ai_core.training.post_fit import PostFitCallback
 from gradients import callbacks, initialized
 
-from cuvis_dist.mirror import Mirror
-from cuvis_dist.output import OutputFolder
+from cuvis_dist.storage import Mirror, OutputFolder
 from cuvis_dist.training.checkpoint import LAST, LastEpoch, finished_epochs
 from cuvis_dist.training.dealing import DealtBatches, deal
 

@@ -25,11 +25,10 @@ from loguru import logger
 from pyarrow.fs import LocalFileSystem
 from stores import CREDENTIALS, s3_server
 
-from cuvis_dist import GradientTrainer, Scaling, output
+from cuvis_dist import GradientTrainer, Scaling
 from cuvis_dist.cli import main
 from cuvis_dist.errors import ClusterError, InputError
-from cuvis_dist.mirror import Mirror
-from cuvis_dist.output import OutputFolder
+from cuvis_dist.storage import Mirror, OutputFolder, output
 from cuvis_dist.trainrun import load_trainrun
 
 SECRET = CREDENTIALS["AWS_SECRET_ACCESS_KEY"]

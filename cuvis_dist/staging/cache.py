@@ -38,8 +38,8 @@ from typing import Any
 from loguru import logger
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
 
-from cuvis_dist.archive.uris import join, parts_of, remote, retried, uri_of_parts
 from cuvis_dist.errors import ClusterError, InputError, one_line
+from cuvis_dist.staging.uris import join, parts_of, remote, retried, uri_of_parts
 
 #: On a node, wins over the setting ``stage_dir``: nodes may have their fast disks elsewhere.
 STAGE_DIR = "CUVIS_DIST_STAGE_DIR"

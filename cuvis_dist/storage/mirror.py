@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cuvis_dist.errors import CuvisDistError
-from cuvis_dist.output import OutputFolder, temporary_folder
+from cuvis_dist.storage.output import OutputFolder, temporary_folder
 
 
 class Mirror:

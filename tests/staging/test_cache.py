@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from cuvis_dist.archive import staging as module
-from cuvis_dist.archive import uris
-from cuvis_dist.archive.staging import Staging, staging_here
 from cuvis_dist.errors import ClusterError, DataError, InputError
+from cuvis_dist.staging import cache as module
+from cuvis_dist.staging import uris
+from cuvis_dist.staging.cache import Staging, staging_here
 
 forked = multiprocessing.get_context("fork")
 

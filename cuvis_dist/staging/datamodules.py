@@ -1,7 +1,7 @@
 """How does a data module of upstream's work on files at URIs?
 
 It opens local paths. So before it is built, every URI in its settings, and in the lists that they
-name, becomes the path where this node's cache (:mod:`~cuvis_dist.archive.staging`) will have the
+name, becomes the path where this node's cache (:mod:`~cuvis_dist.staging.cache`) will have the
 file. While the module is set up, what it opens is fetched; later a frame's files are held while
 it is read. In another process, whose cache may lie elsewhere, the same paths mean that one.
 """
@@ -26,10 +26,10 @@ from pyarrow.fs import FileType
 from ray import cloudpickle
 
 from cuvis_dist import upstream
-from cuvis_dist.archive.staging import Staging, staging_here, stagings
-from cuvis_dist.archive.uris import join, parent
 from cuvis_dist.errors import InputError, one_line
 from cuvis_dist.scaling import Scaling
+from cuvis_dist.staging.cache import Staging, staging_here, stagings
+from cuvis_dist.staging.uris import join, parent
 from cuvis_dist.storage import is_uri
 
 #: Data modules whose settings may hold URIs; those of others are left as they are.

@@ -2,7 +2,7 @@
 
 A local folder is read and written in place. Any other file system of ``pyarrow.fs`` (``s3://``,
 ``gs://``, ``hdfs://``) is reached file by file, each whole or not at all; what can only work with
-local paths works in a :class:`~cuvis_dist.mirror.Mirror`.
+local paths works in a :class:`~cuvis_dist.storage.mirror.Mirror`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pyarrow import ArrowException
 from pyarrow.fs import FileSelector, FileSystem, FileType
 
 from cuvis_dist.errors import ClusterError, CuvisDistError, InputError, one_line
-from cuvis_dist.storage import (
+from cuvis_dist.storage.filesystems import (
     filesystem_of,
     is_out_of_space,
     is_uri,
