@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -16,7 +15,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from loguru import logger
 
@@ -167,17 +165,6 @@ def recorded(record: RunRecord | JobRecord) -> Iterator[None]:
             logger.warning("interrupted; the same command goes on from here")
             raise KeyboardInterrupt from error
         raise error
-
-
-def state_sha256(pipeline: CuvisPipeline) -> str:
-    """Return one hash of every buffer and parameter, by node and name."""
-    digest = hashlib.sha256()
-    for node in pipeline.nodes():
-        for name, value in sorted(node.state_dict().items()):
-            digest.update(f"{node.name}.{name}{tuple(value.shape)}{value.dtype}".encode())
-            flat = value.detach().cpu().reshape(-1).contiguous()
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 @dataclass

@@ -10,13 +10,11 @@ fingerprint starts anew. How many workers there are is no part of it.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -28,6 +26,7 @@ from ray import cloudpickle
 
 from cuvis_dist.archive import open_split
 from cuvis_dist.errors import CuvisDistError, InputError, one_line
+from cuvis_dist.hashing import hash_settings
 from cuvis_dist.initialization.stored import PASSES
 from cuvis_dist.record import RunRecord
 from cuvis_dist.scaling import MEASURING_SETTINGS, Scaling
@@ -89,19 +88,7 @@ def fingerprint(
     with isolate_rng():
         for split in ("train", "val", "test"):
             parts[f"frames of {split}"] = _uids(datamodule, split)
-    return {
-        name: hashlib.sha256(json.dumps(part, sort_keys=True, default=str).encode()).hexdigest()
-        for name, part in parts.items()
-    }
-
-
-def sha256(*paths: Path) -> str:
-    """Return the SHA-256 of the bytes of some files."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    return {name: hash_settings(part) for name, part in parts.items()}
 
 
 def _uids(datamodule: pl.LightningDataModule, split: str) -> list[str] | None:

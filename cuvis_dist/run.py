@@ -17,9 +17,10 @@ from loguru import logger
 
 from cuvis_dist.errors import DataError
 from cuvis_dist.evaluation import failed_split, post_fit
+from cuvis_dist.hashing import hash_files, hash_state
 from cuvis_dist.initialization import StatisticalTrainer, statistical_nodes
-from cuvis_dist.record import RunRecord, now, recorded, save_pipeline, state_sha256
-from cuvis_dist.resume import Resume, fingerprint, only_run, sha256
+from cuvis_dist.record import RunRecord, now, recorded, save_pipeline
+from cuvis_dist.resume import Resume, fingerprint, only_run
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.session import connect, require_resources, terminable
 from cuvis_dist.training import GradientTrainer, check_training
@@ -89,7 +90,7 @@ def _run_alone(
         parts = fingerprint(trainrun.config, trainrun.pipeline, datamodule, scaling)
         parts["job"] = trainrun.job
         if trainrun.weights is not None:
-            parts["weights"] = sha256(trainrun.weights)
+            parts["weights"] = hash_files(trainrun.weights)
         resume = Resume(trainrun.output_dir, parts, restart)
     if finished := resume.finished():
         logger.warning(
@@ -151,7 +152,7 @@ def _run(
             findings=record.findings,
         )
 
-    record.initialized = state_sha256(pipeline)
+    record.initialized = hash_state(pipeline.nodes())
 
     if config.training is None:
         with _timed(record, "evaluation"):

@@ -12,13 +12,13 @@ import hashlib
 import time
 from typing import Any
 
-import torch
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from loguru import logger
 from ray import cloudpickle
 
 from cuvis_dist.archive import Archive
 from cuvis_dist.errors import CuvisDistError, one_line
+from cuvis_dist.hashing import hash_settings, hash_state
 from cuvis_dist.initialization.plan import Pass
 from cuvis_dist.scaling import MEASURING_SETTINGS, Scaling
 from cuvis_dist.storage import OutputFolder
@@ -106,20 +106,20 @@ def identify(pipeline: CuvisPipeline, archive: Archive, this_pass: Pass, scaling
     The frames, the settings that say how they are cut and what counts, what is measured, and the
     state of the nodes before: one with random weights and no seed has others in the next run.
     """
-    digest = hashlib.sha256(str(this_pass).encode())
-    settings = scaling.model_dump(mode="json", include=set(MEASURING_SETTINGS))
-    digest.update(repr(sorted(settings.items())).encode())
-    for frame in archive.frames:
-        digest.update(f"{frame.uid}\n".encode())
     measured = {measurement.node for measurement in this_pass.measurements}
     before = nodes_before(pipeline, measured)
     if this_pass.streamed is not None:  # what is kept of it is the fitted node
         before = {this_pass.streamed, *nodes_before(pipeline, [this_pass.streamed])}
-    for node in sorted(before | measured, key=lambda node: node.name):
-        hparams = getattr(node, "hparams", None)
-        digest.update(f"{node.name} {type(node).__qualname__} {hparams}".encode())
-        for name, value in sorted(node.state_dict().items()) if node in before else ():
-            digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-            flat = value.detach().cpu().reshape(-1).contiguous()
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    nodes = sorted(before | measured, key=lambda node: node.name)
+    return hash_settings(
+        {
+            "pass": str(this_pass),
+            "settings": scaling.model_dump(mode="json", include=set(MEASURING_SETTINGS)),
+            "frames": [frame.uid for frame in archive.frames],
+            "nodes": [
+                (node.name, type(node).__qualname__, getattr(node, "hparams", None))
+                for node in nodes
+            ],
+            "state": hash_state(node for node in nodes if node in before),
+        }
+    )

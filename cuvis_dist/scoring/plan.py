@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_schemas.enums import ExecutionStage, NodeCategory
 
 from cuvis_dist.archive import Archive, open_archive
 from cuvis_dist.errors import InputError
-from cuvis_dist.resume import LOCK, sha256
+from cuvis_dist.hashing import hash_files, hash_settings
+from cuvis_dist.resume import LOCK
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.scoring.naming import file_names
 from cuvis_dist.storage import OutputFolder
@@ -94,11 +93,11 @@ def plan_scores(
     assert trainrun.weights is not None
     saved = Path(trainrun.config.pipeline)
     fingerprint = {
-        "pipeline": sha256(saved, trainrun.weights),
-        "data": _hash(data),
-        "frames": _hash([frame.uid for frame in archive.frames]),
-        "outputs": _hash(named),
-        "device": _hash(device),
+        "pipeline": hash_files(saved, trainrun.weights),
+        "data": hash_settings(data),
+        "frames": hash_settings([frame.uid for frame in archive.frames]),
+        "outputs": hash_settings(named),
+        "device": hash_settings(device),
     }
     there = set(folder.names()) - {LOCK}
     earlier = _earlier(folder) if FINGERPRINT in there else None
@@ -189,10 +188,6 @@ def _earlier(folder: OutputFolder) -> dict[str, str] | None:
         return dict(json.loads(folder.read(FINGERPRINT)))
     except (OSError, ValueError, TypeError):
         return None
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def refuse_links(folder: Path | None, files: list[str]) -> None:

@@ -39,7 +39,7 @@ from loguru import logger
 from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
 
 from cuvis_dist.errors import ClusterError, InputError, one_line
-from cuvis_dist.staging.uris import join, parts_of, remote, retried, uri_of_parts
+from cuvis_dist.staging.uris import fetched, join, parts_of, remote, uri_of_parts
 
 #: On a node, wins over the setting ``stage_dir``: nodes may have their fast disks elsewhere.
 STAGE_DIR = "CUVIS_DIST_STAGE_DIR"
@@ -188,7 +188,7 @@ class Staging:
     def look(self, uri: str) -> FileInfo:
         """Return what lies at a URI; raises DataError if the store does not answer."""
         filesystem, key = remote(uri)
-        return retried(uri, lambda: filesystem.get_file_info(key))
+        return fetched(uri, lambda: filesystem.get_file_info(key))
 
     def place(self, uri: str) -> Path:
         """Let a file show in its folder, without content as long as it is not held."""
@@ -205,7 +205,7 @@ class Staging:
     def place_folder(self, uri: str, recursive: bool) -> Path:
         """Let all files of a remote folder show, and none that are not there; return it."""
         filesystem, key = remote(uri)
-        found = retried(
+        found = fetched(
             uri, lambda: filesystem.get_file_info(FileSelector(key, recursive=recursive))
         )
         there = set()
@@ -343,11 +343,11 @@ class Staging:
         started = time.perf_counter()
         try:
             try:
-                retried(uri, attempt)
+                fetched(uri, attempt)
             except _FullDiskError:
                 with self._books() as (counters, _):
                     self._evict(counters, 0)
-                retried(uri, attempt)
+                fetched(uri, attempt)
         except BaseException:
             self._entry_path(uri).unlink(missing_ok=True)
             raise

@@ -6,16 +6,16 @@ import functools
 import os
 import random
 import socket
-import time
 from collections.abc import Callable
 from typing import TypeVar
 from urllib.parse import quote, unquote
 
 from loguru import logger
+from pyarrow import ArrowException
 from pyarrow.fs import FileSystem
 
 from cuvis_dist.errors import DataError, InputError, one_line
-from cuvis_dist.storage import filesystem_of
+from cuvis_dist.storage import filesystem_of, retried
 
 T = TypeVar("T")
 
@@ -76,19 +76,14 @@ def _filesystem(root: str, pid: int) -> tuple[FileSystem, str]:
     return filesystem_of(root)
 
 
-def retried(uri: str, call: Callable[[], T]) -> T:
+def fetched(uri: str, call: Callable[[], T]) -> T:
     """Call, a few times if the network fails; raises DataError in the end."""
-    for attempt in range(ATTEMPTS):
-        try:
-            return call()
-        except FileNotFoundError as error:
-            raise DataError(f"{uri} does not exist") from error
-        except OSError as error:
-            problem = error
-            logger.debug(f"{uri}, attempt {attempt + 1} of {ATTEMPTS}: {one_line(error)}")
-        if attempt + 1 < ATTEMPTS:
-            time.sleep(PAUSE * 2**attempt * random.uniform(0.8, 1.2))
-    raise DataError(
-        f"{uri} cannot be fetched, tried {ATTEMPTS} times on {socket.gethostname()}: "
-        f"{one_line(problem)}"
-    ) from problem
+    pauses = [PAUSE * 2**n * random.uniform(0.8, 1.2) for n in range(ATTEMPTS - 1)]
+    try:
+        return retried(call, pauses, lambda text: logger.debug(f"{uri}: {text}"))
+    except FileNotFoundError as error:
+        raise DataError(f"{uri} does not exist") from error
+    except (OSError, ArrowException) as error:
+        raise DataError(
+            f"{uri} cannot be fetched by {socket.gethostname()}: {one_line(error)}"
+        ) from error

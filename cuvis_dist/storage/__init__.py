@@ -4,6 +4,7 @@ from cuvis_dist.storage.filesystems import (
     filesystem_of,
     is_out_of_space,
     is_uri,
+    retried,
     writing_to,
 )
 from cuvis_dist.storage.mirror import Mirror, relocated
@@ -18,6 +19,7 @@ __all__ = [
     "is_uri",
     "location_of",
     "relocated",
+    "retried",
     "temporary_folder",
     "writing_to",
 ]

@@ -1,4 +1,4 @@
-"""Where do files lie that are no local paths? At a URI, on any file system of ``pyarrow.fs``."""
+"""Which file system does a URI name, and what do its failures, and a local disk's, mean?"""
 
 from __future__ import annotations
 
@@ -6,21 +6,43 @@ import errno
 import os
 import re
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import parse_qsl
 
+from pyarrow import ArrowException
 from pyarrow.fs import FileSystem
 
 from cuvis_dist.errors import ClusterError, InputError, one_line
 
-PathOrURI = TypeVar("PathOrURI", str, Path)
+T = TypeVar("T")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _SECRET = re.compile(r"key|secret|token|passw|credential|signature|sas$|^sig$", re.IGNORECASE)
 #: How long a request to Google Cloud is tried; its client's own 15 minutes look like a hang.
 _GCS_RETRY_S = 20
+#: What a store answers when another try would go the same way.
+_FOR_GOOD = (
+    "NO_SUCH_BUCKET",
+    "RESOURCE_NOT_FOUND",
+    "ACCESS_DENIED",
+    "FORBIDDEN",
+    "INVALID_ACCESS_KEY",
+    "INVALID_CLIENT_TOKEN",
+    "UNRECOGNIZED_CLIENT",
+    "SIGNATURE",
+    "EXPIRED_TOKEN",
+    "MISSING_AUTHENTICATION",
+    "PERMANENT_REDIRECT",
+    "HTTP Status 401",
+    "HTTP Status 403",
+    "HTTP Status 404",
+    "Permission denied",
+    "PermissionDenied",
+    "NotFound",
+)
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 #: What torch's own writer of files says then, without a number.
 _NO_SPACE_IN_TORCH = re.compile(r"PytorchStreamWriter|inline_container|file write failed")
@@ -73,6 +95,39 @@ def refuse_credentials(uri: str) -> None:
         )
 
 
+def retried(call: Callable[[], T], pauses: Iterable[float], say: Callable[[str], object]) -> T:
+    """Call, and again after each pause if a store failed for a reason that may pass.
+
+    Parameters
+    ----------
+    pauses : iterable of float
+        Seconds before each further try.
+    say : callable
+        Told of each failure that is followed by another try.
+
+    Raises
+    ------
+    OSError, ArrowException
+        What the last try raised. At once: FileNotFoundError, and what :func:`is_for_good` knows.
+    """
+    for pause in (*pauses, None):
+        try:
+            return call()
+        except FileNotFoundError:
+            raise
+        except (OSError, ArrowException) as error:
+            if pause is None or is_out_of_space(error) or is_for_good(error):
+                raise
+            say(f"next try in {pause:g} s: {one_line(error)}")
+            time.sleep(pause)
+    raise AssertionError
+
+
+def is_for_good(error: BaseException) -> bool:
+    """Whether a store's answer means that another try would go the same way."""
+    return any(word in str(error) for word in _FOR_GOOD)
+
+
 def is_out_of_space(error: BaseException) -> bool:
     """Whether a disk, a quota or the size that a file may have is used up."""
     if isinstance(error, OSError):
@@ -104,27 +159,20 @@ def writing_to(folder: object) -> Iterator[None]:
         raise
 
 
-def write_atomically(target: PathOrURI, content: bytes) -> PathOrURI:
-    """Write a file, whole or not at all, with the folders above it; return ``target``.
+def write_atomically(path: Path, content: bytes) -> Path:
+    """Write a local file, whole or not at all, with the folders above it; return its path.
 
-    On a local disk under a temporary name that is then renamed; an object store shows an object
-    when its upload is complete.
+    Under a temporary name, which is then renamed.
     """
-    if is_uri(target):
-        filesystem, path = filesystem_of(str(target))
-        with filesystem.open_output_stream(path) as stream:
-            stream.write(content)
-        return target
-    local = Path(target)
-    temporary = local.with_name(f".{local.name}.{os.getpid()}")
-    with writing_to(local.parent):
-        local.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing_to(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)  # never through a link that lies there
         try:
             with open(temporary, "xb") as file:
                 file.write(content)
-            os.replace(temporary, local)
+            os.replace(temporary, path)
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
-    return target
+    return path

@@ -14,7 +14,6 @@ import posixpath
 import shutil
 import socket
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,47 +27,21 @@ from pyarrow.fs import FileSelector, FileSystem, FileType
 from cuvis_dist.errors import ClusterError, CuvisDistError, InputError, one_line
 from cuvis_dist.storage.filesystems import (
     filesystem_of,
+    is_for_good,
     is_out_of_space,
     is_uri,
     refuse_credentials,
+    retried,
     write_atomically,
     writing_to,
 )
 
 #: A place for files: a local path, or a URI as a string.
 Location = Path | str
-
-
 #: Seconds between tries of what failed; each try has the file system's own retries inside.
 RETRY_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-
-
-#: What a store answers when another try would go the same way.
-_FOR_GOOD = (
-    "NO_SUCH_BUCKET",
-    "RESOURCE_NOT_FOUND",
-    "ACCESS_DENIED",
-    "FORBIDDEN",
-    "INVALID_ACCESS_KEY",
-    "INVALID_CLIENT_TOKEN",
-    "UNRECOGNIZED_CLIENT",
-    "SIGNATURE",
-    "EXPIRED_TOKEN",
-    "MISSING_AUTHENTICATION",
-    "PERMANENT_REDIRECT",
-    "HTTP Status 401",
-    "HTTP Status 403",
-    "HTTP Status 404",
-    "Permission denied",
-    "PermissionDenied",
-    "NotFound",
-)
-
-
 #: File systems that show a file only when it is complete.
 _ATOMIC = {"s3", "gcs", "abfs"}
-
-
 _CHUNK = 8 * 2**20
 
 
@@ -315,28 +288,26 @@ class OutputFolder:
 
     def _try(self, action: Callable[[], Any], what: str, patient: bool = True) -> Any:
         """Do something with the store, again when the reason of a failure may pass."""
-        for pause in (*(RETRY_S if patient else ()), None):
-            try:
-                return action()
-            except FileNotFoundError:
+
+        def say(what_next: str) -> None:
+            logger.warning(f"{self} cannot be {what}, {what_next}")
+
+        try:
+            return retried(action, RETRY_S if patient else (), say)
+        except FileNotFoundError:
+            raise
+        except (OSError, ArrowException) as error:
+            if is_out_of_space(error):  # of a local disk
                 raise
-            except (OSError, ArrowException) as error:
-                if is_out_of_space(error):  # of a local disk
-                    raise
-                reason = one_line(error)
-                if any(word in reason for word in _FOR_GOOD):
-                    raise InputError(
-                        f"{self} cannot be {what}: {reason}. Check its name, and that the "
-                        "environment of every node has credentials that may read and write it"
-                    ) from error
-                if pause is None:
-                    raise ClusterError(
-                        f"{self} cannot be {what}: {reason}. Check that every node reaches it; "
-                        "the same command then goes on from what is stored there"
-                    ) from error
-                logger.warning(f"{self} cannot be {what}, next try in {pause:g} s: {reason}")
-                time.sleep(pause)
-        raise AssertionError
+            if is_for_good(error):
+                raise InputError(
+                    f"{self} cannot be {what}: {one_line(error)}. Check its name, and that the "
+                    "environment of every node has credentials that may read and write it"
+                ) from error
+            raise ClusterError(
+                f"{self} cannot be {what}: {one_line(error)}. Check that every node reaches it; "
+                "the same command then goes on from what is stored there"
+            ) from error
 
     @contextmanager
     def _kept(self, name: str, keep: Callable[[Path], object]) -> Iterator[None]:
