@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from cuvis_dist import upstream
 from cuvis_dist.archive import open_archive, setup_error
 from cuvis_dist.errors import CuvisDistError, InputError, one_line
+from cuvis_dist.hashing import hash_settings
 from cuvis_dist.initialization import recipe_for
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.staging import fetched_when_opened, localize
@@ -146,7 +147,8 @@ class TrainRun:
         if self.output.local is not None:
             return self.output.local / name
         try:
-            return self.output.download(name, temporary_folder() / Path(name).name)
+            own = hash_settings(str(self.output))[:16]
+            return self.output.download(name, temporary_folder() / own / Path(name).name)
         except FileNotFoundError:
             raise InputError(
                 f"the fitted state is not there: {self.output.at(name)}. cuvis-dist init makes "

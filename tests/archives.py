@@ -91,3 +91,10 @@ def assert_same_state(ours: CuvisPipeline, theirs: CuvisPipeline, tolerance: flo
         for name, value in states[0].items():
             difference = relative_difference(value, states[1][name])
             assert difference <= tolerance, f"{mine.name}.{name} differs by {difference:.3g}"
+
+
+def edit(path: Path, change) -> None:
+    """Change the content of a YAML file."""
+    content = yaml.safe_load(path.read_text())
+    change(content)
+    path.write_text(yaml.safe_dump(content, sort_keys=False))

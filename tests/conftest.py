@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,3 +60,26 @@ def demo_trainrun(tmp_path_factory) -> Path:
 
     settings = DemoSettings(frames=22, height=16, width=20, bands=12, recordings=3, max_epochs=3)
     return write_demo(tmp_path_factory.mktemp("demo"), settings)
+
+
+@pytest.fixture
+def demo(demo_trainrun, tmp_path):
+    """A copy of the demo that a test may change; returns its trainrun."""
+    from archives import edit
+
+    folder = tmp_path / "demo"
+    shutil.copytree(demo_trainrun.parent, folder)
+    path = folder / "trainrun.yaml"
+    edit(path, lambda run: run["data"]["params"].update(
+        universe_csv=str(folder / "archive" / "universe.csv")
+    ) or run.update(output_dir=str(folder / "results")))  # fmt: skip
+    return path
+
+
+@pytest.fixture
+def warnings() -> Iterator[list[str]]:
+    """What the log says."""
+    said: list[str] = []
+    handler = logger.add(said.append, level="WARNING", format="{message}")
+    yield said
+    logger.remove(handler)

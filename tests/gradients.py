@@ -18,6 +18,9 @@ class Epochs(pl.Callback):
     def __init__(self):
         self.values = []
 
+    def on_train_epoch_start(self, trainer, pl_module):
+        pl_module.log("said_between_steps", 1.0 + trainer.current_epoch, on_epoch=True)
+
     def on_train_epoch_end(self, trainer, pl_module):
         self.values.append({k: float(v) for k, v in trainer.callback_metrics.items()})
 

@@ -16,7 +16,7 @@ from gradients import train_upstream
 from heads import BIN, cluster
 
 from cuvis_dist import Scaling, StatisticalTrainer
-from cuvis_dist.record import state_sha256
+from cuvis_dist.hashing import hash_state
 from cuvis_dist.trainrun import load_trainrun
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -50,7 +50,7 @@ def one_process(trainrun: Path, folder: Path):
     run = load_trainrun(trainrun, [f"output_dir={folder}"])
     scaling = Scaling(workers=1, output_dir=folder)
     StatisticalTrainer(run.pipeline, run.datamodule(), scaling=scaling).fit()
-    initialized = state_sha256(run.pipeline)
+    initialized = hash_state(run.pipeline.nodes())
     run.pipeline.unfreeze_nodes_by_name(run.config.unfreeze_nodes)
     run.config.training.callbacks.checkpoint.dirpath = str(folder / "checkpoints")
     train_upstream(run)

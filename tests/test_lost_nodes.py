@@ -21,8 +21,8 @@ from test_interrupted import READINGS, kept_files, record, train_files
 from test_jobs import one_process
 
 from cuvis_dist import Scaling, StatisticalTrainer
+from cuvis_dist.hashing import hash_state
 from cuvis_dist.initialization.stored import PASSES
-from cuvis_dist.record import state_sha256
 from cuvis_dist.trainrun import load_trainrun
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.long]
@@ -90,7 +90,7 @@ def initialized_here(trainrun: Path, folder: Path) -> str:
     run = load_trainrun(trainrun)
     scaling = Scaling(workers=1, shard_frames=1, output_dir=folder)
     StatisticalTrainer(run.pipeline, run.datamodule(), scaling=scaling).fit()
-    return state_sha256(run.pipeline)
+    return hash_state(run.pipeline.nodes())
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from archives import buffers_sha256
+from archives import buffers_sha256, edit
 
 from cuvis_dist import Scaling
 from cuvis_dist.cli import main
@@ -23,24 +23,6 @@ from cuvis_dist.initialization import preview
 from cuvis_dist.resume import only_run
 from cuvis_dist.storage import OutputFolder
 from cuvis_dist.trainrun import load_trainrun
-
-
-@pytest.fixture
-def demo(demo_trainrun, tmp_path):
-    """A copy of the demo that a test may change; returns its trainrun."""
-    folder = tmp_path / "demo"
-    shutil.copytree(demo_trainrun.parent, folder)
-    path = folder / "trainrun.yaml"
-    edit(path, lambda run: run["data"]["params"].update(
-        universe_csv=str(folder / "archive" / "universe.csv")
-    ) or run.update(output_dir=str(folder / "results")))  # fmt: skip
-    return path
-
-
-def edit(path, change):
-    content = yaml.safe_load(path.read_text())
-    change(content)
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
 
 
 def test_a_second_run_in_the_same_folder_is_kept_out(demo, capsys):

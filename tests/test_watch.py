@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cuvis_dist.training.heartbeat import _used
+from cuvis_dist.training.heartbeat import Heartbeat, _used
 from cuvis_dist.watch import COMPUTING, READING, Beat, Watch
 
 WAITING = "[Strategy]RayDDPStrategy.backward"
@@ -103,3 +103,12 @@ def test_another_group_of_workers_starts_anew():
     assert watch.beat(Beat(2, READING, 4, 0.0, 0, "first"), 1) is None  # its last word
     said = [watch.beat(Beat(1, READING, 1, now, 0, "second"), now) for now in range(2, 20)]
     assert said[-1] is None, "rank 0 waits for rank 1, which reads"
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_rank_on_a_gpu_that_waits_for_others_spins(on_gpu):
+    heartbeat = Heartbeat(None, 0, "", 10, on_gpu)
+    heartbeat.start(WAITING)
+    assert (heartbeat.beat().cpu_seconds == 0) is on_gpu
+    with heartbeat.doing(COMPUTING):
+        assert heartbeat.beat().cpu_seconds > 0

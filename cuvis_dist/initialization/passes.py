@@ -6,36 +6,27 @@ a fixed tree, so the result does not depend on who finished first, and lets the 
 
 from __future__ import annotations
 
-import math
 import pickle
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
-import ray
-import ray.data
 import torch
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from loguru import logger
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cuvis_dist.archive import Archive, Shard
 from cuvis_dist.errors import CuvisDistError, DataError, one_line
 from cuvis_dist.initialization.affine import probe
 from cuvis_dist.initialization.measuring import Partial
 from cuvis_dist.initialization.plan import Fit, Pass
-from cuvis_dist.initialization.shards import MeasureShard, OneByOne, Task, row_error
+from cuvis_dist.initialization.shards import MeasureShard
 from cuvis_dist.initialization.stored import StoredPass
 from cuvis_dist.scaling import Scaling
+from cuvis_dist.spread import Tally, make_task, spread
 from cuvis_dist.statistics import MergeTree, Moments, Statistic, from_bytes
 from cuvis_dist.workers import raise_cause
-
-#: How many other nodes are asked for a recording that one cannot read.
-_OTHER_NODES = 3
-
-#: Tasks of a pass at most, unless there are very many workers, which need some each.
-_TASKS, _TASKS_PER_WORKER = 1000, 32
 
 OnShard = Callable[[int], None]
 """Called with the number of frames done so far."""
@@ -77,56 +68,6 @@ class PassRecord:
     restored_shards: int = 0
     restored_frames: int = 0
     repeated: list[int] = field(default_factory=list)
-
-
-class Tally:
-    """Counts what came back, twice: frames listed are frames measured plus frames skipped.
-
-    Parameters
-    ----------
-    listed : int
-        Frames that were asked for.
-    max_skipped : int
-        How many frames may be left out.
-    """
-
-    def __init__(self, listed: int, max_skipped: int) -> None:
-        self.listed, self.max_skipped = listed, max_skipped
-        self.frames = self.bytes = self.peak = self.left_out = 0
-        self.skipped: dict[str, str] = {}
-        self.repeated: set[int] = set()
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Count a row; raises DataError when too many frames were skipped."""
-        self.frames += row["frames"]
-        self.bytes += row["bytes"]
-        self.peak = max(self.peak, row["peak"])
-        if row["again"]:
-            self.repeated.add(row["ordinal"])
-        for uid, reason in pickle.loads(row["skipped"]):
-            logger.warning(f"skipped: {reason}")
-            self.skipped[uid] = reason
-            self.left_out += 1  # a frame that samples_per_frame repeats has one uid
-        if self.left_out > self.max_skipped:
-            raise DataError(
-                f"{self.left_out} frames cannot be used, more than max_skipped "
-                f"({self.max_skipped}). The last: {list(self.skipped.values())[-1]}"
-            )
-
-    @property
-    def done(self) -> int:
-        """Frames dealt with."""
-        return self.frames + self.left_out
-
-    def close(self) -> None:
-        """Raise DataError unless every frame of the archive was measured or skipped."""
-        if self.done != self.listed:
-            raise DataError(
-                f"the archive lists {self.listed} frames, but {self.frames} were measured "
-                f"and {self.left_out} skipped"
-            )
-        if not self.frames:
-            raise DataError(f"none of {self.listed} frames could be used")
 
 
 class Measured:
@@ -247,15 +188,10 @@ def _measure(
     started = time.perf_counter() - measured.seconds
     measurements = this_pass.by_key()
     measure = MeasureShard(make_task(pipeline, archive, scaling), measurements)
-    by_ordinal = {shard.ordinal: shard for shard in shards}
     whole = False  # an interruption can come at any moment, in the middle of a merge too
     try:
         with raise_cause("the pass over the archive"):
             for row in spread(shards, measure, scaling):
-                if row["unreadable"]:
-                    row = read_elsewhere(row, measure, by_ordinal[row["ordinal"]], scaling)
-                if row["error"]:
-                    raise row_error(row)
                 whole = False
                 added = measured.add(row, measurements)
                 measured.seconds = time.perf_counter() - started
@@ -320,117 +256,3 @@ def _freeze(fit: Fit, statistic: Statistic) -> None:
         raise CuvisDistError(
             f"node {fit.node.name} could not be fitted: {one_line(error)}"
         ) from error
-
-
-def make_task(pipeline: CuvisPipeline, archive: Archive, scaling: Scaling) -> Task:
-    """Put the pipeline as it is now, and the archive, where every worker can fetch them."""
-    threads = math.floor(scaling.cpus_per_worker)
-    skip, on_gpu = scaling.on_error == "skip", scaling.worker_gpus > 0
-    elsewhere = len(_readers(scaling)) > 1
-    refs = ray.put(archive), ray.put(pipeline)
-    probed = scaling.max_skipped if skip else 0
-    return Task(*refs, threads, skip, probed, scaling.pixels, on_gpu, elsewhere)
-
-
-def _readers(scaling: Scaling) -> list[str]:
-    """Return the ids of the nodes that can run a worker."""
-    need = {"CPU": scaling.cpus_per_worker, "GPU": scaling.worker_gpus}
-    return [
-        node["NodeID"]
-        for node in ray.nodes()
-        if node["Alive"] and all(node["Resources"].get(k, 0) >= v for k, v in need.items())
-    ]
-
-
-def read_elsewhere(
-    row: dict[str, Any], measure: MeasureShard, shard: Shard, scaling: Scaling
-) -> dict[str, Any]:
-    """Run a shard whose recording a node cannot read on other nodes; return the row of one.
-
-    The last node that is tried decides whether the frame is skipped.
-
-    Raises
-    ------
-    DataError
-        If none of them can read it; the message names them.
-    """
-    tried = [row["node"]]
-    others = [node for node in _readers(scaling) if node not in tried][:_OTHER_NODES]
-    for node in others:
-        logger.warning(f"{row_error(row)}; another node is asked")
-        last = node == others[-1]
-        there = MeasureShard(replace(measure.task, elsewhere=not last), measure.measurements)
-        options: dict[str, Any] = {
-            "num_cpus": scaling.cpus_per_worker,
-            "num_gpus": scaling.worker_gpus or None,
-            "max_retries": 3,
-            "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True),
-        }
-        (row,) = ray.get(ray.remote(**options)(_run).remote(there, as_row(shard)))
-        if not row["error"]:
-            return row | {"again": True}
-        if not row["unreadable"]:
-            break
-        tried.append(row["node"])
-    raise row_error(row, *(node for node in tried if node != row["node"]))
-
-
-def _run(measure: MeasureShard, shard: dict[str, int]) -> list[dict[str, Any]]:
-    return measure(shard)
-
-
-def as_row(shard: Shard) -> dict[str, int]:
-    """Return what a worker is told of a shard."""
-    return {"ordinal": shard.ordinal, "start": shard.start, "stop": shard.stop}
-
-
-def share_files(shards: list[Shard], at_least: int) -> list[range]:
-    """Cut the shards into tasks, each of one staged file; more per file if files are few.
-
-    Parameters
-    ----------
-    shards : list of Shard
-        In canonical order.
-    at_least : int
-        How many tasks keep the workers busy to the end.
-    """
-    runs: list[range] = []
-    for i, shard in enumerate(shards):
-        if runs and shard.staged and shard.staged == shards[i - 1].staged:
-            runs[-1] = range(runs[-1].start, i + 1)
-        else:
-            runs.append(range(i, i + 1))
-    pieces = math.ceil(at_least / len(runs))
-    return [
-        run[len(run) * k // n : len(run) * (k + 1) // n]
-        for run in runs
-        for n in [min(pieces, len(run))]
-        for k in range(n)
-    ]
-
-
-def spread(shards: list[Shard], function: Any, scaling: Scaling) -> Iterator[dict[str, Any]]:
-    """Run ``function`` on every shard, and yield its rows as they come.
-
-    A task takes one shard; those of one file that has to be staged, so that few nodes fetch it; or
-    several where there are very many: Ray Data needs some ten milliseconds of the driver for each
-    task. (Not where the rows carry cubes.)
-    """
-    cpus = ray.cluster_resources().get("CPU", 1) / scaling.cpus_per_worker
-    runs = share_files(shards, 4 * math.ceil(scaling.workers or cpus))
-    tasks = max(_TASKS, int(_TASKS_PER_WORKER * (scaling.workers or cpus)))
-    each = 1 if function.ordered else math.ceil(len(runs) / tasks)
-    rows = []
-    for first in range(0, len(runs), each):
-        start, stop = runs[first].start, runs[first : first + each][-1].stop
-        rows.append({"shards": [as_row(shard) for shard in shards[start:stop]]})
-    workers = min(scaling.workers, len(rows)) if scaling.workers else None
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).flat_map(
-        OneByOne(function),
-        compute=ray.data.TaskPoolStrategy(size=workers),
-        num_cpus=scaling.cpus_per_worker,
-        num_gpus=scaling.worker_gpus or None,
-    )
-    dataset.context.execution_options.preserve_order = function.ordered
-    dataset.context.enable_progress_bars = False
-    return iter(dataset.iter_rows())

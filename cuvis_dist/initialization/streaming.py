@@ -22,10 +22,11 @@ from loguru import logger
 from cuvis_dist.archive import Archive
 from cuvis_dist.errors import CuvisDistError, InputError, LostWorkerError, one_line
 from cuvis_dist.initialization.measuring import compute_inputs
-from cuvis_dist.initialization.passes import PassRecord, Tally, make_task, spread
-from cuvis_dist.initialization.shards import GatherShard, StatefulNodesError, row_error
+from cuvis_dist.initialization.passes import PassRecord
+from cuvis_dist.initialization.shards import GatherShard
 from cuvis_dist.initialization.stored import StoredPass
 from cuvis_dist.scaling import Scaling
+from cuvis_dist.spread import StatefulNodesError, Tally, make_task, spread
 from cuvis_dist.workers import adopt, on_worker
 
 
@@ -123,13 +124,13 @@ def _fit(
     emit: EmitFn,
 ) -> tuple[Node, Tally]:
     node = next(n for n in pipeline.nodes() if n.name == name)
-    gather = GatherShard(make_task(pipeline, archive, scaling), None if in_order else name)
+    # Rows that came from a shard cannot be taken back: no other node is asked.
+    task = replace(make_task(pipeline, archive, scaling), elsewhere=False)
+    gather = GatherShard(task, None if in_order else name)
     tally = Tally(len(archive), scaling.max_skipped)
 
     def stream() -> Iterator[dict[str, Any]]:
         for row in spread(archive.shards(scaling.shard_frames), gather, scaling):
-            if row["error"]:
-                raise row_error(row)
             tally.add(row)
             progress = FrameProgress(tally.done, len(archive))
             emit(TrainEvent(TrainHook.STATISTICAL_PROGRESS, node=name, progress=progress))

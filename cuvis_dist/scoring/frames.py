@@ -21,9 +21,9 @@ from cuvis_ai_schemas.enums import ExecutionStage, NodeTag
 from cuvis_ai_schemas.execution import Context
 
 from cuvis_dist.archive import Archive, Frame
-from cuvis_dist.errors import ClusterError, CuvisDistError, DataError, InputError, one_line
-from cuvis_dist.initialization.shards import StatefulNodesError, Task
+from cuvis_dist.errors import ClusterError, DataError, one_line
 from cuvis_dist.scoring.plan import refuse_links
+from cuvis_dist.spread import StatefulNodesError, Task, make_row
 from cuvis_dist.storage import OutputFolder
 from cuvis_dist.upstream import nodes_before
 from cuvis_dist.workers import fetch_once, state_mark
@@ -54,7 +54,7 @@ def tracking(pipeline: CuvisPipeline) -> str | None:
 
 
 class ScoreShard:
-    """Scores a shard and writes its files: one row that says how many, or what went wrong.
+    """Scores a shard and writes its files: one row that says how many.
 
     Parameters
     ----------
@@ -86,15 +86,12 @@ class ScoreShard:
     def __call__(self, shard: dict[str, int]) -> list[dict[str, Any]]:
         """Return the row of ``shard``."""
         written, skipped = 0, []
-        try:
-            for uid, reason in self.frames(range(shard["start"], shard["stop"])):
-                if reason:
-                    skipped.append((uid, reason))
-                else:
-                    written += 1
-        except CuvisDistError as error:
-            return [_row(error=str(error), kind=type(error).__name__)]
-        return [_row(written=written, skipped=pickle.dumps(skipped))]
+        for uid, reason in self.frames(range(shard["start"], shard["stop"])):
+            if reason:
+                skipped.append((uid, reason))
+            else:
+                written += 1
+        return [make_row(shard["ordinal"], frames=written, skipped=pickle.dumps(skipped))]
 
     def frames(self, indices: range) -> Iterator[tuple[str, str]]:
         """Score frames and write their files; yields each one's uid, and why it was skipped.
@@ -117,8 +114,7 @@ class ScoreShard:
             try:
                 maps = self._maps(pipeline, archive, index)
             except DataError as error:
-                if not self.task.skip:
-                    raise
+                self.task.leave_out(error)
                 yield frame.uid, str(error)
                 continue
             if not self.carries_state:
@@ -162,18 +158,6 @@ def _array(value: torch.Tensor) -> np.ndarray:
     return array[0] if array.ndim and len(array) == 1 else array
 
 
-def _row(**values: Any) -> dict[str, Any]:
-    """Return a row with every column, since blocks must share a schema."""
-    return {"error": "", "kind": "", "written": 0, "skipped": pickle.dumps([]), **values}
-
-
-def score_error(row: dict[str, Any]) -> CuvisDistError:
-    """Return the error that a worker's row stands for."""
-    kinds = (DataError, InputError, ClusterError, StatefulNodesError)
-    by_name: dict[str, type[CuvisDistError]] = {kind.__name__: kind for kind in kinds}
-    return by_name.get(row.get("kind", ""), CuvisDistError)(row["error"])
-
-
 def score_in_order(job: ScoreShard, frames: int, max_skipped: int, emit: EmitFn) -> dict[str, Any]:
     """Score all frames in this process and return one row for them."""
     files, written, skipped = fetch_once(job.files), 0, []
@@ -189,4 +173,4 @@ def score_in_order(job: ScoreShard, frames: int, max_skipped: int, emit: EmitFn)
             written += 1
         if done % math.ceil(frames / 100) == 0:
             say(done)
-    return _row(written=written, skipped=pickle.dumps(skipped))
+    return make_row(0, frames=written, skipped=pickle.dumps(skipped))

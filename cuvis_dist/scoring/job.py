@@ -13,9 +13,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-import pickle
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -23,20 +23,17 @@ from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from loguru import logger
 
 from cuvis_dist.errors import DataError
-from cuvis_dist.initialization.passes import make_task, spread
-from cuvis_dist.initialization.shards import StatefulNodesError
 from cuvis_dist.record import JobRecord, now, recorded
 from cuvis_dist.resume import only_run
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.scoring.frames import ScoreShard, only_for, score_error, score_in_order, tracking
+from cuvis_dist.scoring.frames import ScoreShard, only_for, score_in_order, tracking
 from cuvis_dist.scoring.plan import FINGERPRINT, INDEX, ScorePlan, plan_scores, scores_folder
 from cuvis_dist.session import connect, require_resources, terminable
+from cuvis_dist.spread import StatefulNodesError, Tally, make_task, spread
 from cuvis_dist.trainrun import TrainRun
 from cuvis_dist.workers import on_worker, raise_cause
 
 OnFrames = Callable[[int, int], None]
-
-
 """Called with the number of frames done so far, and of those that there are to do."""
 
 
@@ -101,7 +98,7 @@ def _score_alone(
             plan.folder.remove(file)
         content = json.dumps(plan.fingerprint, indent=2) + "\n"
         plan.folder.write(FINGERPRINT, content.encode())
-        tally = _Tally(plan, scaling.max_skipped)
+        tally = Tally(len(plan.todo), scaling.max_skipped)
         record.values |= {
             "scores": str(plan.folder),
             "outputs": [".".join(port) for port in plan.outputs],
@@ -115,16 +112,13 @@ def _score_alone(
                     require_resources(scaling, training=False)
                 _compute(trainrun.pipeline, plan, scaling, tally, on_frames)
         finally:
-            record.values |= {"written": tally.written, "skipped": tally.skipped}
+            record.values |= {"written": tally.frames, "skipped": tally.skipped}
             record.values["seconds"] = round(time.perf_counter() - started, 3)
-        tally.close()
+        _check(plan, tally)
         _write_index(plan, tally.skipped)
         record.status, record.exit_code, record.finished = "done", 0, now()
         record.write()
     return record
-
-
-# ---- what is written -------------------------------------------------------------------
 
 
 def _write_index(plan: ScorePlan, skipped: dict[str, str]) -> None:
@@ -137,61 +131,21 @@ def _write_index(plan: ScorePlan, skipped: dict[str, str]) -> None:
     plan.folder.write(INDEX, text.getvalue().encode())
 
 
-class _Tally:
-    """Counts twice: frames listed are files written plus frames skipped, and all files are there.
-
-    Parameters
-    ----------
-    plan : ScorePlan
-        What was to be written.
-    max_skipped : int
-        How many frames may be left out.
-    """
-
-    def __init__(self, plan: ScorePlan, max_skipped: int) -> None:
-        self.plan, self.max_skipped = plan, max_skipped
-        self.clear()
-
-    def clear(self) -> None:
-        """Count from the beginning."""
-        self.written = 0
-        self.skipped: dict[str, str] = {}
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Count a row; raises DataError when too many frames were skipped."""
-        self.written += row["written"]
-        for uid, reason in pickle.loads(row["skipped"]):
-            logger.warning(f"skipped: {reason}")
-            self.skipped[uid] = reason
-        if len(self.skipped) > self.max_skipped:
-            raise DataError(
-                f"{len(self.skipped)} frames cannot be used, more than max_skipped "
-                f"({self.max_skipped}). The last: {list(self.skipped.values())[-1]}"
-            )
-
-    @property
-    def done(self) -> int:
-        """Frames dealt with."""
-        return self.written + len(self.skipped)
-
-    def close(self) -> None:
-        """Raise DataError unless every frame was skipped or has its file."""
-        there = set(self.plan.folder.names())
-        frames = zip(self.plan.archive.frames, self.plan.files, strict=True)
-        lost = [f"{frame}" for frame, file in frames if file not in there]
-        if self.done != len(self.plan.todo) or len(lost) != len(self.skipped):
-            raise DataError(
-                f"of {len(self.plan.todo)} frames {self.written} were written and "
-                f"{len(self.skipped)} skipped, but {len(lost)} have no file in {self.plan.folder}"
-                f"{': ' if lost else ''}{', '.join(lost[:3])}"
-            )
-
-
-# ---- on the workers --------------------------------------------------------------------
+def _check(plan: ScorePlan, tally: Tally) -> None:
+    """Raise DataError unless every frame was skipped or has its file."""
+    there = set(plan.folder.names())
+    frames = zip(plan.archive.frames, plan.files, strict=True)
+    lost = [f"{frame}" for frame, file in frames if file not in there]
+    if tally.done != tally.listed or len(lost) != len(tally.skipped):
+        raise DataError(
+            f"of {tally.listed} frames {tally.frames} were written and {len(tally.skipped)} "
+            f"skipped, but {len(lost)} have no file in {plan.folder}"
+            f"{': ' if lost else ''}{', '.join(lost[:3])}"
+        )
 
 
 def _compute(
-    pipeline: CuvisPipeline, plan: ScorePlan, scaling: Scaling, tally: _Tally, on_frames: OnFrames
+    pipeline: CuvisPipeline, plan: ScorePlan, scaling: Scaling, tally: Tally, on_frames: OnFrames
 ) -> None:
     """Let the workers write what is missing: side by side, or in order where that matters."""
     only_for(pipeline, plan.outputs)
@@ -205,8 +159,6 @@ def _compute(
         try:
             with raise_cause("scoring"):
                 for row in spread(some.shards(scaling.shard_frames), job, scaling):
-                    if row["error"]:
-                        raise score_error(row)
                     tally.add(row)
                     on_frames(tally.done, len(plan.todo))
             return
@@ -217,7 +169,7 @@ def _compute(
     )
     todo = set(plan.todo)
     files = [file if i in todo else "" for i, file in enumerate(plan.files)]
-    task = make_task(pipeline, plan.archive, scaling)
+    task = replace(make_task(pipeline, plan.archive, scaling), elsewhere=False)
     tally.clear()
 
     def deliver(done: Any) -> None:

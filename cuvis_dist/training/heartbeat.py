@@ -65,14 +65,17 @@ class Heartbeat(PassThroughProfiler):
         self._ended.set()
         ray.get(self._watch.beat.remote(Beat(self._rank, "", self._steps, 0, 0, self._group)))
 
+    def beat(self) -> Beat:
+        """Return what the rank does now, and has used."""
+        doing, (cpu, moved) = self._actions[-1], _used()
+        if self._on_gpu and doing not in (READING, COMPUTING):
+            cpu = 0.0
+        return Beat(self._rank, doing, self._steps, cpu, moved, self._group)
+
     def _send(self) -> None:
         while not self._ended.wait(self._interval):
-            doing, (cpu, moved) = self._actions[-1], _used()
-            if self._on_gpu and doing not in (READING, COMPUTING):
-                cpu = 0.0
-            beat = Beat(self._rank, doing, self._steps, cpu, moved, self._group)
             try:
-                verdict = ray.get(self._watch.beat.remote(beat))
+                verdict = ray.get(self._watch.beat.remote(self.beat()))
             except ray.exceptions.RayError as error:
                 logger.debug(f"the watch was lost: {error}")
                 return

@@ -208,7 +208,8 @@ class RankTrainer(UpstreamGradientTrainer):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._to_log: list[tuple[str, torch.Tensor, dict[str, Any]]] = []
+        #: What a training step logs, until its gradients have met.
+        self._to_log: list[tuple[str, torch.Tensor, dict[str, Any]]] | None = None
 
     def _build_trainer(self) -> pl.Trainer:
         """Build upstream's trainer, less the post-fit steps, which follow on all workers."""
@@ -257,6 +258,7 @@ class RankTrainer(UpstreamGradientTrainer):
         weight = dealt.weights[batch_idx]
         whole = dealt.whole
         self._share = weight * batch_frames(batch) / dealt.frames if whole else weight
+        self._to_log = None if whole else []
         # A node may compute a pooled metric within a step (a running value for its port):
         # workers have unlike numbers of steps, so nothing may be synchronized there.
         pooled = [m for m in self.pipeline_modules.modules() if isinstance(m, Metric)]
@@ -278,17 +280,19 @@ class RankTrainer(UpstreamGradientTrainer):
     def log(self, name: str, value: Any, **kwargs: Any) -> None:
         """Log the value of all workers' frames.
 
-        In training the mean over workers of ``value · share`` is that of the global batch. In
-        evaluation the shares of all batches of the split add up to 1. A torchmetrics object
+        In a training step the mean over workers of ``value · share`` is that of the global batch.
+        In evaluation the shares of all batches of the split add up to 1. A torchmetrics object
         synchronizes its own states when Lightning computes it at the end.
         """
-        if self.trainer.training and not isinstance(value, Metric):
+        if self._to_log is not None and not isinstance(value, Metric):
             share = torch.as_tensor(value, device=self.device).detach() * self._share
             self._to_log.append((name, share, kwargs))
             return
         with self.heartbeat.doing("logging"):  # the others may be waited for here
             if isinstance(value, Metric):
                 super().log(name, value, **kwargs)
+            elif self.trainer.training:  # by a callback, between two steps
+                super().log(name, value, **{"sync_dist": True, **kwargs})
             else:
                 share = torch.as_tensor(value, device=self.device) * self._share
                 super().log(name, share, sync_dist=True, reduce_fx=torch.sum, **kwargs)
@@ -296,7 +300,7 @@ class RankTrainer(UpstreamGradientTrainer):
     def on_after_backward(self) -> None:
         """Reduce what the step logged, all at once: its gradients have just met, too."""
         super().on_after_backward()
-        logged, self._to_log = self._to_log, []
+        logged, self._to_log = self._to_log, None
         if not logged:
             return
         with self.heartbeat.doing("logging"):

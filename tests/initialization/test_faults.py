@@ -17,9 +17,8 @@ from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_schemas.pipeline import PipelineConfig
 from fragile import CountedCubes, FragileCubes, FragileModule, wrap_train
 
-from cuvis_dist import Scaling, StatisticalTrainer
+from cuvis_dist import Scaling, StatisticalTrainer, spread
 from cuvis_dist.errors import CuvisDistError
-from cuvis_dist.initialization import passes
 from cuvis_dist.trainrun import load_trainrun
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -69,8 +68,8 @@ def test_several_shards_in_a_task_change_no_bit(tmp_path, monkeypatch):
     for name in ("one", "several"):
         (tmp_path / name).mkdir()
     one, _, _ = fit(tmp_path / "one", False, True)
-    monkeypatch.setattr(passes, "_TASKS", 2)
-    monkeypatch.setattr(passes, "_TASKS_PER_WORKER", 1)
+    monkeypatch.setattr(spread, "_TASKS", 2)
+    monkeypatch.setattr(spread, "_TASKS_PER_WORKER", 1)
     several, trainer, readings = fit(tmp_path / "several", True, True)
     assert (tmp_path / "several" / "died").exists()
     assert buffers_sha256(several) == buffers_sha256(one)

@@ -13,25 +13,16 @@ from cuvis_ai.node.normalization import MinMaxNormalizer
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training.post_fit import TrainHook
 from fragile import CountedCubes, FragileCubes, FragileModule, wrap_train
-from loguru import logger
 
 from cuvis_dist import Scaling, StatisticalTrainer
 from cuvis_dist.archive import open_archive
-from cuvis_dist.initialization import passes
 from cuvis_dist.initialization.plan import make_plan
 from cuvis_dist.initialization.stored import PASSES, StoredPass, identify
+from cuvis_dist.spread import Tally
 from cuvis_dist.storage import OutputFolder
 from cuvis_dist.trainrun import load_trainrun
 
 SETTINGS = {"workers": 2, "shard_frames": 2, "save_seconds": 0}
-
-
-@pytest.fixture
-def warnings():
-    said: list[str] = []
-    handler = logger.add(said.append, level="WARNING", format="{message}")
-    yield said
-    logger.remove(handler)
 
 
 class Fits:
@@ -121,7 +112,7 @@ def test_an_interruption_in_the_middle_of_a_merge_keeps_the_state_before(
 ):
     fits = Fits(demo_trainrun, tmp_path)
     undisturbed, _ = fits.fit("undisturbed", resume=False)
-    add, calls = passes.Tally.add, []
+    add, calls = Tally.add, []
 
     def interrupted_add(tally, row):
         calls.append(row)
@@ -130,7 +121,7 @@ def test_an_interruption_in_the_middle_of_a_merge_keeps_the_state_before(
         add(tally, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(passes.Tally, "add", interrupted_add)
+        patch.setattr(Tally, "add", interrupted_add)
         with pytest.raises(KeyboardInterrupt):
             fits.fit("first")
     kept = fits.kept(1)

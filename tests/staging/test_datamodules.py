@@ -27,8 +27,8 @@ from pyarrow.fs import FileSystem, copy_files
 from cuvis_dist import Scaling, StatisticalTrainer
 from cuvis_dist.archive import Shard, open_archive
 from cuvis_dist.errors import DataError, InputError
-from cuvis_dist.initialization.passes import share_files
 from cuvis_dist.resume import fingerprint
+from cuvis_dist.spread import share_files
 from cuvis_dist.staging import fetched_when_opened, localize, portable
 from cuvis_dist.staging.cache import staging_here
 from cuvis_dist.trainrun import TrainRun, load_trainrun

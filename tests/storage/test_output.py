@@ -17,11 +17,9 @@ from pathlib import Path
 import pytest
 import pytorch_lightning as pl
 import torch
-import yaml
-from archives import assert_same_state
+from archives import assert_same_state, edit
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from gradients import initialized
-from loguru import logger
 from pyarrow.fs import LocalFileSystem
 from stores import CREDENTIALS, s3_server
 
@@ -49,32 +47,6 @@ def own_temporary_folder(monkeypatch, tmp_path):
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     return tmp_path / "tmp" / f"cuvis-dist-{os.getuid()}"
-
-
-@pytest.fixture
-def warnings():
-    said: list[str] = []
-    handler = logger.add(said.append, level="WARNING", format="{message}")
-    yield said
-    logger.remove(handler)
-
-
-@pytest.fixture
-def demo(demo_trainrun, tmp_path):
-    """A copy of the demo without training; returns its trainrun."""
-    folder = tmp_path / "demo"
-    shutil.copytree(demo_trainrun.parent, folder)
-    path = folder / "trainrun.yaml"
-    edit(path, lambda run: run["data"]["params"].update(
-        universe_csv=str(folder / "archive" / "universe.csv")
-    ) or run.update(output_dir=str(folder / "results")))  # fmt: skip
-    return path
-
-
-def edit(path, change):
-    content = yaml.safe_load(path.read_text())
-    change(content)
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
 
 
 # ---- files -----------------------------------------------------------------------------

@@ -12,9 +12,11 @@ from archives import assert_same_state
 from cuvis_ai_core.training import GradientTrainer as UpstreamGradientTrainer
 from cuvis_ai_core.training.post_fit import PostFitCallback
 from gradients import callbacks, initialized
+from pytorch_lightning.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cuvis_dist.storage import Mirror, OutputFolder
-from cuvis_dist.training.checkpoint import LAST, LastEpoch, finished_epochs
+from cuvis_dist.training.checkpoint import LAST, LastEpoch, continued, finished_epochs
 from cuvis_dist.training.dealing import DealtBatches, deal
 
 
@@ -121,3 +123,23 @@ def test_the_users_checkpoints_are_as_they_were(demo_trainrun, tmp_path):
 
 def test_nothing_to_go_on_from(tmp_path):
     assert finished_epochs(tmp_path / LAST) == 0
+
+
+def test_a_log_that_goes_on_has_each_step_once(tmp_path):
+    """In one folder; what was logged after the checkpoint counts as undone."""
+    first = TensorBoardLogger(tmp_path, name="logs")
+    for step in range(8):
+        first.log_metrics({"loss": 1.0}, step)
+    first.finalize("success")
+    torch.save({"global_step": 5, "epoch": 1}, tmp_path / "last.ckpt")
+
+    again = continued(TensorBoardLogger(tmp_path, name="logs"), tmp_path / "last.ckpt")
+    for step in range(5, 10):
+        again.log_metrics({"loss": 2.0}, step)
+    again.finalize("success")
+
+    (folder,) = (tmp_path / "logs").iterdir()
+    events = EventAccumulator(str(folder)).Reload().Scalars("loss")
+    assert [(e.step, e.value) for e in events] == [
+        (step, 1.0 if step < 5 else 2.0) for step in range(10)
+    ]

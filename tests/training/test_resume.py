@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from archives import assert_same_state
 from gradients import initialized, train, train_upstream
-from loguru import logger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trouble import OwnFrames, TroubledModule
 
@@ -13,15 +12,6 @@ from cuvis_dist.errors import ClusterError, InputError
 
 pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.slow]
 OVERRIDES = ("data.batch_size=3", "training.scheduler.patience=0")
-
-
-@pytest.fixture
-def warnings():
-    """What the log says."""
-    said: list[str] = []
-    handler = logger.add(said.append, level="WARNING", format="{message}")
-    yield said
-    logger.remove(handler)
 
 
 def test_a_killed_worker_is_replaced_and_training_goes_on(demo_trainrun, tmp_path, warnings):
