@@ -50,8 +50,8 @@ class Scaling(BaseModel):
         for all of them. When the cluster grows or shrinks, training goes on with another number
         from the end of the last finished epoch; what it computes stays the same.
     gpus_per_worker : float
-        GPUs of each DDP process (nccl), and of as many processes of an evaluation; 0 trains on
-        CPUs (gloo).
+        GPUs of each DDP process, and of as many processes of an evaluation; 0 trains on CPUs.
+        Gradients meet over nccl, or over gloo where processes share a GPU (less than 1 each).
     cpus_per_worker : float
         CPUs of each worker, of either phase.
     shard_frames : int

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cuvis_dist.archive import Archive, Shard
 from cuvis_dist.errors import ClusterError, CuvisDistError, DataError, InputError, one_line
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.workers import attempts_before, causes, fetch_once, prepare_worker
+from cuvis_dist.workers import attempts_before, causes, fetch_once, places, prepare_worker
 
 #: How many other nodes are asked for a recording that one cannot read.
 _OTHER_NODES = 3
@@ -267,12 +267,8 @@ def spread(shards: list[Shard], function: Any, scaling: Scaling) -> Iterator[dic
     for first in range(0, len(runs), each):
         start, stop = runs[first].start, runs[first : first + each][-1].stop
         rows.append({"shards": [_as_row(shard) for shard in shards[start:stop]]})
-    workers = min(scaling.workers, len(rows)) if scaling.workers else None
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).flat_map(
-        _OneByOne(function),
-        compute=ray.data.TaskPoolStrategy(size=workers),
-        num_cpus=scaling.cpus_per_worker,
-        num_gpus=scaling.worker_gpus or None,
+        **_on_workers(function, len(rows), scaling), num_cpus=scaling.cpus_per_worker
     )
     dataset.context.execution_options.preserve_order = function.ordered
     dataset.context.enable_progress_bars = False
@@ -283,6 +279,25 @@ def spread(shards: list[Shard], function: Any, scaling: Scaling) -> Iterator[dic
         if row["error"]:
             raise _error(row)
         yield row
+
+
+def _on_workers(function: Any, tasks: int, scaling: Scaling) -> dict[str, Any]:
+    """Return how Ray Data shall run the function: in tasks, or in actors where GPUs are used.
+
+    Ray ends the process of a task that had a GPU, and a new one would need ten seconds to import
+    what it runs.
+    """
+    if not scaling.worker_gpus:
+        size = min(scaling.workers, tasks) if scaling.workers else None
+        return {"fn": _OneByOne(function), "compute": ray.data.TaskPoolStrategy(size=size)}
+    size = min(scaling.workers or tasks, tasks, places(scaling.worker_gpus))
+    pool = ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1)
+    return {
+        "fn": _OneByOne,
+        "fn_constructor_args": [function],
+        "compute": pool,
+        "num_gpus": scaling.worker_gpus,
+    }
 
 
 class Tally:

@@ -80,6 +80,11 @@ def fetch_once(ref: ray.ObjectRef) -> Any:
     return ray.get(ref)
 
 
+def places(gpus: float) -> int:
+    """Return how many processes with ``gpus`` GPUs each the cluster has room for; at least 1."""
+    return max(1, int(ray.cluster_resources().get("GPU", 0) / gpus))
+
+
 def on_worker(
     function: Callable[..., T],
     *args: Any,

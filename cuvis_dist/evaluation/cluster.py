@@ -30,10 +30,10 @@ from torch.utils.data import DataLoader
 from cuvis_dist.archive import Archive, open_split
 from cuvis_dist.errors import DataError
 from cuvis_dist.evaluation.merging import merge_pooled
-from cuvis_dist.evaluation.parts import Job, Outputs, Part, Port, compute_part, load
+from cuvis_dist.evaluation.parts import Job, Outputs, Part, PartWorker, Port, compute_part, load
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.upstream import edges_into
-from cuvis_dist.workers import adopt, raise_cause
+from cuvis_dist.workers import adopt, places, raise_cause
 
 #: At most so many tasks per pass, however many frames: what comes back stays bounded.
 MAX_PARTS = 512
@@ -108,6 +108,7 @@ class ClusterPipeline:
         self.pipeline, self.scaling = pipeline, scaling
         self.metric_nodes = tuple(node.name for node in metric_nodes)
         self._outputs: Any = iter(())
+        self._workers: _Workers | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.pipeline, name)
@@ -134,12 +135,17 @@ class ClusterPipeline:
             If a part lost its worker again and again.
         """
         if context.batch_idx == 0:
-            self.close()
+            self._end_pass()
             self._outputs = self._compute(batch["split"], batch["batches"], context, keep_ports)
         return next(self._outputs)
 
     def close(self) -> None:
-        """End the tasks of a pass that was not finished."""
+        """End what a pass that was not finished left, and the workers."""
+        self._end_pass()
+        if self._workers is not None:
+            self._workers.close()
+
+    def _end_pass(self) -> None:
         if hasattr(self._outputs, "close"):
             self._outputs.close()
 
@@ -181,15 +187,11 @@ class ClusterPipeline:
 
     def _parts(self, job: Job, batches: list[list[int]], split: str) -> Iterator[Part]:
         """Yield the parts in order, computed side by side until one changes its nodes."""
-        scaling, cuts = self.scaling, cut_into_parts(len(batches))
-        task: Any = ray.remote(
-            num_cpus=scaling.cpus_per_worker,
-            num_gpus=scaling.gpus_per_worker,
-            max_retries=3,
-            max_calls=0,  # Ray's default starts a process anew for every task with a GPU
-            scheduling_strategy="SPREAD",
-        )(compute_part)
-        limit = (scaling.train_workers if job.on_gpu else scaling.workers) or len(cuts)
+        cuts = cut_into_parts(len(batches))
+        if self._workers is None:
+            self._workers = _Workers(self.scaling)
+        workers = self._workers
+        limit = workers.limit or len(cuts)
         carried: dict[str, Node] = {}
         running: dict[ray.ObjectRef, int] = {}
         done: dict[int, ray.ObjectRef] = {}
@@ -200,26 +202,75 @@ class ClusterPipeline:
                     while todo and len(running) < limit:
                         cut = cuts[todo[0]]
                         mine = batches[cut.start : cut.stop]
-                        running[task.remote(job, cut.start, mine, carried)] = todo.popleft()
+                        running[workers.compute(job, cut.start, mine, carried)] = todo.popleft()
                     (ref,), _ = ray.wait(list(running))
                     done[running.pop(ref)] = ref
+                    workers.release(ref)
                 with raise_cause(f"the pass over {split}"):
                     part: Part = ray.get(done.pop(ordinal))
                 if part.changed and not carried:
                     names = ", ".join(sorted(part.changed))
                     logger.info(f"{names} changes with every frame: {split} is computed in order")
-                    _cancel(running)
+                    workers.cancel(running)
                     running, done, limit = {}, {}, 1
                     todo = deque(range(ordinal + 1, len(cuts)))
                 carried = carried | part.changed
                 yield part
         finally:
-            _cancel(running)
+            workers.cancel(running)
 
 
-def _cancel(running: dict[ray.ObjectRef, int]) -> None:
-    for ref in running:
-        ray.cancel(ref)
+class _Workers:
+    """Who computes the parts: tasks, or on GPUs actors.
+
+    Ray ends the process of a task that had a GPU, since the next one might be given another; an
+    actor keeps both.
+
+    Attributes
+    ----------
+    limit : int or None
+        How many parts may be computed at the same time.
+    """
+
+    def __init__(self, scaling: Scaling) -> None:
+        options: dict[str, Any] = {
+            "num_cpus": scaling.cpus_per_worker,
+            "scheduling_strategy": "SPREAD",
+        }
+        gpus, self.limit = scaling.gpus_per_worker, scaling.workers
+        self._task: Any = ray.remote(max_retries=3, **options)(compute_part)
+        self._idle: deque[Any] = deque()
+        self._busy: dict[ray.ObjectRef, Any] = {}
+        if gpus:
+            self.limit = min(scaling.train_workers, places(gpus))
+            options |= {"num_gpus": gpus, "max_restarts": 3, "max_task_retries": 3}
+            actor: Any = ray.remote(**options)(PartWorker)
+            self._idle.extend(actor.remote() for _ in range(self.limit))
+
+    def compute(self, *args: Any) -> ray.ObjectRef:
+        """Start a part."""
+        if not self._idle:
+            return self._task.remote(*args)
+        actor = self._idle.popleft()
+        ref = actor.compute_part.remote(*args)
+        self._busy[ref] = actor
+        return ref
+
+    def release(self, ref: ray.ObjectRef) -> None:
+        """Note that a part is computed, or no longer wanted."""
+        if ref in self._busy:
+            self._idle.append(self._busy.pop(ref))
+
+    def cancel(self, refs: Collection[ray.ObjectRef]) -> None:
+        """Drop parts that are being computed."""
+        for ref in refs:
+            ray.cancel(ref)
+            self.release(ref)
+
+    def close(self) -> None:
+        """End the actors."""
+        for actor in [*self._idle, *self._busy.values()]:
+            ray.kill(actor)
 
 
 def cut_into_parts(n_batches: int) -> list[range]:

@@ -137,6 +137,14 @@ def compute_part(job: Job, first: int, batches: list[list[int]], carried: dict[s
     return Part(outputs, frames, metric_nodes, changed)
 
 
+class PartWorker:
+    """An actor that computes parts, one after another."""
+
+    def compute_part(self, *args: Any) -> Part:
+        """Compute a part; see :func:`compute_part`."""
+        return compute_part(*args)
+
+
 @lru_cache(maxsize=1)
 def _fetch_pipeline(ref: Any) -> CuvisPipeline:
     """Return the pipeline, the same one for every part in this process that leaves it as it was."""

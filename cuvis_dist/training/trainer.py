@@ -30,7 +30,7 @@ from cuvis_ai_core.training.post_fit import (
 from loguru import logger
 from pytorch_lightning.callbacks import ModelCheckpoint
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from cuvis_dist.errors import ClusterError, CuvisDistError, InputError, LostWorkerError
 from cuvis_dist.evaluation import post_fit
@@ -214,6 +214,8 @@ class GradientTrainer(UpstreamGradientTrainer):
             result: Any = TorchTrainer(
                 run_rank,  # type: ignore[arg-type]
                 train_loop_config={"assignment": ray.put(assignment)},
+                # nccl refuses two processes on one GPU
+                torch_config=TorchConfig("nccl" if self.scaling.gpus_per_worker >= 1 else "gloo"),
                 scaling_config=_scaling_config(self.scaling),
                 run_config=RunConfig(
                     storage_path=str(storage),

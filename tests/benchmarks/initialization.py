@@ -1,12 +1,13 @@
 """How fast is phase 1, against upstream and against the hardware? Ratios in one run.
 
-    python tests/benchmarks/initialization.py [--frames N] [--size S] [--repeats R] [--json FILE]
+    python tests/benchmarks/initialization.py [--frames N] [--size S] [--repeats R] [--gpu]
 
 Measures on one generated archive (uncompressed .npz, S x S x 61 float32): upstream's
 ``StatisticalTrainer`` on the guide's pipeline; ours with 1 and 2 workers, workers already up; the
 floor, that is reading every frame once per pass and one float64 matrix product per frame in a
 plain loop. Medians over the rounds; a first fit, workers not up, is reported beside them.
-``--large`` measures the peak memory of a worker on 1000 x 1080 x 61 frames instead.
+``--large`` measures the peak memory of a worker on 1000 x 1080 x 61 frames instead. ``--gpu`` adds
+8 workers, on CPUs and on a GPU that they share.
 """
 
 from __future__ import annotations
@@ -63,10 +64,10 @@ def load(path: Path):
     return load_trainrun(path, [f"data.splits.{s}={every}" for s in ("train", "val", "test")])
 
 
-def ours(path: Path, workers: int, fold: bool = True) -> StatisticalTrainer:
+def ours(path: Path, workers: int, **options) -> StatisticalTrainer:
     """Return a trainer that will fit with ``workers``."""
     run = load(path)
-    scaling = Scaling(workers=workers, fold=fold)
+    scaling = Scaling(workers=workers, **options)
     return StatisticalTrainer(run.pipeline, run.datamodule(), scaling=scaling)
 
 
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--large", action="store_true")
+    parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--json", type=Path, default=Path("outputs/bench/initialization.json"))
     options = parser.parse_args()
     logger.remove()
@@ -104,6 +106,11 @@ def main() -> None:
             "floor, 2 threads": lambda: _with_threads(2, lambda: floor(path, passes)),
             "upstream": lambda: _with_threads(2, lambda: upstream(path)),
         }
+        if options.gpu:
+            runs |= {
+                "8 workers": lambda: ours(path, 8).fit(),
+                "8 workers, 1 GPU": lambda: ours(path, 8, worker_gpus=1 / 8).fit(),
+            }
         if options.large:
             runs = {"2 workers": runs["2 workers"]}
         # Round after round, so that a slow minute of the machine hits all of them.
