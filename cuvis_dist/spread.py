@@ -190,10 +190,10 @@ def _elsewhere(
     for node in others:
         logger.warning(f"{_error(row)}; another node is asked")
         there = copy.copy(function)
-        there.task = replace(function.task, elsewhere=node != others[-1])
+        # Actors keep what they have, so that on a cluster with GPUs this runs beside them.
+        there.task = replace(function.task, elsewhere=node != others[-1], on_gpu=False)
         options: dict[str, Any] = {
-            "num_cpus": scaling.cpus_per_worker,
-            "num_gpus": scaling.worker_gpus or None,
+            "num_cpus": 0 if scaling.worker_gpus else scaling.cpus_per_worker,
             "max_retries": 3,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True),
         }

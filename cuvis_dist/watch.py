@@ -12,8 +12,9 @@ import time
 from dataclasses import dataclass
 
 READING, COMPUTING = "reading frames", "computing a step"
-#: What a rank does that others wait for as long as it takes; a store has time limits of its own.
-STORING = "writing to the output folder"
+#: What takes as long as it takes: a store has time limits of its own, and a reader may wait for a
+#: free CPU.
+STORING, STARTING = "writing to the output folder", "starting readers"
 #: Below these rates a process only keeps itself alive: cores used, bytes per second.
 _IDLE_CPU, _IDLE_BYTES = 0.1, 2**16
 
@@ -126,7 +127,7 @@ class Watch:
             return []
         if len(self._progress) < self.world_sizes[-1]:
             return []
-        if any(beat.doing == STORING for beat in still):
+        if any(beat.doing in (STORING, STARTING) for beat in still):
             return []
         fewest = min((beat.steps for beat in still), default=0)
         return [beat for beat in still if beat.steps == fewest]

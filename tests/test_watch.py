@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cuvis_dist.training.heartbeat import Heartbeat, _used
-from cuvis_dist.watch import COMPUTING, READING, Beat, Watch
+from cuvis_dist.watch import COMPUTING, READING, STARTING, STORING, Beat, Watch
 
 WAITING = "[Strategy]RayDDPStrategy.backward"
 
@@ -48,6 +48,12 @@ def test_a_reader_is_named_though_others_wait_busily():
 @pytest.mark.parametrize("doing", [READING, COMPUTING])
 def test_slow_work_is_not_stuck(doing, work):
     assert verdict(still(WAITING), busy(doing, **work)) is None
+
+
+@pytest.mark.parametrize("doing", [STORING, STARTING])
+def test_what_takes_as_long_as_it_takes_is_waited_for(doing):
+    assert verdict(still(doing), still(WAITING, 5)) is None
+    assert verdict(still(doing)) is None
 
 
 def test_a_node_that_waits_is_named():

@@ -11,7 +11,8 @@ import pickle
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -140,16 +141,26 @@ class ReadAhead:
         Whose dataset, batches and ``collate_fn`` are used.
     ahead : int
         Frames beyond the next batch.
+    starting : callable
+        Returns a context to wait in until a reader runs: a node may have to start a process.
     """
 
-    def __init__(self, loader: DataLoader, ahead: int) -> None:
+    def __init__(
+        self,
+        loader: DataLoader,
+        ahead: int,
+        starting: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
         self.dataset, self.collate_fn = loader.dataset, loader.collate_fn
         self.batch_sampler, self.ahead = loader.batch_sampler, ahead
         cached = isinstance(self.dataset, CachedFrames)
         self._cache = self.dataset.cache if cached else None  # type: ignore[attr-defined]
         source = self.dataset.dataset if cached else self.dataset  # type: ignore[attr-defined]
         self._source = ray.put(source)
-        self._read: Any = ray.remote(num_cpus=1, max_retries=3)(_read)
+        self._starting = starting
+        options: dict[str, Any] = {"num_cpus": 1, "max_retries": 3}
+        self._read: Any = ray.remote(**options)(_read)
+        self._open: Any = ray.remote(**options)(_open)
 
     def __len__(self) -> int:
         return len(self.batch_sampler)  # type: ignore[arg-type]
@@ -159,6 +170,8 @@ class ReadAhead:
         batches = list(self.batch_sampler or ())
         order = (index for batch in batches for index in batch)
         flight: deque[tuple[int, Any, Any]] = deque()
+        with self._starting():
+            ray.get(self._open.remote(self._source))
         for batch in batches:
             wanted = len(batch) + self.ahead - len(flight)
             flight.extend(self._start(index) for index in islice(order, max(0, wanted)))
@@ -175,6 +188,10 @@ class ReadAhead:
         if self._cache:
             self._cache.put(index, item)
         return item
+
+
+def _open(dataset: Any) -> None:
+    """Import what the dataset is made of."""
 
 
 def _read(dataset: Any, index: int) -> Any:

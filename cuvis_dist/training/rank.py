@@ -53,7 +53,7 @@ from cuvis_dist.training.dealing import DealtBatches, deal
 from cuvis_dist.training.heartbeat import Heartbeat
 from cuvis_dist.training.ingest import CachedFrames, FrameCache, ReadAhead, make_cache
 from cuvis_dist.training.lightning import RankConfig
-from cuvis_dist.watch import COMPUTING, STORING
+from cuvis_dist.watch import COMPUTING, STARTING, STORING
 from cuvis_dist.workers import prepare_worker
 
 
@@ -127,7 +127,7 @@ def _carry_out(job: Assignment, rank: int, heartbeat: Heartbeat, mirror: Mirror)
     _bring_checkpoints(job, mirror, first)
     module = RankTrainer(
         job.pipeline,
-        DealtDataModule(job, rank, ray.train.get_context().get_world_size()),
+        DealtDataModule(job, rank, ray.train.get_context().get_world_size(), heartbeat),
         [named[name] for name in job.loss_nodes],
         [named[name] for name in job.metric_nodes],
         RankConfig.of(job.training_config, on_gpu, str(mirror.root), heartbeat),
@@ -338,9 +338,9 @@ def _not_now() -> bool:
 class DealtDataModule(pl.LightningDataModule):
     """The run's data module, with every loader dealt to this worker."""
 
-    def __init__(self, job: Assignment, rank: int, world_size: int) -> None:
+    def __init__(self, job: Assignment, rank: int, world_size: int, heartbeat: Heartbeat) -> None:
         super().__init__()
-        self.module = job.datamodule
+        self.module, self.heartbeat = job.datamodule, heartbeat
         self.config, self.scaling = job.training_config, job.scaling
         self.rank, self.world_size = rank, world_size
         self._caches: dict[str, FrameCache] = {}
@@ -369,7 +369,9 @@ class DealtDataModule(pl.LightningDataModule):
         ahead = self.scaling.read_ahead
         dataset = self._cached(split, NamedFrames(loader.dataset, frames), loader.num_workers)
         dealt = deal(loader, dataset, batches, keep_workers=self.scaling.cache == "memory")
-        return ReadAhead(dealt, ahead) if ahead else dealt
+        if not ahead:
+            return dealt
+        return ReadAhead(dealt, ahead, partial(self.heartbeat.doing, STARTING))
 
     def _cached(self, split: str, frames: Dataset, processes: int) -> Dataset:
         """Keep the frames of a split as the scaling says, over all of its loaders."""

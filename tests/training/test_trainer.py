@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from archives import assert_same_state
+from archives import assert_same_state, edit
 from cuvis_ai_core.training.evaluation import evaluate_split
 from cuvis_ai_core.training.post_fit import TrainHook
 from cuvis_ai_schemas.enums import ExecutionStage
@@ -189,6 +189,37 @@ def test_settings_mean_what_they_mean_in_one_process(demo_trainrun, tmp_path, ca
         for name in ("two", "one")
     )
     assert kept == others
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "nodes", ["pca", "normalizer", "normalizer, selector, pca, rx_detector, logit_head"]
+)
+def test_unfreezing_alone_and_together(demo, tmp_path, nodes):
+    """With a PCA in it; other tests unfreeze the demo's other nodes alone."""
+
+    def insert(pipeline):
+        hparams = {"num_channels": 12, "n_components": 4}
+        cls = "cuvis_ai.node.dimensionality_reduction.TrainablePCA"
+        pipeline["nodes"].append({"name": "pca", "class_name": cls, "hparams": hparams})
+        (rx,) = (node for node in pipeline["nodes"] if node["name"] == "rx_detector")
+        rx["hparams"]["num_channels"] = 4
+        (edge,) = (e for e in pipeline["connections"] if e["target"] == "rx_detector.inputs.data")
+        pipeline["connections"] += [
+            {"source": edge["source"], "target": "pca.inputs.data"},
+            {"source": "pca.outputs.projected", "target": edge["target"]},
+        ]
+        pipeline["connections"].remove(edge)
+
+    edit(demo.parent / "pipeline.yaml", insert)
+    overrides = "data.batch_size=3", f"unfreeze_nodes=[{nodes}]"
+    expected = initialized(demo, tmp_path / "one", *overrides)
+    train_upstream(expected)
+    trainrun = initialized(demo, tmp_path / "two", *overrides)
+    before = state(trainrun)
+    train(trainrun, 2)
+    assert_same_state(trainrun.pipeline, expected.pipeline, 1e-5)
+    assert_frozen_as_before(trainrun, before)
 
 
 def test_monitors_write_on_rank_zero_alone(demo_trainrun, tmp_path):
