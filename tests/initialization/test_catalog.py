@@ -109,7 +109,7 @@ def every_node(folder, universe, channels, **changes):
     return statistical_trainrun(folder, universe, nodes, edges)
 
 
-@pytest.fixture(params=["demo", "lhdata"])
+@pytest.fixture(params=["demo", pytest.param("lhdata", marks=pytest.mark.long)])
 def archive(request, demo_trainrun, tmp_path):
     """``(universe, channels)`` of the demo archive and of a real scene."""
     if request.param == "demo":

@@ -87,8 +87,8 @@ def assert_same_values(trainer, expected):
 
 #: How frames are read makes no difference.
 READING = {1: {"cache": "disk", "read_ahead": 2}, 2: {}, 3: {"cache": "memory"}}
-#: In every test run; the others are marked long.
-ALWAYS = {(2, "adamw", "uneven"), (3, "sgd", "even")}
+#: In every test run; the others are marked long (two workers are in many tests below).
+ALWAYS = {(3, "adamw", "uneven")}
 
 
 @pytest.mark.parametrize(
