@@ -270,6 +270,7 @@ def test_monitors_write_on_rank_zero_alone(demo_trainrun, tmp_path):
     assert training["val/iou"] == [0, 4, 8]
 
 
+@pytest.mark.long
 def test_a_frame_that_cannot_be_read_is_named(demo_trainrun, tmp_path):
     folder = tmp_path / "demo"
     shutil.copytree(demo_trainrun.parent, folder)
