@@ -9,6 +9,7 @@ from typing import Any
 
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from cuvis_dist.archive import batch_bytes
@@ -17,10 +18,7 @@ from cuvis_dist.initialization.measuring import Measurer, Partial, compute_input
 from cuvis_dist.initialization.recipes import Recipe
 from cuvis_dist.spread import StatefulNodesError, Task, make_row
 from cuvis_dist.upstream import nodes_before
-from cuvis_dist.workers import (
-    peak_bytes,
-    state_mark,
-)
+from cuvis_dist.workers import peak_bytes, state_mark
 
 
 @functools.lru_cache(maxsize=1)
@@ -104,7 +102,7 @@ class GatherShard:
                 bytes=batch_bytes(batch),
                 peak=peak_bytes(),
                 first_frame=str(frame),
-                samples=pickle.dumps(data, protocol=5),
+                samples=pickle.dumps(move_data_to_device(data, "cpu"), protocol=5),
             )
 
 

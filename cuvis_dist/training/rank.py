@@ -38,6 +38,7 @@ from cuvis_ai_core.training.post_fit import (
     TrainHook,
 )
 from cuvis_ai_schemas.enums import ExecutionStage
+from lightning_fabric.utilities import move_data_to_device
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, Dataset
@@ -162,7 +163,11 @@ def _carry_out(job: Assignment, rank: int, heartbeat: Heartbeat, mirror: Mirror)
         checkpoint,
         module.trainer.current_epoch,
         [dict(row) for row in metrics],
-        tuple(mirror.to_output(callback.state_dict()) for callback in job.callbacks),
+        # best scores are where they were computed, and the driver may have no GPU
+        tuple(
+            move_data_to_device(mirror.to_output(callback.state_dict()), "cpu")
+            for callback in job.callbacks
+        ),
     )
 
 
