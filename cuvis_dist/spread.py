@@ -190,7 +190,7 @@ def _elsewhere(
     for node in others:
         logger.warning(f"{_error(row)}; another node is asked")
         there = copy.copy(function)
-        # Actors keep what they have, so that on a cluster with GPUs this runs beside them.
+        # Actors keep their GPUs, so this runs beside them, on the CPU and with its rounding.
         there.task = replace(function.task, elsewhere=node != others[-1], on_gpu=False)
         options: dict[str, Any] = {
             "num_cpus": 0 if scaling.worker_gpus else scaling.cpus_per_worker,

@@ -238,18 +238,20 @@ class _Workers:
             "scheduling_strategy": "SPREAD",
         }
         gpus, self.limit = scaling.gpus_per_worker, scaling.workers
-        self._task: Any = ray.remote(max_retries=3, **options)(compute_part)
+        self._task: Any = None
         self._idle: deque[Any] = deque()
         self._busy: dict[ray.ObjectRef, Any] = {}
-        if gpus:
-            self.limit = min(scaling.train_workers, places(gpus))
-            options |= {"num_gpus": gpus, "max_restarts": 3, "max_task_retries": 3}
-            actor: Any = ray.remote(**options)(PartWorker)
-            self._idle.extend(actor.remote() for _ in range(self.limit))
+        if not gpus:
+            self._task = ray.remote(max_retries=3, **options)(compute_part)
+            return
+        self.limit = min(scaling.train_workers, places(gpus))
+        options |= {"num_gpus": gpus, "max_restarts": 3, "max_task_retries": 3}
+        actor: Any = ray.remote(**options)(PartWorker)
+        self._idle.extend(actor.remote() for _ in range(self.limit))
 
     def compute(self, *args: Any) -> ray.ObjectRef:
-        """Start a part."""
-        if not self._idle:
+        """Start a part, of at most ``limit`` at a time."""
+        if self._task is not None:
             return self._task.remote(*args)
         actor = self._idle.popleft()
         ref = actor.compute_part.remote(*args)

@@ -142,7 +142,8 @@ class ReadAhead:
     ahead : int
         Frames beyond the next batch.
     starting : callable
-        Returns a context to wait in until a reader runs: a node may have to start a process.
+        Returns a context to wait in until a reader runs, where frames are to be read: a node may
+        have to start a process.
     """
 
     def __init__(
@@ -161,6 +162,7 @@ class ReadAhead:
         options: dict[str, Any] = {"num_cpus": 1, "max_retries": 3}
         self._read: Any = ray.remote(**options)(_read)
         self._open: Any = ray.remote(**options)(_open)
+        self._opening: Any = None
 
     def __len__(self) -> int:
         return len(self.batch_sampler)  # type: ignore[arg-type]
@@ -170,8 +172,7 @@ class ReadAhead:
         batches = list(self.batch_sampler or ())
         order = (index for batch in batches for index in batch)
         flight: deque[tuple[int, Any, Any]] = deque()
-        with self._starting():
-            ray.get(self._open.remote(self._source))
+        self._opening = None  # Ray ends processes that were idle
         for batch in batches:
             wanted = len(batch) + self.ahead - len(flight)
             flight.extend(self._start(index) for index in islice(order, max(0, wanted)))
@@ -179,11 +180,17 @@ class ReadAhead:
 
     def _start(self, index: int) -> tuple[int, Any, Any]:
         kept = self._cache.get(index) if self._cache else None
-        return index, kept, self._read.remote(self._source, index) if kept is None else None
+        if kept is not None:
+            return index, kept, None
+        if self._opening is None:
+            self._opening = self._open.remote(self._source)
+        return index, None, self._read.remote(self._source, index)
 
     def _finish(self, index: int, kept: Any, reading: Any) -> Any:
         if reading is None:
             return kept
+        with self._starting():
+            ray.get(self._opening)
         item = ray.get(reading)
         if self._cache:
             self._cache.put(index, item)

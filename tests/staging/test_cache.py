@@ -175,18 +175,23 @@ class SlowStore:
         return Stream()
 
 
-def test_a_process_killed_while_it_fetches_leaves_nothing_behind(cache, store, tmp_path):
-    flag = tmp_path / "half"
+def half_way(cache, source, flag):
+    """A process that fetches, and stops in the middle."""
     real = uris._filesystem
 
     def fetch():
         uris._filesystem = lambda root, pid: (SlowStore(real(root, pid)[0], flag), "/")
-        content(again(cache), store(0))
+        content(again(cache), source)
 
-    victim = forked.Process(target=fetch)
-    victim.start()
+    process = forked.Process(target=fetch)
+    process.start()
     while not flag.exists():
         time.sleep(0.01)
+    return process
+
+
+def test_a_process_killed_while_it_fetches_leaves_nothing_behind(cache, store, tmp_path):
+    victim = half_way(cache, store(0), tmp_path / "half")
     time.sleep(0.2)
     (part,) = cache._fetching.iterdir()
     assert part.stat().st_size == 500
@@ -246,18 +251,7 @@ def test_who_waits_for_a_large_file_is_seen_to_be_alive(store, tmp_path):
 
 def test_what_a_killed_process_was_fetching_is_evicted_for_others(cache, store, tmp_path):
     test_a_process_killed_while_it_fetches_leaves_nothing_behind(cache, store, tmp_path)
-    flag = tmp_path / "half"
-    flag.unlink()
-    real = uris._filesystem
-
-    def fetch():
-        uris._filesystem = lambda root, pid: (SlowStore(real(root, pid)[0], flag), "/")
-        content(again(cache), store(5))
-
-    victim = forked.Process(target=fetch)
-    victim.start()
-    while not flag.exists():
-        time.sleep(0.01)
+    victim = half_way(cache, store(5), tmp_path / "again")
     victim.kill()
     victim.join()
     for name in (1, 2, 3, 4):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -101,6 +102,23 @@ def test_reading_ahead_keeps_the_order(tmp_path, ray_session, cached):
     for _ in range(2):
         assert_same_batches(ahead, loader(plain))
     assert len(ahead) == len(BATCHES)
+
+
+def test_a_reader_is_waited_for_where_frames_are_to_be_read(tmp_path, ray_session):
+    waited = []
+
+    @contextmanager
+    def starting():
+        waited.append(True)
+        yield
+
+    kept = CachedFrames(FragileCubes(tmp_path, False), FrameCache(10**9))
+    ahead = ReadAhead(loader(kept), 2, starting)
+    list(ahead)
+    assert waited
+    waited.clear()
+    list(ahead)
+    assert not waited, "all frames are kept"
 
 
 def test_reading_ahead_is_bounded(tmp_path, ray_session):
