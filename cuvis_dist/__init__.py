@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cuvis_dist.initialization import Recipe, StatisticalTrainer, recipe
-    from cuvis_dist.run import run_trainrun
+    from cuvis_dist.runs.trainrun import load_trainrun
+    from cuvis_dist.runs.two_phase import run_trainrun
     from cuvis_dist.scaling import Scaling
     from cuvis_dist.training import GradientTrainer
-    from cuvis_dist.trainrun import load_trainrun
 
 __all__ = [
     "GradientTrainer",

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from cuvis_dist.errors import INTERRUPTED, CuvisDistError, InputError, one_line
 
 if TYPE_CHECKING:
-    from cuvis_dist.record import RunRecord
+    from cuvis_dist.runs.record import RunRecord
+    from cuvis_dist.runs.trainrun import TrainRun
     from cuvis_dist.scaling import Scaling
-    from cuvis_dist.trainrun import TrainRun
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -198,24 +198,25 @@ def _add_trainrun_settings(parser: argparse.ArgumentParser) -> None:
 
 def add_scaling_options(parser: argparse.ArgumentParser) -> None:
     """Add what says how many workers run, and where."""
-    parser.add_argument("--scaling", metavar="FILE", help="YAML of scaling settings")
+    parser.add_argument(
+        "--scaling", metavar="FILE", help="YAML file of settings: resources, measuring, reading"
+    )
     parser.add_argument("--address", metavar="A", help="Ray cluster; default: start Ray here")
     parser.add_argument("--workers", type=int, metavar="N", help="workers of phase 1")
     parser.add_argument("--train-workers", type=int, metavar="M", help="DDP workers of phase 2")
-    parser.add_argument("--gpus-per-worker", type=float, metavar="G", help="GPUs of each of them")
+    parser.add_argument("--train-gpus", type=float, metavar="G", help="GPUs of each of them")
     parser.add_argument(
         "--fold",
         action=argparse.BooleanOptionalAction,
         help="derive what affine nodes separate instead of reading the archive again (default)",
     )
     parser.add_argument(
-        "--pixels", metavar="WHICH", help="what phase 1 counts: all, unlabelled or finite"
-    )
-    parser.add_argument(
-        "--sample-frames", type=int, metavar="N", help="phase 1 on so many of the train frames"
-    )
-    parser.add_argument(
-        "--sample-fraction", type=float, metavar="F", help="phase 1 on this fraction of them"
+        "--set",
+        dest="settings",
+        action="append",
+        default=[],
+        metavar="PART.NAME=VALUE",
+        help="any setting of the scaling file, e.g. measuring.pixels=unlabelled; repeatable",
     )
     if not any(action.dest == "verbose" for action in parser._actions):
         _add_verbose(parser)
@@ -251,7 +252,7 @@ def _quiet(verbose: bool) -> None:
 
 
 def _trainrun(arguments: argparse.Namespace, saved: str | None = None) -> TrainRun:
-    from cuvis_dist.trainrun import load_trainrun
+    from cuvis_dist.runs.trainrun import load_trainrun
 
     return load_trainrun(
         arguments.trainrun, arguments.override, arguments.plugins_dir, arguments.output_dir, saved
@@ -261,9 +262,13 @@ def _trainrun(arguments: argparse.Namespace, saved: str | None = None) -> TrainR
 def _scaling(arguments: argparse.Namespace) -> Scaling:
     from cuvis_dist.scaling import Scaling
 
-    given = {name: getattr(arguments, name, None) for name in Scaling.model_fields}
-    del given["output_dir"]  # the trainrun's
-    return Scaling.load(arguments.scaling, **given)
+    short = {
+        f"{part}.{name}": getattr(arguments, name, None)
+        for part, names in Scaling.known().items()
+        for name in names
+    }
+    given = [f"{name}={value}" for name, value in short.items() if value is not None]
+    return Scaling.load(arguments.scaling, [*arguments.settings, *given])
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -296,17 +301,19 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     from cuvis_dist.archive import open_archive
-    from cuvis_dist.evaluation.saved import evaluate_saved
-    from cuvis_dist.progress import ProgressLines
+    from cuvis_dist.runs.evaluate import evaluate_saved
+    from cuvis_dist.runs.progress import ProgressLines
 
     trainrun, scaling = _trainrun(arguments, arguments.pipeline), _scaling(arguments)
     if arguments.dry_run:
         frames = len(open_archive(trainrun.datamodule(scaling, fitting=False), arguments.split))
         print(f"pipeline {trainrun.config.pipeline}")
         print(f"frames   {frames} of {arguments.split}")
-        on_gpus = bool(scaling.gpus_per_worker)
+        on_gpus = bool(scaling.resources.train_gpus)
         _print_workers(
-            scaling, scaling.train_workers if on_gpus else scaling.workers, scaling.gpus_per_worker
+            scaling,
+            scaling.resources.train_workers if on_gpus else scaling.resources.workers,
+            scaling.resources.train_gpus,
         )
         return 0
     record = evaluate_saved(
@@ -319,7 +326,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _score(arguments: argparse.Namespace) -> int:
-    from cuvis_dist.progress import ProgressLines
+    from cuvis_dist.runs.progress import ProgressLines
     from cuvis_dist.scoring import plan_scores, score_archive
 
     trainrun, scaling = _trainrun(arguments, arguments.pipeline), _scaling(arguments)
@@ -330,7 +337,7 @@ def _score(arguments: argparse.Namespace) -> int:
         done = len(plan.files) - len(plan.todo)
         print(f"frames   {len(plan.files)} of {arguments.split}, {done} of them scored before")
         print(f"outputs  {', '.join('.'.join(port) for port in plan.outputs)}")
-        _print_workers(scaling, scaling.workers, scaling.worker_gpus)
+        _print_workers(scaling, scaling.resources.workers, scaling.measuring.gpus)
         print(f"result   {plan.folder.at(plan.files[0])}, ...")
         return 0
     record = score_archive(
@@ -346,13 +353,13 @@ def _score(arguments: argparse.Namespace) -> int:
 
 def _print_workers(scaling: Scaling, workers: int | None, gpus: float) -> None:
     on_gpus = f" and {gpus:g} GPUs" if gpus else ""
-    each = f"{scaling.cpus_per_worker:g} CPUs{on_gpus} each"
+    each = f"{scaling.resources.cpus_per_worker:g} CPUs{on_gpus} each"
     print(f"workers  {workers or 'one per CPU of the cluster'}, {each}")
 
 
 def _run_and_print(arguments: argparse.Namespace, trainrun: TrainRun) -> RunRecord:
-    from cuvis_dist.progress import ProgressLines
-    from cuvis_dist.run import run_trainrun
+    from cuvis_dist.runs.progress import ProgressLines
+    from cuvis_dist.runs.two_phase import run_trainrun
 
     record = run_trainrun(
         trainrun, _scaling(arguments), ProgressLines(), arguments.verbose, arguments.restart
@@ -368,19 +375,21 @@ def _run_and_print(arguments: argparse.Namespace, trainrun: TrainRun) -> RunReco
 
 
 def _dry_run(trainrun: TrainRun, scaling: Scaling) -> int:
-    each = f"{scaling.cpus_per_worker:g} CPUs each"
+    each = f"{scaling.resources.cpus_per_worker:g} CPUs each"
     if trainrun.weights is None:
         _print_plan(trainrun, scaling)
-        print(f"phase 1  {scaling.workers or 'one per CPU of the cluster'} workers, {each}")
+        print(
+            f"phase 1  {scaling.resources.workers or 'one per CPU of the cluster'} workers, {each}"
+        )
     else:
         print(f"phase 1  none: its result is that of {trainrun.weights}")
     if trainrun.config.training is None:
         print("phase 2  none: phase 1 alone")
     else:
-        gpus = f" and {scaling.gpus_per_worker:g} GPUs" if scaling.gpus_per_worker else ""
+        gpus = f" and {scaling.resources.train_gpus:g} GPUs" if scaling.resources.train_gpus else ""
         each = each.replace(" each", f"{gpus} each")
         epochs = trainrun.config.training.max_epochs
-        least, most = scaling.least_train_workers, scaling.train_workers
+        least, most = scaling.resources.least_train_workers, scaling.resources.train_workers
         workers = f"{most}" if least == most else f"{least} to {most}"
         print(f"phase 2  {workers} workers, {each}; at most {epochs} epochs")
     print(f"result   {trainrun.saved_pipeline}")
@@ -388,7 +397,7 @@ def _dry_run(trainrun: TrainRun, scaling: Scaling) -> int:
 
 
 def _info(arguments: argparse.Namespace) -> int:
-    from cuvis_dist.trainrun import describe
+    from cuvis_dist.runs.trainrun import describe
 
     trainrun = _trainrun(arguments)
     info = describe(trainrun)
@@ -432,7 +441,7 @@ def _print_plan(trainrun: TrainRun, scaling: Scaling, calibrate: bool = False) -
 
 
 def _submit(arguments: argparse.Namespace) -> int:
-    from cuvis_dist.submission import Submission, submit
+    from cuvis_dist.runs.submission import Submission, submit
 
     command = arguments.job[arguments.job[:1] == ["--"] :]
     job = _parser().parse_args(command)  # a wrong option is found here, not on the cluster

@@ -1,175 +1,272 @@
-"""How many workers, on what, and where do results go?
+"""Which resources does a run have, what does it measure, and how does it read?
 
-The one configuration object that upstream does not have. How many workers there are never changes
-what is computed: a run with other resources ends in the same bits. What does change it says so
-below: ``shard_frames`` (the order of merging), ``fold`` (what is derived), ``pixels`` and
-``sample_*`` (what counts), frames that are skipped, and GPUs (their rounding).
+The one configuration object that upstream does not have, in three parts. Only
+:class:`Measuring` changes results: a run with other :class:`Resources` or another
+:class:`Reading` ends in the same bits.
 """
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cuvis_dist.errors import InputError, one_line
-from cuvis_dist.storage import is_uri
-
-#: Settings that change bits of phase 1, or which frames are used.
-MEASURING_SETTINGS = (
-    "shard_frames",
-    "fold",
-    "pixels",
-    "sample_frames",
-    "sample_fraction",
-    "sample_seed",
-    "worker_gpus",
-    "on_error",
-    "max_skipped",
-)
 
 
-class Scaling(BaseModel):
-    """Resources of a run.
+class _Settings(BaseModel):
+    """Settings that cannot be changed, described by the docstring below each."""
 
-    Attributes
-    ----------
-    address : str or None
-        Ray cluster to join (``auto``, ``host:port`` or ``ray://host:port``). None joins the
-        cluster that ``RAY_ADDRESS`` names (as inside ``ray job submit``), or starts Ray here.
-    workers : int or None
-        Shards measured at the same time in phase 1 or scored, and parts of a split evaluated;
-        None: one per CPU of the cluster.
-    train_workers : int
-        DDP processes of phase 2. ``batch_size`` of a trainrun stays the global batch size: a
-        step's frames are dealt over these processes.
-    min_train_workers : int or None
-        Train on as few as these while the cluster has no room for ``train_workers``; None waits
-        for all of them. When the cluster grows or shrinks, training goes on with another number
-        from the end of the last finished epoch; what it computes stays the same.
-    gpus_per_worker : float
-        GPUs of each DDP process, and of as many processes of an evaluation; 0 trains on CPUs.
-        Gradients meet over nccl, or over gloo where processes share a GPU (less than 1 each).
-    cpus_per_worker : float
-        CPUs of each worker, of either phase.
-    shard_frames : int
-        Frames in a shard, the unit of work of phase 1.
-    worker_gpus : float
-        GPUs of each worker of phase 1, which then computes and measures on it, or of each that
-        scores; 0 uses CPUs.
-    fold : bool
-        Derive the statistics of ports that affine nodes separate from a measured one, instead
-        of reading the archive again. What the nodes between round to float32 is then not seen:
-        moments change by about 1e-8 relative, the inverse of a covariance by that times its
-        condition. False measures every node's own input, as upstream does.
-    pixels : str
-        Which pixels phase 1 counts: ``all``; ``unlabelled``, without those that the annotation
-        marks as anomalies; ``finite``, without those that have a value that is not finite.
-    sample_frames : int or None
-        Measure at most so many frames of the train split, drawn by a hash of their uid.
-    sample_fraction : float or None
-        Or this fraction of them, rounded up; the smaller of both where both are given.
-    sample_seed : int
-        Chooses among such samples.
-    on_error : str
-        ``raise`` ends phase 1, or scoring, at the first frame that cannot be used; ``skip``
-        leaves such frames out and names them in ``run.json``, or ``result.json``.
-    max_skipped : int
-        How many frames ``skip`` may leave out of a pass before the run ends all the same.
-    save_seconds : float
-        How often a pass of phase 1 writes down what it has measured, for a run that goes on
-        after its driver was lost; at most a twentieth of the time goes into writing.
-    read_ahead : int
-        Frames that Ray tasks decode ahead of each training worker's next batch, on any CPU of the
-        cluster; 0: the data module's own loader reads, in the worker.
-    cache : str
-        Where a training worker keeps decoded frames for the next epochs: ``none``, ``memory``, or
-        ``disk`` (a temporary folder of its machine, shared by the workers there). Not for data
-        modules that change a frame at random when it is read.
-    cache_bytes : int
-        How much each worker may keep.
-    stage_dir : Path or None
-        Where each node keeps copies of recordings that lie at URIs, on a disk of its own; None:
-        below its folder for temporary files. ``CUVIS_DIST_STAGE_DIR`` on a node wins.
-    stage_bytes : int
-        How much these copies may take on a node; at least a few recordings.
-    output_dir : path or URI
-        Where checkpoints and logs go when the training configuration does not say: a folder that
-        all nodes see, or a URI of any file system of ``pyarrow.fs`` (``s3://bucket/runs/x``).
-    max_failures : int
-        How often training workers may be lost before the run gives up. Training then goes on
-        from the end of the last finished epoch. Errors that would come again (a frame that
-        cannot be read, a stuck worker) end the run at once.
-    stall_seconds : float
-        How long a training worker may do nothing at all, neither computing nor reading or
-        writing, before the run ends with an error that names it. A slow read that goes on is
-        no pause, unless it goes on elsewhere (``read_ahead``).
-    """
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+
+class Resources(_Settings):
+    """Which workers there are, and what happens when they are lost. Changes no result."""
 
     address: str | None = None
+    """Ray cluster to join (``auto``, ``host:port`` or ``ray://host:port``). Without one, the
+    cluster that ``RAY_ADDRESS`` names is joined (as inside ``ray job submit``), or Ray starts on
+    this machine."""
+
     workers: int | None = Field(default=None, ge=1)
-    train_workers: int = Field(default=1, ge=1)
-    min_train_workers: int | None = Field(default=None, ge=1)
-    gpus_per_worker: float = Field(default=0, ge=0)
+    """How many shards are measured, scored or evaluated at the same time; by default one per CPU
+    of the cluster."""
+
     cpus_per_worker: float = Field(default=1, gt=0)
-    shard_frames: int = Field(default=4, ge=1)
-    worker_gpus: float = Field(default=0, ge=0)
-    fold: bool = True
-    pixels: Literal["all", "unlabelled", "finite"] = "all"
-    sample_frames: int | None = Field(default=None, ge=1)
-    sample_fraction: float | None = Field(default=None, gt=0, le=1)
-    sample_seed: int = 0
-    on_error: Literal["raise", "skip"] = "raise"
-    max_skipped: int = Field(default=10, ge=0)
-    save_seconds: float = Field(default=5, ge=0)
-    read_ahead: int = Field(default=0, ge=0)
-    cache: Literal["none", "memory", "disk"] = "none"
-    cache_bytes: int = Field(default=4 * 10**9, ge=0)
-    stage_dir: Path | None = None
-    stage_bytes: int = Field(default=20 * 10**9, ge=1)
-    output_dir: Path | str = Path("outputs")
+    """CPUs of each worker, of either phase."""
+
+    train_workers: int = Field(default=1, ge=1)
+    """DDP processes of phase 2. ``batch_size`` of a trainrun stays the global batch size: a step's
+    frames are dealt over these processes."""
+
+    min_train_workers: int | None = Field(default=None, ge=1)
+    """Train on as few as these while the cluster has no room for ``train_workers``; by default
+    training waits for all of them. When the cluster grows or shrinks, training goes on with
+    another number from the end of the last finished epoch."""
+
+    train_gpus: float = Field(default=0, ge=0)
+    """GPUs of each DDP process, and of as many processes of an evaluation; 0 trains on CPUs.
+    Gradients meet over nccl, or over gloo where processes share a GPU (less than 1 each)."""
+
     max_failures: int = Field(default=3, ge=0)
+    """How often training workers may be lost before the run gives up, and how often Ray repeats
+    other work that lost its worker. Errors that would come again (a frame that cannot be read, a
+    stuck worker) end the run at once."""
+
     stall_seconds: float = Field(default=45, gt=0)
+    """How long a training worker may do nothing at all, neither computing nor reading nor
+    writing, before the run ends with an error that names it. A slow read that goes on is no
+    pause, unless it goes on elsewhere (``reading.read_ahead``)."""
+
+    save_seconds: float = Field(default=5, ge=0)
+    """How often a pass of phase 1 writes down what it has measured, for a run that goes on after
+    its driver was lost; at most a twentieth of the time goes into writing."""
 
     @property
     def least_train_workers(self) -> int:
         """How many training workers there must be."""
         return min(self.train_workers, self.min_train_workers or self.train_workers)
 
-    @field_validator("output_dir")
-    @classmethod
-    def _path_or_uri(cls, value: Path | str) -> Path | str:
-        return value if is_uri(value) else Path(value)
+
+class Measuring(_Settings):
+    """What phase 1 counts and in which order it merges. Changes results."""
+
+    shard_frames: int = Field(default=4, ge=1)
+    """Frames in a shard, the unit of work. Fixes the order of merging, and so the last bits."""
+
+    fold: bool = True
+    """Derive the statistics of ports that affine nodes separate from a measured one, instead of
+    reading the archive again. What the nodes between round to float32 is then not seen: moments
+    change by about 1e-8 relative, the inverse of a covariance by that times its condition. Scores
+    that move by 1e-6 can move a reported metric in its third or fourth digit, where float32
+    sigmoids saturate and ties break otherwise. False measures every node's own input, as upstream
+    does."""
+
+    pixels: Literal["all", "unlabelled", "finite"] = "all"
+    """Which pixels count: ``all``; ``unlabelled``, without those that the annotation marks as
+    anomalies; ``finite``, without those that have a value that is not finite."""
+
+    sample_frames: int | None = Field(default=None, ge=1)
+    """Measure at most so many frames of the train split, drawn by a hash of their uid."""
+
+    sample_fraction: float | None = Field(default=None, gt=0, le=1)
+    """Measure at most this fraction of the train frames, rounded up; the smaller sample counts
+    where ``sample_frames`` is given, too."""
+
+    sample_seed: int = 0
+    """Chooses among samples of frames."""
+
+    gpus: float = Field(default=0, ge=0)
+    """GPUs of each worker of phase 1, which then computes and measures on it, or of each that
+    scores; 0 uses CPUs. A GPU rounds otherwise than a CPU."""
+
+    on_error: Literal["raise", "skip"] = "raise"
+    """``raise`` ends phase 1, or scoring, at the first frame that cannot be used; ``skip`` leaves
+    such frames out and names them in ``run.json``, or ``result.json``."""
+
+    max_skipped: int = Field(default=10, ge=0)
+    """How many frames ``skip`` may leave out of a pass before the run ends all the same."""
+
+
+class Reading(_Settings):
+    """How frames reach training workers, and files at URIs a node. Changes no result."""
+
+    read_ahead: int = Field(default=0, ge=0)
+    """Frames that Ray tasks decode ahead of each training worker's next batch, on any CPU of the
+    cluster; 0: the data module's own loader reads, in the worker."""
+
+    cache: Literal["none", "memory", "disk"] = "none"
+    """Where a training worker keeps decoded frames for the next epochs: ``none``, ``memory``, or
+    ``disk`` (a temporary folder of its machine, shared by the workers there). Not for data modules
+    that change a frame at random when it is read."""
+
+    cache_bytes: int = Field(default=4 * 10**9, ge=0)
+    """How many bytes each training worker may keep in its cache."""
+
+    stage_dir: Path | None = None
+    """Where each node keeps copies of recordings that lie at URIs, on a disk of its own; by default
+    below its folder for temporary files. ``CUVIS_DIST_STAGE_DIR`` on a node wins."""
+
+    stage_bytes: int = Field(default=20 * 10**9, ge=1)
+    """How many bytes these copies may take on a node; at least a few recordings."""
+
+
+class Scaling(_Settings):
+    """The settings of a run that upstream does not have.
+
+    Attributes
+    ----------
+    resources : Resources
+        Workers, and what happens when they are lost; changes no result.
+    measuring : Measuring
+        What phase 1 counts; changes results.
+    reading : Reading
+        How frames are read, cached and staged; changes no result.
+
+    Examples
+    --------
+    >>> Scaling(resources={"workers": 8}, measuring={"pixels": "unlabelled"})
+    >>> Scaling.load("scaling.yaml", ["resources.workers=8"])
+    """
+
+    resources: Resources = Resources()
+    measuring: Measuring = Measuring()
+    reading: Reading = Reading()
 
     @classmethod
-    def load(cls, path: str | Path | None = None, **overrides: Any) -> Scaling:
-        """Read a YAML file of the fields above; options that are not None win over it.
+    def load(cls, path: str | Path | None = None, settings: Sequence[str] = ()) -> Scaling:
+        """Read a YAML file of the three parts; ``settings`` win over it.
+
+        Parameters
+        ----------
+        path : str or Path, optional
+            The scaling file.
+        settings : sequence of str
+            ``part.name=value`` each, the value as YAML.
 
         Raises
         ------
         InputError
-            If the file is missing, is no mapping, or a value does not fit.
+            If the file is missing or is no mapping, or a setting is unknown, misplaced (the
+            message says which one is meant), or has a value that does not fit.
         """
         values: dict[str, Any] = {}
+        where = "scaling" if path is None else f"scaling file {path}"
         if path is not None:
             try:
                 values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
             except (OSError, yaml.YAMLError) as error:
-                raise InputError(f"cannot read scaling file {path}: {one_line(error)}") from error
-            if not isinstance(values, dict):
-                raise InputError(f"scaling file {path} is not a mapping of settings")
-        values |= {key: value for key, value in overrides.items() if value is not None}
+                raise InputError(f"cannot read {where}: {one_line(error)}") from error
+        _refuse_unknown(values, where)
+        for setting in settings:
+            name, equals, text = setting.partition("=")
+            if not equals:
+                raise InputError(f"--set {setting}: settings are given as part.name=value")
+            _refuse_unknown(_nested(name), f"--set {setting}")
+            part, _, name = name.partition(".")
+            try:
+                values[part] = (values.get(part) or {}) | {name: yaml.safe_load(text)}
+            except yaml.YAMLError as error:
+                raise InputError(f"--set {setting}: {one_line(error)}") from error
         try:
-            return cls.model_validate(values)
+            return cls.model_validate({part: given or {} for part, given in values.items()})
         except ValidationError as error:
             problems = "; ".join(
                 f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()
             )
-            raise InputError(
-                f"scaling{f' file {path}' if path else ''}: {problems}. "
-                f"Known settings: {', '.join(cls.model_fields)}"
-            ) from error
+            raise InputError(f"{where}: {problems}") from error
+
+    @classmethod
+    def known(cls) -> dict[str, list[str]]:
+        """Return the names of all settings, by part."""
+        return {part: list(model.model_fields) for part, model in PARTS.items()}
+
+    def replace(self, **parts: Mapping[str, Any]) -> Scaling:
+        """Return these settings with others in some parts: ``replace(resources={"workers": 1})``.
+
+        Raises
+        ------
+        ValidationError
+            If a setting is unknown, or a value does not fit.
+        """
+        values = self.model_dump()
+        for part, changes in parts.items():
+            values[part] |= changes
+        return type(self).model_validate(values)
+
+
+#: The parts of :class:`Scaling`, by name.
+PARTS: dict[str, type[_Settings]] = {
+    name: field.annotation  # type: ignore[misc]
+    for name, field in Scaling.model_fields.items()
+}
+
+
+def _nested(name: str) -> dict[str, Any]:
+    part, dot, rest = name.partition(".")
+    return {part: {rest: None}} if dot else {part: None}
+
+
+def _refuse_unknown(values: Any, where: str) -> None:
+    """Refuse settings that do not exist, or stand in the wrong part, and name what is meant.
+
+    Raises
+    ------
+    InputError
+        Naming each such setting.
+    """
+    known = Scaling.known()
+    if not isinstance(values, Mapping):
+        raise InputError(f"{where} is not a mapping of settings: {', '.join(known)}")
+    problems = []
+    for part, settings in values.items():
+        if part not in known:
+            problems.append(f"{part} is no part of it{_meant(str(part))}")
+        elif settings is not None and not isinstance(settings, Mapping):
+            problems.append(f"{part} is not a mapping of settings: {', '.join(known[part])}")
+        else:
+            problems += [
+                f"{part}.{name} is unknown{_meant(str(name))}"
+                for name in settings or {}
+                if name not in known[part]
+            ]
+    if problems:
+        raise InputError(f"{where}: {'; '.join(problems)}")
+
+
+def _meant(name: str) -> str:
+    """Return which settings a wrong name may stand for, as the rest of a sentence."""
+    full = [f"{part}.{setting}" for part, names in Scaling.known().items() for setting in names]
+    last = name.rpartition(".")[2]
+    exact = [setting for setting in full if setting.rpartition(".")[2] == last]
+    if exact:
+        return f": the setting is called {' or '.join(exact)}"
+    by_last = {setting.rpartition(".")[2]: setting for setting in full}
+    close = difflib.get_close_matches(last, [*by_last, *PARTS], n=1)
+    if close:
+        return f": did you mean {by_last.get(close[0], close[0])}?"
+    return f". Known settings: {', '.join(full)}"

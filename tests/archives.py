@@ -12,7 +12,7 @@ import torch
 import yaml
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 
-from cuvis_dist.trainrun import TrainRun, load_trainrun
+from cuvis_dist.runs.trainrun import TrainRun, load_trainrun
 
 ROOT = Path(__file__).resolve().parents[1]
 SCENES = ROOT.parent / "shared" / "data"

@@ -38,10 +38,10 @@ def ray_session(session_log):
     """Three CPUs on this machine, whatever it has."""
     import ray
 
+    from cuvis_dist.execution.session import connect
     from cuvis_dist.scaling import Scaling
-    from cuvis_dist.session import connect
 
-    connect(Scaling(workers=3))
+    connect(Scaling(resources={"workers": 3}))
     yield
     ray.shutdown()
 

@@ -6,10 +6,11 @@ import pytorch_lightning as pl
 from cuvis_ai_core.training import GradientTrainer as UpstreamGradientTrainer
 from cuvis_ai_core.training import StatisticalTrainer as UpstreamStatisticalTrainer
 from cuvis_ai_core.training.config import create_callbacks_from_config
+from settings import scaling_of
 
-from cuvis_dist import GradientTrainer, Scaling
+from cuvis_dist import GradientTrainer
+from cuvis_dist.runs.trainrun import load_trainrun
 from cuvis_dist.training.dealing import DealtBatches, deal
-from cuvis_dist.trainrun import load_trainrun
 
 
 class Epochs(pl.Callback):
@@ -72,7 +73,8 @@ def train(trainrun, workers, module=None, scaling=None, **options):
         trainrun.metric_nodes,
         trainrun.config.training,
         callbacks=callbacks(trainrun),
-        scaling=Scaling(train_workers=workers, output_dir=trainrun.output_dir, **(scaling or {})),
+        scaling=scaling_of(train_workers=workers, **scaling or {}),
+        output_dir=trainrun.output_dir,
         **options,
     )
     trainer.fit()

@@ -7,7 +7,7 @@ from cuvis_ai_core.training.post_fit import TrainHook
 
 from cuvis_dist import GradientTrainer, Scaling, StatisticalTrainer
 from cuvis_dist.demo import DemoSettings, write_demo
-from cuvis_dist.trainrun import load_trainrun
+from cuvis_dist.runs.trainrun import load_trainrun
 
 
 @pytest.mark.slow
@@ -16,7 +16,7 @@ from cuvis_dist.trainrun import load_trainrun
 def test_phase_two_lowers_the_loss_and_finds_more(tmp_path):
     trainrun = load_trainrun(write_demo(tmp_path, DemoSettings()), output_dir=tmp_path / "results")
     pipeline, module = trainrun.pipeline, trainrun.datamodule()
-    scaling = Scaling(workers=2, train_workers=2, output_dir=trainrun.output_dir)
+    scaling = Scaling(resources={"workers": 2, "train_workers": 2})
     initialization = StatisticalTrainer(
         pipeline, module, metric_nodes=trainrun.metric_nodes, scaling=scaling
     )
@@ -34,6 +34,7 @@ def test_phase_two_lowers_the_loss_and_finds_more(tmp_path):
         trainrun.config.training,
         emit=events.append,
         scaling=scaling,
+        output_dir=trainrun.output_dir,
     )
     training.fit()
     epochs = [e.evaluation.metrics for e in events if e.hook is TrainHook.EPOCH_END]

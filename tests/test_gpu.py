@@ -14,26 +14,29 @@ from archives import edit, relative_difference
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_schemas.enums import ExecutionStage
 from gradients import initialized, train, train_upstream
+from settings import scaling_of
 from trouble import TroubledModule
 
-from cuvis_dist import Scaling, StatisticalTrainer
+from cuvis_dist import StatisticalTrainer
 from cuvis_dist.cli import main
 from cuvis_dist.errors import ClusterError
 from cuvis_dist.evaluation import evaluate
-from cuvis_dist.trainrun import load_trainrun
+from cuvis_dist.runs.trainrun import load_trainrun
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
     pytest.mark.usefixtures("ray_session"),
 ]
-HALF = {"gpus_per_worker": 0.5}
+HALF = {"train_gpus": 0.5}
 
 
 def measured(path, **scaling):
     trainrun = load_trainrun(path)
     trainer = StatisticalTrainer(
-        trainrun.pipeline, trainrun.datamodule(), scaling=Scaling(workers=2, **scaling)
+        trainrun.pipeline,
+        trainrun.datamodule(),
+        scaling=scaling_of(workers=2, **scaling),
     )
     trainer.fit()
     return trainrun, trainer
@@ -52,16 +55,14 @@ def assert_close(ours: CuvisPipeline, theirs: CuvisPipeline, tolerance: float) -
 @pytest.mark.parametrize("settings", [{}, {"pixels": "unlabelled", "fold": False}])
 def test_measuring_and_evaluating(demo_trainrun, settings):
     on_cpu, here = measured(demo_trainrun, **settings)
-    on_gpu, there = measured(demo_trainrun, worker_gpus=0.5, **HALF, **settings)
+    on_gpu, there = measured(demo_trainrun, gpus=0.5, **HALF, **settings)
     assert_close(on_gpu.pipeline, on_cpu.pipeline, 1e-6)
     assert there.test().metrics == pytest.approx(here.test().metrics, abs=1e-3)
 
 
 def test_measuring_is_repeatable(demo_trainrun):
     """One worker or two, the bits are the same, if not the CPU's."""
-    one, two = (
-        measured(demo_trainrun, worker_gpus=gpus, fold=False)[0].pipeline for gpus in (1, 0.5)
-    )
+    one, two = (measured(demo_trainrun, gpus=gpus, fold=False)[0].pipeline for gpus in (1, 0.5))
     for mine, other in zip(one.nodes(), two.nodes(), strict=True):
         for name, value in other.state_dict().items():
             assert torch.equal(mine.state_dict()[name], value), (other.name, name)
@@ -76,7 +77,7 @@ def test_training_equals_one_process_of_upstream(demo_trainrun, tmp_path, worker
     expected = initialized(demo_trainrun, tmp_path / "one", *overrides)
     reference = train_upstream(expected)
     trainrun = initialized(demo_trainrun, tmp_path / "two", *overrides)
-    trainer = train(trainrun, workers, scaling={"gpus_per_worker": 1 / workers})
+    trainer = train(trainrun, workers, scaling={"train_gpus": 1 / workers})
     assert trainer.epochs == 3
     assert_close(trainrun.pipeline, expected.pipeline, 1e-5)
     ours, theirs = trainer.callbacks[0].values, reference.callbacks[0].values
@@ -105,7 +106,9 @@ def test_a_stuck_worker_is_named(demo_trainrun, tmp_path):
 def test_a_whole_run_and_scores(demo, tmp_path, capsys):
     """What is saved is an ordinary pipeline, which the CPU scores with."""
     scaling, out = tmp_path / "scaling.yaml", tmp_path / "out"
-    scaling.write_text("worker_gpus: 0.5\ngpus_per_worker: 0.5\nworkers: 2\ntrain_workers: 2\n")
+    scaling.write_text(
+        "measuring: {gpus: 0.5}\nresources: {train_gpus: 0.5, workers: 2, train_workers: 2}\n"
+    )
     options = ["--scaling", str(scaling), "--output-dir", str(out)]
     edit(demo, lambda run: run["training"].update(max_epochs=2))
     assert main(["run", str(demo), *options]) == 0
@@ -132,7 +135,7 @@ def test_a_whole_run_and_scores(demo, tmp_path, capsys):
             ExecutionStage.TEST,
             metric_nodes=[n for n in pipeline.nodes() if n.name == "metrics_anomaly"],
             emit=lambda event: None,
-            scaling=Scaling(train_workers=2, **settings),
+            scaling=scaling_of(train_workers=2, **settings),
         )
         for settings in (HALF, {})
     ]

@@ -23,7 +23,7 @@ def test_the_recipe_of_the_readme(tmp_path, ray_session):
     pipeline = CuvisPipeline("readme")
     pipeline.connect((data.outputs.cube, node.inputs.data))
     module = FragileModule(tmp_path)
-    trainer = StatisticalTrainer(pipeline, module, scaling=Scaling(workers=2))
+    trainer = StatisticalTrainer(pipeline, module, scaling=Scaling(resources={"workers": 2}))
     trainer.fit()
     (record,) = trainer.records
     assert record.nodes["white"] == {"statistic": "Moments(data)", "pixels": 12 * 72}

@@ -31,9 +31,11 @@ from cuvis_dist.archive import Archive, open_split
 from cuvis_dist.errors import DataError
 from cuvis_dist.evaluation.merging import merge_pooled
 from cuvis_dist.evaluation.parts import Job, Outputs, Part, PartWorker, Port, compute_part, load
+from cuvis_dist.execution.failures import raise_cause
+from cuvis_dist.execution.worker import places
+from cuvis_dist.nodes.state import adopt
+from cuvis_dist.nodes.upstream import edges_into
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.upstream import edges_into
-from cuvis_dist.workers import adopt, places, raise_cause
 
 #: At most so many tasks per pass, however many frames: what comes back stays bounded.
 MAX_PARTS = 512
@@ -165,8 +167,8 @@ class ClusterPipeline:
             self.metric_nodes if evaluating else (),
             frozenset(keep_ports if keep_ports is not None else calibration_ports(self.pipeline)),
             context,
-            int(self.scaling.cpus_per_worker),
-            self.scaling.gpus_per_worker > 0,
+            int(self.scaling.resources.cpus_per_worker),
+            self.scaling.resources.train_gpus > 0,
         )
         nodes = {node.name: node for node in self.pipeline.nodes()}
         pooled: list[dict[str, Node]] = []
@@ -234,17 +236,17 @@ class _Workers:
 
     def __init__(self, scaling: Scaling) -> None:
         options: dict[str, Any] = {
-            "num_cpus": scaling.cpus_per_worker,
+            "num_cpus": scaling.resources.cpus_per_worker,
             "scheduling_strategy": "SPREAD",
         }
-        gpus, self.limit = scaling.gpus_per_worker, scaling.workers
+        gpus, self.limit = scaling.resources.train_gpus, scaling.resources.workers
         self._task: Any = None
         self._idle: deque[Any] = deque()
         self._busy: dict[ray.ObjectRef, Any] = {}
         if not gpus:
             self._task = ray.remote(max_retries=3, **options)(compute_part)
             return
-        self.limit = min(scaling.train_workers, places(gpus))
+        self.limit = min(scaling.resources.train_workers, places(gpus))
         options |= {"num_gpus": gpus, "max_restarts": 3, "max_task_retries": 3}
         actor: Any = ray.remote(**options)(PartWorker)
         self._idle.extend(actor.remote() for _ in range(self.limit))

@@ -9,8 +9,8 @@ from cuvis_ai_core.node.node import Node
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat, dim_zero_max, dim_zero_min, dim_zero_sum
 
-from cuvis_dist.upstream import pooled_objects
-from cuvis_dist.workers import adopt
+from cuvis_dist.nodes.state import adopt
+from cuvis_dist.nodes.upstream import pooled_objects
 
 _ASSOCIATIVE = {dim_zero_cat, dim_zero_max, dim_zero_min, dim_zero_sum}
 

@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 
 from cuvis_dist.archive import Archive
 from cuvis_dist.errors import CuvisDistError, DataError, one_line
-from cuvis_dist.upstream import pooled_objects
-from cuvis_dist.workers import adopt, fetch_once, prepare_worker, state_mark
+from cuvis_dist.execution.worker import fetch_once, prepare_worker
+from cuvis_dist.nodes.state import adopt, state_mark
+from cuvis_dist.nodes.upstream import pooled_objects
 
 Port = tuple[str, str] | str
 """A port to keep, as ``pipeline.forward`` takes it: (node, port), or a port of any node."""

@@ -39,10 +39,12 @@ from loguru import logger
 
 from cuvis_dist.evaluation.cluster import ClusterPipeline, Split
 from cuvis_dist.evaluation.merging import unmergeable
+from cuvis_dist.execution.failures import raise_cause
+from cuvis_dist.execution.session import connect
+from cuvis_dist.execution.worker import on_worker, prepare_worker
+from cuvis_dist.nodes.state import adopt_all
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.session import connect
 from cuvis_dist.staging import fetched_when_opened
-from cuvis_dist.workers import adopt_all, on_worker, prepare_worker, raise_cause
 
 _POST_FIT_STAGES = (ExecutionStage.INFERENCE, ExecutionStage.VAL, ExecutionStage.TEST)
 
@@ -68,9 +70,9 @@ def post_fit(
     reason = why_one_worker(pipeline, nodes, _POST_FIT_STAGES)
     if reason:
         logger.info(f"calibrated and evaluated on one worker: {reason}")
-        host, gpus = scaling, scaling.gpus_per_worker
+        cpus, gpus = scaling.resources.cpus_per_worker, scaling.resources.train_gpus
     else:  # it mostly waits for the workers, and leaves them the CPUs and GPUs
-        host, gpus = scaling.model_copy(update={"cpus_per_worker": 0}), 0
+        cpus, gpus = 0.0, 0.0
     result, fitted = on_worker(
         _post_fit,
         pipeline,
@@ -80,7 +82,7 @@ def post_fit(
         bool(reason),
         scaling,
         emit=emit,
-        scaling=host,
+        cpus=cpus,
         gpus=gpus,
     )
     adopt_all(pipeline, fitted)
@@ -123,10 +125,10 @@ def evaluate(
             datamodule,
             stage,
             [node.name for node in metric_nodes],
-            scaling.gpus_per_worker > 0,
+            scaling.resources.train_gpus > 0,
             emit=emit,
-            scaling=scaling,
-            gpus=scaling.gpus_per_worker,
+            cpus=scaling.resources.cpus_per_worker,
+            gpus=scaling.resources.train_gpus,
         )
     spread: Any = ClusterPipeline(pipeline, metric_nodes, scaling)
     split: Any = Split(datamodule, stage.value)
@@ -210,11 +212,11 @@ def _post_fit(
     scaling: Scaling,
     emit: EmitFn,
 ) -> tuple[PostFitResult, list[Node]]:
-    prepare_worker(int(scaling.cpus_per_worker))
+    prepare_worker(int(scaling.resources.cpus_per_worker))
     nodes = _nodes(pipeline, metric_nodes)
     callback = PostFitCallback(emit=emit, metric_nodes=nodes, release_cuda_cache=release_cuda_cache)
     if here:
-        pipeline.to("cuda" if scaling.gpus_per_worker else "cpu")
+        pipeline.to("cuda" if scaling.resources.train_gpus else "cpu")
     spread = ClusterPipeline(pipeline, nodes, scaling)
     computing: Any = pipeline if here else spread
     with closing(spread):

@@ -4,8 +4,8 @@ from cuvis_dist.initialization.diagnosis import Finding, diagnose
 from cuvis_dist.initialization.passes import PassRecord
 from cuvis_dist.initialization.plan import Pass, make_plan, statistical_nodes
 from cuvis_dist.initialization.preview import Preview, preview
-from cuvis_dist.initialization.recipes import Recipe, recipe, recipe_for
 from cuvis_dist.initialization.trainer import StatisticalTrainer
+from cuvis_dist.nodes.recipes import Recipe, recipe, recipe_for
 
 __all__ = [
     "Finding",

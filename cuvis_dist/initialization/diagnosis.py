@@ -25,7 +25,7 @@ from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from torch import Tensor
 
 from cuvis_dist.initialization.passes import PassRecord
-from cuvis_dist.upstream import accumulated_mean, edges_into, nodes_before, topological_order
+from cuvis_dist.nodes.upstream import accumulated_mean, edges_into, nodes_before, topological_order
 
 #: Spacing of float32 at 1: nodes freeze in float32, with half of this as relative rounding.
 _EPS32 = torch.finfo(torch.float32).eps

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from cuvis_dist.archive import Frame
 from cuvis_dist.errors import DataError, one_line
-from cuvis_dist.initialization.recipes import Recipe
-from cuvis_dist.initialization.strips import is_pixelwise, strips
+from cuvis_dist.nodes.recipes import Recipe
+from cuvis_dist.nodes.strips import is_pixelwise, strips
+from cuvis_dist.nodes.upstream import node_inputs, nodes_before
 from cuvis_dist.statistics import PixelSample, Statistic
-from cuvis_dist.upstream import node_inputs, nodes_before
 
 #: Pixels of a frame that are kept to check an affine map on.
 _PROBES = 256

@@ -18,15 +18,15 @@ from loguru import logger
 
 from cuvis_dist.archive import Archive, Shard
 from cuvis_dist.errors import CuvisDistError, DataError, one_line
-from cuvis_dist.initialization.affine import probe
+from cuvis_dist.execution.failures import raise_cause
+from cuvis_dist.execution.spread import Tally, make_task, spread
+from cuvis_dist.initialization.kept import StoredPass
 from cuvis_dist.initialization.measuring import Partial
 from cuvis_dist.initialization.plan import Fit, Pass
 from cuvis_dist.initialization.shards import MeasureShard
-from cuvis_dist.initialization.stored import StoredPass
+from cuvis_dist.nodes.affine import probe
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.spread import Tally, make_task, spread
 from cuvis_dist.statistics import MergeTree, Moments, Statistic, from_bytes
-from cuvis_dist.workers import raise_cause
 
 OnShard = Callable[[int], None]
 """Called with the number of frames done so far."""
@@ -150,9 +150,9 @@ def measure_pass(
     ClusterError
         If the cluster lost the work.
     """
-    shards = archive.shards(scaling.shard_frames)
+    shards = archive.shards(scaling.measuring.shard_frames)
     earlier: Measured | None = stored.earlier if stored else None
-    measured = earlier or Measured(len(shards), Tally(len(archive), scaling.max_skipped))
+    measured = earlier or Measured(len(shards), Tally(len(archive), scaling.measuring.max_skipped))
     missing = [shard for shard in shards if shard.ordinal not in measured.tree]
     restored = len(shards) - len(missing), measured.tally.done
     if missing:

@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 
-from cuvis_dist.initialization.affine import Hop, affine_hop
-from cuvis_dist.initialization.recipes import Recipe, recipe_for
+from cuvis_dist.nodes.affine import Hop, affine_hop
+from cuvis_dist.nodes.recipes import Recipe, recipe_for
+from cuvis_dist.nodes.upstream import edges_into, nodes_before, topological_order
 from cuvis_dist.statistics import Extrema, Moments
-from cuvis_dist.upstream import edges_into, nodes_before, topological_order
 
 
 @dataclass(frozen=True)

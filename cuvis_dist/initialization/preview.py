@@ -17,12 +17,12 @@ from torch import Tensor
 
 from cuvis_dist.archive import Archive, batch_bytes, open_archive
 from cuvis_dist.errors import CuvisDistError, one_line
+from cuvis_dist.execution.worker import peak_bytes, prepare_worker
 from cuvis_dist.initialization.measuring import Measurer, Partial, compute_inputs
 from cuvis_dist.initialization.passes import freeze_fits
 from cuvis_dist.initialization.plan import Pass, make_plan, measured_directly, share
+from cuvis_dist.nodes.upstream import nodes_before
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.upstream import nodes_before
-from cuvis_dist.workers import peak_bytes, prepare_worker
 
 #: What a worker holds before it has read anything: the imports of torch, Ray and cuvis.ai.
 _EMPTY_WORKER_BYTES = 1_050_000_000
@@ -96,21 +96,25 @@ def preview(
         If a frame cannot be read or used.
     """
     archive = open_archive(datamodule, "train").sampled(
-        scaling.sample_frames, scaling.sample_fraction, scaling.sample_seed
+        scaling.measuring.sample_frames,
+        scaling.measuring.sample_fraction,
+        scaling.measuring.sample_seed,
     )
     frame_bytes = batch_bytes(archive.read(0))
     if calibrate:
         threads = torch.get_num_threads()
-        prepare_worker(int(scaling.cpus_per_worker))
+        prepare_worker(int(scaling.resources.cpus_per_worker))
         try:
             costs = _tried(copy.deepcopy(pipeline), archive, scaling)
         finally:
             torch.set_num_threads(threads)
     else:
-        plan = make_plan(pipeline, scaling.fold)
+        plan = make_plan(pipeline, scaling.measuring.fold)
         costs = [Cost(step, _worker_bytes(pipeline, step, frame_bytes)) for step in plan]
-    workers = scaling.workers or max(1, int((os.cpu_count() or 1) / scaling.cpus_per_worker))
-    shards = len(archive.shards(scaling.shard_frames))
+    workers = scaling.resources.workers or max(
+        1, int((os.cpu_count() or 1) / scaling.resources.cpus_per_worker)
+    )
+    shards = len(archive.shards(scaling.measuring.shard_frames))
     return Preview(costs, len(archive), shards, frame_bytes, workers)
 
 
@@ -129,14 +133,14 @@ def _worker_bytes(pipeline: CuvisPipeline, step: Pass, frame_bytes: int) -> int:
 def _tried(pipeline: CuvisPipeline, archive: Archive, scaling: Scaling) -> list[Cost]:
     """Carry the plan out on a few frames, other ones in every pass: the first reading is cold."""
     costs: list[Cost] = []
-    plan = deque(make_plan(pipeline, scaling.fold))
+    plan = deque(make_plan(pipeline, scaling.measuring.fold))
     while plan:
         step = plan.popleft()
-        few = archive.sampled(_CALIBRATION_FRAMES, None, scaling.sample_seed + len(costs))
+        few = archive.sampled(_CALIBRATION_FRAMES, None, scaling.measuring.sample_seed + len(costs))
         if step.streamed is not None:
             costs.append(_try_streaming(pipeline, few, step, step.streamed))
             continue
-        measurer = Measurer(pipeline, step.by_key(), scaling.pixels)
+        measurer = Measurer(pipeline, step.by_key(), scaling.measuring.pixels)
         partial, probes = Partial({}, ""), dict[str, Tensor]()
         seconds = []
         for position, frame in enumerate(few.frames):

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from cuvis_dist.archive import batch_bytes
 from cuvis_dist.errors import DataError
+from cuvis_dist.execution.spread import StatefulNodesError, Task, make_row
+from cuvis_dist.execution.worker import peak_bytes
 from cuvis_dist.initialization.measuring import Measurer, Partial, compute_inputs
-from cuvis_dist.initialization.recipes import Recipe
-from cuvis_dist.spread import StatefulNodesError, Task, make_row
-from cuvis_dist.upstream import nodes_before
-from cuvis_dist.workers import peak_bytes, state_mark
+from cuvis_dist.nodes.recipes import Recipe
+from cuvis_dist.nodes.state import state_mark
+from cuvis_dist.nodes.upstream import nodes_before
 
 
 @functools.lru_cache(maxsize=1)

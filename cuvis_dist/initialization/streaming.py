@@ -21,13 +21,14 @@ from loguru import logger
 
 from cuvis_dist.archive import Archive
 from cuvis_dist.errors import CuvisDistError, InputError, LostWorkerError, one_line
+from cuvis_dist.execution.spread import StatefulNodesError, Tally, make_task, spread
+from cuvis_dist.execution.worker import on_worker
+from cuvis_dist.initialization.kept import StoredPass
 from cuvis_dist.initialization.measuring import compute_inputs
 from cuvis_dist.initialization.passes import PassRecord
 from cuvis_dist.initialization.shards import GatherShard
-from cuvis_dist.initialization.stored import StoredPass
+from cuvis_dist.nodes.state import adopt
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.spread import StatefulNodesError, Tally, make_task, spread
-from cuvis_dist.workers import adopt, on_worker
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,10 @@ class Streamed:
 
 def require_whole_frames(node: Node, scaling: Scaling) -> None:
     """Raise InputError if only some pixels count: a streamed node reads whole frames."""
-    if scaling.pixels != "all":
+    if scaling.measuring.pixels != "all":
         raise InputError(
             f"node {node.name} ({type(node).__name__}) is fitted by its own code on whole frames, "
-            f"so that pixels: {scaling.pixels} cannot be applied to it; use pixels: all"
+            f"so that pixels: {scaling.measuring.pixels} cannot be applied to it; use pixels: all"
         )
 
 
@@ -80,16 +81,15 @@ def stream_pass(
         )
     started = time.perf_counter()
     require_whole_frames(node, scaling)
-    # The fitting process mostly waits for the readers: it leaves them the CPUs.
-    beside = scaling.model_copy(update={"cpus_per_worker": 0})
 
     def fit(in_order: bool) -> tuple[Node, Tally]:
         arguments = (pipeline, archive, node.name, in_order, scaling)
         for failure in count(1):
             try:
-                return on_worker(_fit, *arguments, emit=emit, scaling=beside)
+                # The fitting process mostly waits for the readers: it leaves them the CPUs.
+                return on_worker(_fit, *arguments, emit=emit, cpus=0)
             except LostWorkerError as error:
-                if failure > scaling.max_failures:
+                if failure > scaling.resources.max_failures:
                     raise
                 logger.warning(f"{error}. It starts anew (failure {failure})")
         raise AssertionError
@@ -104,7 +104,7 @@ def stream_pass(
         {node.name: {"statistic": "streamed", "pixels": None}},
         tally.frames,
         tally.bytes,
-        len(archive.shards(scaling.shard_frames)),
+        len(archive.shards(scaling.measuring.shard_frames)),
         time.perf_counter() - started,
         tally.peak,
         tally.skipped,
@@ -127,10 +127,10 @@ def _fit(
     # Rows that came from a shard cannot be taken back: no other node is asked.
     task = replace(make_task(pipeline, archive, scaling), elsewhere=False)
     gather = GatherShard(task, None if in_order else name)
-    tally = Tally(len(archive), scaling.max_skipped)
+    tally = Tally(len(archive), scaling.measuring.max_skipped)
 
     def stream() -> Iterator[dict[str, Any]]:
-        for row in spread(archive.shards(scaling.shard_frames), gather, scaling):
+        for row in spread(archive.shards(scaling.measuring.shard_frames), gather, scaling):
             tally.add(row)
             progress = FrameProgress(tally.done, len(archive))
             emit(TrainEvent(TrainHook.STATISTICAL_PROGRESS, node=name, progress=progress))

@@ -19,15 +19,15 @@ from loguru import logger
 from cuvis_dist.archive import Archive, open_archive
 from cuvis_dist.errors import DataError
 from cuvis_dist.evaluation import evaluate
+from cuvis_dist.execution.session import connect, require_resources
+from cuvis_dist.execution.spread import StatefulNodesError
 from cuvis_dist.initialization.diagnosis import Finding, diagnose
+from cuvis_dist.initialization.kept import StoredPass, identify
 from cuvis_dist.initialization.passes import PassRecord, measure_pass
 from cuvis_dist.initialization.plan import Pass, make_plan, measured_directly, share
-from cuvis_dist.initialization.stored import StoredPass, identify
 from cuvis_dist.initialization.streaming import require_whole_frames, stream_pass
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.session import connect, require_resources
-from cuvis_dist.spread import StatefulNodesError
-from cuvis_dist.storage import OutputFolder
+from cuvis_dist.storage import Location, OutputFolder
 
 
 class StatisticalTrainer(UpstreamStatisticalTrainer):
@@ -38,7 +38,9 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
     pipeline, datamodule, stop_event, metric_nodes, emit
         As upstream's.
     scaling : Scaling, optional
-        Resources; the defaults use this machine.
+        Workers, and what is measured; the defaults use this machine.
+    output_dir : path or URI
+        Where ``fit(resume=True)`` keeps what it has measured.
 
     Attributes
     ----------
@@ -61,9 +63,11 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         emit: EmitFn | None = None,
         *,
         scaling: Scaling | None = None,
+        output_dir: Location = "outputs",
     ) -> None:
         super().__init__(pipeline, datamodule, stop_event, metric_nodes, emit)
         self.scaling = scaling or Scaling()
+        self.output = OutputFolder(output_dir)
         self.records: list[PassRecord] = []
 
     def fit(self, *, resume: bool = False) -> None:
@@ -89,7 +93,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
             If the stop event was set.
         """
         self.records = []
-        plan = deque(make_plan(self.pipeline, self.scaling.fold))
+        plan = deque(make_plan(self.pipeline, self.scaling.measuring.fold))
         if not plan:
             logger.info("No statistical nodes to train")
             return
@@ -98,7 +102,9 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
             if step.streamed is not None:
                 require_whole_frames(step.streamed, scaling)
         archive = open_archive(self.datamodule, "train").sampled(
-            scaling.sample_frames, scaling.sample_fraction, scaling.sample_seed
+            scaling.measuring.sample_frames,
+            scaling.measuring.sample_fraction,
+            scaling.measuring.sample_seed,
         )
         connect(scaling)
         require_resources(scaling, training=False)
@@ -123,10 +129,10 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
     def _stored(self, number: int, this_pass: Pass, archive: Archive) -> StoredPass:
         scaling = self.scaling
         return StoredPass(
-            OutputFolder(scaling.output_dir),
+            self.output,
             number,
             identify(self.pipeline, archive, this_pass, scaling),
-            scaling.save_seconds,
+            scaling.resources.save_seconds,
         )
 
     def _run(self, this_pass: Pass, archive: Archive, stored: StoredPass | None) -> list[Pass]:

@@ -22,11 +22,12 @@ from cuvis_ai_schemas.execution import Context
 
 from cuvis_dist.archive import Archive, Frame
 from cuvis_dist.errors import ClusterError, DataError, one_line
+from cuvis_dist.execution.spread import StatefulNodesError, Task, make_row
+from cuvis_dist.execution.worker import fetch_once
+from cuvis_dist.nodes.state import state_mark
+from cuvis_dist.nodes.upstream import nodes_before
 from cuvis_dist.scoring.plan import refuse_links
-from cuvis_dist.spread import StatefulNodesError, Task, make_row
 from cuvis_dist.storage import OutputFolder
-from cuvis_dist.upstream import nodes_before
-from cuvis_dist.workers import fetch_once, state_mark
 
 
 def only_for(pipeline: CuvisPipeline, outputs: list[tuple[str, str]]) -> None:

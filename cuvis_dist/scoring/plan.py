@@ -14,11 +14,11 @@ from cuvis_ai_schemas.enums import ExecutionStage, NodeCategory
 from cuvis_dist.archive import Archive, open_archive
 from cuvis_dist.errors import InputError
 from cuvis_dist.hashing import hash_files, hash_settings
-from cuvis_dist.resume import LOCK
+from cuvis_dist.runs.resume import LOCK
+from cuvis_dist.runs.trainrun import TrainRun
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.scoring.naming import file_names
 from cuvis_dist.storage import OutputFolder
-from cuvis_dist.trainrun import TrainRun
 
 #: Ports of these names are written unless others are asked for.
 DEFAULT_PORTS = ("scores", "decisions")
@@ -89,7 +89,7 @@ def plan_scores(
     files = file_names(archive.frames, ".npz", taken=(FINGERPRINT, INDEX))
     folder = scores_folder(trainrun)
     data = trainrun.config.data.model_dump(mode="json", include={"data_module", "params"})
-    device = "gpu" if scaling and scaling.worker_gpus else "cpu"
+    device = "gpu" if scaling and scaling.measuring.gpus else "cpu"
     assert trainrun.weights is not None
     saved = Path(trainrun.config.pipeline)
     fingerprint = {

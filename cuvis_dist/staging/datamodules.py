@@ -25,8 +25,8 @@ from loguru import logger
 from pyarrow.fs import FileType
 from ray import cloudpickle
 
-from cuvis_dist import upstream
 from cuvis_dist.errors import InputError, one_line
+from cuvis_dist.nodes import upstream
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.staging.cache import Staging, staging_here, stagings
 from cuvis_dist.staging.uris import join, parent
@@ -71,9 +71,9 @@ class _Localizer:
 
     @property
     def staging(self) -> Staging:
-        folder = self.scaling.stage_dir
+        folder = self.scaling.reading.stage_dir
         configured = str(folder.expanduser().absolute()) if folder else None
-        return staging_here(configured, self.scaling.stage_bytes)
+        return staging_here(configured, self.scaling.reading.stage_bytes)
 
     def localized(self) -> DataConfig:
         params = {key: self._param(key, value) for key, value in self.data.params.items()}

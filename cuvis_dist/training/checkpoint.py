@@ -26,9 +26,9 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from ray import cloudpickle
 from torchmetrics import Metric
 
-from cuvis_dist.sinks import is_sink
+from cuvis_dist.nodes.sinks import is_sink
+from cuvis_dist.nodes.state import adopt_all
 from cuvis_dist.storage import Mirror, relocated
-from cuvis_dist.workers import adopt_all
 
 #: Name in the output folder of the state to go on from.
 LAST = "resume/last.ckpt"

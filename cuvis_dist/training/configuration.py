@@ -47,7 +47,7 @@ def check_training(config: TrainingConfig, scaling: Scaling) -> None:
         kwargs = config.to_lightning_kwargs()
         for name in _ONLY_ON_WORKERS:
             kwargs.pop(name, None)
-        if scaling.gpus_per_worker:
+        if scaling.resources.train_gpus:
             kwargs.pop("precision", None)
         if config.callbacks and config.callbacks.checkpoint:
             kwargs["enable_checkpointing"] = True
@@ -73,41 +73,46 @@ def _silent() -> Iterator[None]:
 
 def _devices(config: TrainingConfig, scaling: Scaling) -> str | None:
     if config.devices in (None, "auto", -1, "-1") or str(config.devices) == str(
-        scaling.train_workers
+        scaling.resources.train_workers
     ):
         return None
+    workers = scaling.resources.train_workers
     return (
-        f"devices is {config.devices!r}, but {scaling.train_workers} training workers are asked "
-        "for: how many there are, and on which devices, is the scaling's business. Remove devices "
-        f"or set --train-workers {config.devices}"
+        f"devices is {config.devices!r}, but {workers} training workers are asked for: how many "
+        "there are, and on which devices, is the scaling's business. Remove devices or set "
+        f"--train-workers {config.devices}"
     )
 
 
 def _accelerator(config: TrainingConfig, scaling: Scaling) -> str | None:
-    on_gpu = scaling.gpus_per_worker > 0
+    on_gpu = scaling.resources.train_gpus > 0
     fitting = {"auto", "gpu", "cuda"} if on_gpu else {"auto", "cpu"}
     if config.accelerator in fitting:
         return None
     return (
         f"accelerator is {config.accelerator!r}, but each training worker has "
-        f"{scaling.gpus_per_worker:g} GPUs. Set it to auto, and gpus_per_worker "
-        "(--gpus-per-worker) to what a worker shall have: 0 trains on CPUs, other devices are "
+        f"{scaling.resources.train_gpus:g} GPUs. Set it to auto, and resources.train_gpus "
+        "(--train-gpus) to what a worker shall have: 0 trains on CPUs, other devices are "
         "not supported"
     )
 
 
 def _precision(config: TrainingConfig, scaling: Scaling) -> str | None:
-    if str(config.precision) in ("16", "16-mixed") and not scaling.gpus_per_worker:
+    if str(config.precision) in ("16", "16-mixed") and not scaling.resources.train_gpus:
         return (
             f"precision is {config.precision!r}, which CPUs do not have. Use bf16-mixed or "
-            "32-true, or train on GPUs (--gpus-per-worker)"
+            "32-true, or train on GPUs (--train-gpus)"
         )
     return None
 
 
 def _save_on_exception(config: TrainingConfig, scaling: Scaling) -> str | None:
     checkpoint = config.callbacks.checkpoint if config.callbacks else None
-    if checkpoint is None or not checkpoint.save_on_exception or scaling.train_workers == 1:
+    if (
+        checkpoint is None
+        or not checkpoint.save_on_exception
+        or scaling.resources.train_workers == 1
+    ):
         return None
     return (
         "callbacks.checkpoint.save_on_exception cannot work on several workers: the others would "

@@ -14,7 +14,7 @@ import ray
 from loguru import logger
 from pytorch_lightning.profilers import PassThroughProfiler
 
-from cuvis_dist.watch import COMPUTING, READING, Beat
+from cuvis_dist.training.watch import COMPUTING, READING, Beat
 
 
 class Heartbeat(PassThroughProfiler):

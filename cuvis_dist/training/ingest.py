@@ -22,7 +22,7 @@ from loguru import logger
 from torch.utils.data import DataLoader, Dataset
 
 from cuvis_dist.errors import one_line
-from cuvis_dist.workers import prepare_worker
+from cuvis_dist.execution.worker import prepare_worker
 
 
 class FrameCache:

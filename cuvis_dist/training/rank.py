@@ -46,16 +46,16 @@ from torchmetrics import Metric
 
 from cuvis_dist.archive import NamedFrames, open_split
 from cuvis_dist.errors import InputError
+from cuvis_dist.execution.worker import prepare_worker
+from cuvis_dist.nodes.sinks import close_sinks, silence_sinks
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.sinks import close_sinks, silence_sinks
 from cuvis_dist.storage import Mirror, OutputFolder, writing_to
 from cuvis_dist.training.checkpoint import LAST, LastEpoch, continued
 from cuvis_dist.training.dealing import DealtBatches, deal
 from cuvis_dist.training.heartbeat import Heartbeat
 from cuvis_dist.training.ingest import CachedFrames, FrameCache, ReadAhead, make_cache
 from cuvis_dist.training.lightning import RankConfig
-from cuvis_dist.watch import COMPUTING, STARTING, STORING
-from cuvis_dist.workers import prepare_worker
+from cuvis_dist.training.watch import COMPUTING, STARTING, STORING
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Assignment:
     output : OutputFolder
         Where checkpoints and logs belong.
     watch : actor handle
-        Of a :class:`~cuvis_dist.watch.Watch`.
+        Of a :class:`~cuvis_dist.training.watch.Watch`.
     directory : str
         The driver's working directory, against which relative paths are meant.
     """
@@ -106,15 +106,15 @@ class Outcome:
 def run_rank(config: dict[str, Any]) -> Outcome | None:
     """Carry out the assignment on this worker; rank 0 returns the outcome."""
     job: Assignment = ray.get(config["assignment"])
-    prepare_worker(int(job.scaling.cpus_per_worker))
+    prepare_worker(int(job.scaling.resources.cpus_per_worker))
     if os.path.isdir(job.directory):
         os.chdir(job.directory)
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     group = _agreed_name()
     ray.get(job.watch.begin.remote(group, world_size))
-    on_gpu = job.scaling.gpus_per_worker > 0
-    heartbeat = Heartbeat(job.watch, rank, group, job.scaling.stall_seconds, on_gpu)
+    on_gpu = job.scaling.resources.train_gpus > 0
+    heartbeat = Heartbeat(job.watch, rank, group, job.scaling.resources.stall_seconds, on_gpu)
     if job.verb == "fit":  # also what an earlier group of this fit left, of more or fewer workers
         last = str(job.output.at(LAST)) if job.output.exists(LAST) else None
         job = replace(job, checkpoint=last)
@@ -123,7 +123,7 @@ def run_rank(config: dict[str, Any]) -> Outcome | None:
 
 
 def _carry_out(job: Assignment, rank: int, heartbeat: Heartbeat, mirror: Mirror) -> Outcome | None:
-    first, on_gpu = rank == 0, job.scaling.gpus_per_worker > 0
+    first, on_gpu = rank == 0, job.scaling.resources.train_gpus > 0
     named = {node.name: node for node in job.pipeline.nodes()}
     _bring_checkpoints(job, mirror, first)
     module = RankTrainer(
@@ -371,21 +371,23 @@ class DealtDataModule(pl.LightningDataModule):
                 f"training.limit_{split}_batches is {limit}, which leaves none of the "
                 f"{len(loader)} batches of the {split} split"
             )
-        ahead = self.scaling.read_ahead
+        ahead = self.scaling.reading.read_ahead
         dataset = self._cached(split, NamedFrames(loader.dataset, frames), loader.num_workers)
-        dealt = deal(loader, dataset, batches, keep_workers=self.scaling.cache == "memory")
+        dealt = deal(loader, dataset, batches, keep_workers=self.scaling.reading.cache == "memory")
         if not ahead:
             return dealt
         return ReadAhead(dealt, ahead, partial(self.heartbeat.doing, STARTING))
 
     def _cached(self, split: str, frames: Dataset, processes: int) -> Dataset:
         """Keep the frames of a split as the scaling says, over all of its loaders."""
-        if self.scaling.cache == "none":
+        if self.scaling.reading.cache == "none":
             return frames
         if split not in self._caches:
-            limit = self.scaling.cache_bytes - sum(c.held for c in self._caches.values())
+            limit = self.scaling.reading.cache_bytes - sum(c.held for c in self._caches.values())
             limit //= max(1, processes)  # each process of a loader has a cache of its own
-            self._caches[split] = make_cache(self.scaling.cache, limit, f"{self._run}-{split}")
+            self._caches[split] = make_cache(
+                self.scaling.reading.cache, limit, f"{self._run}-{split}"
+            )
         return CachedFrames(frames, self._caches[split])
 
     def close(self) -> None:

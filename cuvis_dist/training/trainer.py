@@ -34,16 +34,17 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from cuvis_dist.errors import ClusterError, CuvisDistError, InputError, LostWorkerError
 from cuvis_dist.evaluation import post_fit
-from cuvis_dist.events import relayed
+from cuvis_dist.execution.events import relayed
+from cuvis_dist.execution.failures import raise_cause
+from cuvis_dist.execution.session import beside_driver, connect, require_resources
+from cuvis_dist.nodes.state import adopt_all
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.session import beside_driver, connect, require_resources
 from cuvis_dist.staging import portable
-from cuvis_dist.storage import Mirror, OutputFolder, is_uri, temporary_folder
+from cuvis_dist.storage import Location, Mirror, OutputFolder, is_uri, temporary_folder
 from cuvis_dist.training.checkpoint import LAST, finished_epochs
 from cuvis_dist.training.configuration import check_training
 from cuvis_dist.training.rank import Assignment, Outcome, run_rank
-from cuvis_dist.watch import Watch
-from cuvis_dist.workers import adopt_all, raise_cause
+from cuvis_dist.training.watch import Watch
 
 
 class GradientTrainer(UpstreamGradientTrainer):
@@ -61,7 +62,10 @@ class GradientTrainer(UpstreamGradientTrainer):
     emit : callable, optional
         Where the events of epochs and post-fit steps go; the log by default.
     scaling : Scaling, optional
-        Resources; the defaults train in one process on this machine.
+        Workers; the defaults train in one process on this machine.
+    output_dir : path or URI
+        Where checkpoints and logs go when the training configuration does not say: a folder that
+        all nodes see, or a URI of any file system of ``pyarrow.fs`` (``s3://bucket/runs/x``).
 
     Attributes
     ----------
@@ -90,13 +94,14 @@ class GradientTrainer(UpstreamGradientTrainer):
         *,
         emit: EmitFn | None = None,
         scaling: Scaling | None = None,
+        output_dir: Location = "outputs",
     ) -> None:
         super().__init__(
             pipeline, datamodule, loss_nodes, metric_nodes, training_config, monitors, callbacks
         )
         self.emit: EmitFn = emit or log_event
         self.scaling = scaling or Scaling()
-        self.output = OutputFolder(self.scaling.output_dir)
+        self.output = OutputFolder(output_dir)
         self.outcome: PostFitResult | None = None
         self.epochs = 0
         self._best: CheckpointRestored | None = None
@@ -104,7 +109,7 @@ class GradientTrainer(UpstreamGradientTrainer):
     def fit(self, *, resume: bool = False) -> None:
         """Train, restore the best checkpoint, calibrate, evaluate val and test.
 
-        A lost worker is replaced, ``scaling.max_failures`` times at most, and training goes on
+        A lost worker is replaced, ``resources.max_failures`` times at most, and training goes on
         from the end of the last finished epoch: ``<output_dir>/resume/last.ckpt``.
 
         Parameters
@@ -170,14 +175,14 @@ class GradientTrainer(UpstreamGradientTrainer):
             try:
                 return self._run("fit")
             except LostWorkerError as error:
-                if failure > self.scaling.max_failures:
+                if failure > self.scaling.resources.max_failures:
                     raise
                 with Mirror(self.output) as mirror:
                     epochs = finished_epochs(mirror.pull(LAST))
                 where = f"from the end of epoch {epochs}" if epochs else "from the beginning"
                 logger.warning(
                     f"{error}. Training goes on {where} (failure {failure}, at most "
-                    f"{self.scaling.max_failures})"
+                    f"{self.scaling.resources.max_failures})"
                 )
         raise AssertionError
 
@@ -215,7 +220,9 @@ class GradientTrainer(UpstreamGradientTrainer):
                 run_rank,  # type: ignore[arg-type]
                 train_loop_config={"assignment": ray.put(assignment)},
                 # nccl refuses two processes on one GPU
-                torch_config=TorchConfig("nccl" if self.scaling.gpus_per_worker >= 1 else "gloo"),
+                torch_config=TorchConfig(
+                    "nccl" if self.scaling.resources.train_gpus >= 1 else "gloo"
+                ),
                 scaling_config=_scaling_config(self.scaling),
                 run_config=RunConfig(
                     storage_path=str(storage),
@@ -283,7 +290,7 @@ class GradientTrainer(UpstreamGradientTrainer):
     def _watched(self, what: str) -> Iterator[Any]:
         """Watch the ranks; a group that ended because one was stuck is an error that names it."""
         options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": beside_driver()}
-        watch: Any = ray.remote(**options)(Watch).remote(self.scaling.stall_seconds)
+        watch: Any = ray.remote(**options)(Watch).remote(self.scaling.resources.stall_seconds)
         try:
             yield watch
             sizes = ray.get(watch.sizes.remote())
@@ -299,13 +306,13 @@ class GradientTrainer(UpstreamGradientTrainer):
 
 
 def _scaling_config(scaling: Scaling) -> ScalingConfig:
-    resources: dict[str, Any] = {"CPU": scaling.cpus_per_worker}
-    if scaling.gpus_per_worker:
-        resources["GPU"] = scaling.gpus_per_worker
-    least, most = scaling.least_train_workers, scaling.train_workers
+    resources: dict[str, Any] = {"CPU": scaling.resources.cpus_per_worker}
+    if scaling.resources.train_gpus:
+        resources["GPU"] = scaling.resources.train_gpus
+    least, most = scaling.resources.least_train_workers, scaling.resources.train_workers
     workers: Any = most if least == most else (least, most)
     return ScalingConfig(
         num_workers=workers,
-        use_gpu=scaling.gpus_per_worker > 0,
+        use_gpu=scaling.resources.train_gpus > 0,
         resources_per_worker=resources,
     )

@@ -25,7 +25,7 @@ from torch.utils.data import (
 
 from cuvis_dist.archive import Archive, Frame, open_archive
 from cuvis_dist.errors import DataError, InputError
-from cuvis_dist.trainrun import load_trainrun
+from cuvis_dist.runs.trainrun import load_trainrun
 
 EVERY = {"train": [{"kind": "all"}], "val": [{"kind": "all"}]}
 WAVELENGTH = np.linspace(430, 910, 6)

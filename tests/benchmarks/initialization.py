@@ -26,8 +26,8 @@ from loguru import logger
 
 from cuvis_dist import Scaling, StatisticalTrainer
 from cuvis_dist.demo import DemoSettings, write_demo
-from cuvis_dist.session import connect
-from cuvis_dist.trainrun import load_trainrun
+from cuvis_dist.execution.session import connect
+from cuvis_dist.runs.trainrun import load_trainrun
 
 
 def timed(function) -> float:
@@ -64,10 +64,10 @@ def load(path: Path):
     return load_trainrun(path, [f"data.splits.{s}={every}" for s in ("train", "val", "test")])
 
 
-def ours(path: Path, workers: int, **options) -> StatisticalTrainer:
+def ours(path: Path, workers: int, **measuring) -> StatisticalTrainer:
     """Return a trainer that will fit with ``workers``."""
     run = load(path)
-    scaling = Scaling(workers=workers, **options)
+    scaling = Scaling(resources={"workers": workers}, measuring=measuring)
     return StatisticalTrainer(run.pipeline, run.datamodule(), scaling=scaling)
 
 
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("outputs/bench/initialization.json"))
     options = parser.parse_args()
     logger.remove()
-    connect(Scaling(workers=2))
+    connect(Scaling(resources={"workers": 2}))
     shape = (1000, 1080, 61) if options.large else (options.size, options.size, 61)
     with tempfile.TemporaryDirectory(prefix="cuvis-dist-bench-") as folder:
         path = fill(Path(folder), options.frames, shape)
@@ -109,7 +109,7 @@ def main() -> None:
         if options.gpu:
             runs |= {
                 "8 workers": lambda: ours(path, 8).fit(),
-                "8 workers, 1 GPU": lambda: ours(path, 8, worker_gpus=1 / 8).fit(),
+                "8 workers, 1 GPU": lambda: ours(path, 8, gpus=1 / 8).fit(),
             }
         if options.large:
             runs = {"2 workers": runs["2 workers"]}

@@ -28,10 +28,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from cuvis_dist import Scaling, StatisticalTrainer
 from cuvis_dist.archive import open_archive
+from cuvis_dist.execution.session import connect
+from cuvis_dist.execution.worker import prepare_worker
 from cuvis_dist.initialization.measuring import Measurer
 from cuvis_dist.initialization.plan import make_plan
-from cuvis_dist.session import connect
-from cuvis_dist.workers import prepare_worker
 
 BANDS, WORKERS = 61, 2
 
@@ -98,8 +98,10 @@ def forget_peak() -> None:
 def measure(shards: int) -> dict[str, float]:
     """Carry out one pass over so many shards."""
     with tempfile.TemporaryDirectory(prefix="cuvis-dist-bench-") as folder:
-        scaling = Scaling(workers=WORKERS, shard_frames=1, output_dir=folder)
-        trainer = StatisticalTrainer(pipeline(), SmallModule(shards), scaling=scaling)
+        scaling = Scaling(resources={"workers": WORKERS}, measuring={"shard_frames": 1})
+        trainer = StatisticalTrainer(
+            pipeline(), SmallModule(shards), scaling=scaling, output_dir=folder
+        )
         forget_peak()
         before, cpu, started = memory(peak=False), time.process_time(), time.perf_counter()
         trainer.fit(resume=True)
@@ -121,7 +123,7 @@ def main() -> None:
     options = parser.parse_args()
     logger.remove()
     alone = 1e3 * worker_seconds()
-    connect(Scaling(workers=WORKERS))
+    connect(Scaling(resources={"workers": WORKERS}))
     measure(50)  # workers up, imports done
     print(f"a worker needs {alone:.2f} ms a shard; {WORKERS} workers, {BANDS} bands")
     print(" shards  wall ms  less work  driver CPU ms  grew MB")

@@ -32,7 +32,7 @@ from loguru import logger
 from torch.utils.data import DataLoader, Subset
 
 from cuvis_dist import GradientTrainer, Scaling
-from cuvis_dist.trainrun import TrainRun, load_trainrun
+from cuvis_dist.runs.trainrun import TrainRun, load_trainrun
 
 BATCH = 4
 RUNS: dict[str, dict] = {
@@ -159,8 +159,15 @@ def one(name: str, path: Path, epochs: int, gpu: bool) -> None:
     config = run.config.training
     common = (run.pipeline, run.datamodule(), run.loss_nodes, run.metric_nodes)
     if name.startswith(("1 worker", "2 workers")):
-        scaling = Scaling(output_dir=path.parent / "results", gpus_per_worker=gpu, **options)
-        trainer = GradientTrainer(*common, config, callbacks=[clock], scaling=scaling)
+        workers = options.pop("train_workers", 1)
+        scaling = Scaling(resources={"train_gpus": gpu, "train_workers": workers}, reading=options)
+        trainer = GradientTrainer(
+            *common,
+            config,
+            callbacks=[clock],
+            scaling=scaling,
+            output_dir=path.parent / "results",
+        )
     else:
         config.enable_checkpointing = False
         if "DDP" in name:

@@ -56,7 +56,9 @@ def fitted(tmp_path, cubes, *nodes, chain=None):
         start = f"{source}.outputs.{outputs[source]}" if source else "data.outputs.cube"
         edges.append((start, f"{name}.inputs.{ports.get(class_name.split('.')[-1], 'data')}"))
     run = statistical_trainrun(tmp_path, universe, [DATA, *nodes], edges)
-    trainer = StatisticalTrainer(run.pipeline, run.datamodule(), scaling=Scaling(workers=2))
+    trainer = StatisticalTrainer(
+        run.pipeline, run.datamodule(), scaling=Scaling(resources={"workers": 2})
+    )
     trainer.fit()
     return trainer, {node.name: node for node in run.pipeline.nodes()}
 

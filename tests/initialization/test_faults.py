@@ -17,9 +17,10 @@ from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_schemas.pipeline import PipelineConfig
 from fragile import CountedCubes, FragileCubes, FragileModule, wrap_train
 
-from cuvis_dist import Scaling, StatisticalTrainer, spread
+from cuvis_dist import Scaling, StatisticalTrainer
 from cuvis_dist.errors import CuvisDistError
-from cuvis_dist.trainrun import load_trainrun
+from cuvis_dist.execution import spread
+from cuvis_dist.runs.trainrun import load_trainrun
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -36,7 +37,7 @@ def chain(normalizer, rx):
 
 def fit(folder, fragile, fold):
     pipeline = chain(MinMaxNormalizer(), RXGlobal(5))
-    scaling = Scaling(workers=2, shard_frames=2, fold=fold)
+    scaling = Scaling(resources={"workers": 2}, measuring={"shard_frames": 2, "fold": fold})
     trainer = StatisticalTrainer(pipeline, FragileModule(folder, fragile), scaling=scaling)
     trainer.fit()
     readings = Counter(map(int, (folder / "read.log").read_text().split()))
@@ -113,7 +114,9 @@ def test_readings_of_well_known_pipelines(demo_trainrun, tmp_path, pipeline, pas
         built = PipelineBuilder().build_from_config(config)
     log = tmp_path / "counted.log"
     wrap_train(module, functools.partial(CountedCubes, log=log))
-    trainer = StatisticalTrainer(built, module, scaling=Scaling(workers=2, shard_frames=2))
+    trainer = StatisticalTrainer(
+        built, module, scaling=Scaling(resources={"workers": 2}, measuring={"shard_frames": 2})
+    )
     trainer.fit()
     assert len(trainer.records) == passes
     readings = Counter(map(int, log.read_text().split()))

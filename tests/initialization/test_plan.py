@@ -13,7 +13,7 @@ from cuvis_ai.node.pretreatments.scaling import MeanCenter
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 
 from cuvis_dist.initialization import make_plan
-from cuvis_dist.trainrun import load_trainrun
+from cuvis_dist.runs.trainrun import load_trainrun
 
 
 def names(pipeline):

@@ -13,6 +13,7 @@ from cuvis_ai.node.data import CU3SDataNode
 from cuvis_ai.node.normalization import MinMaxNormalizer
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from fragile import FragileModule
+from settings import scaling_of
 
 from cuvis_dist import Scaling, StatisticalTrainer
 from cuvis_dist.archive import open_archive
@@ -46,7 +47,9 @@ def copied(demo_trainrun, tmp_path):
 def fit(folder, universe, nodes=NODES, edges=EDGES, **scaling):
     trainrun = statistical_trainrun(folder, universe, nodes, edges)
     trainer = StatisticalTrainer(
-        trainrun.pipeline, trainrun.datamodule(), scaling=Scaling(shard_frames=2, **scaling)
+        trainrun.pipeline,
+        trainrun.datamodule(),
+        scaling=scaling_of(**{"shard_frames": 2} | scaling),
     )
     trainer.fit()
     return trainer, {node.name: node for node in trainrun.pipeline.nodes()}
@@ -110,7 +113,7 @@ def test_frames_without_annotation_are_named(tmp_path):
     data, rx = CU3SDataNode(), RXGlobal(5)
     pipeline = CuvisPipeline("p")
     pipeline.connect((data.outputs.cube, rx.inputs.data))
-    scaling = Scaling(workers=2, pixels="unlabelled")
+    scaling = Scaling(resources={"workers": 2}, measuring={"pixels": "unlabelled"})
     trainer = StatisticalTrainer(pipeline, FragileModule(tmp_path), scaling=scaling)
     with pytest.raises(DataError, match=r"frame data#\d+ has no annotation"):
         trainer.fit()
@@ -124,7 +127,7 @@ def test_streamed_nodes_read_whole_frames(tmp_path):
         (data.outputs.cube, first.inputs.data), (first.outputs.normalized, capped.inputs.data)
     )
     module = FragileModule(tmp_path)
-    trainer = StatisticalTrainer(pipeline, module, scaling=Scaling(pixels="finite"))
+    trainer = StatisticalTrainer(pipeline, module, scaling=Scaling(measuring={"pixels": "finite"}))
     with pytest.raises(InputError, match=r"capped \(MinMaxNormalizer\).*whole frames"):
         trainer.fit()
     assert not (tmp_path / "read.log").exists()
@@ -134,7 +137,7 @@ def test_streamed_nodes_read_whole_frames(tmp_path):
 def test_workers_that_no_machine_can_offer_are_refused(tmp_path):
     data, rx, pipeline = CU3SDataNode(), RXGlobal(5), CuvisPipeline("p")
     pipeline.connect((data.outputs.cube, rx.inputs.data))
-    scaling = Scaling(worker_gpus=1)
+    scaling = Scaling(measuring={"gpus": 1})
     trainer = StatisticalTrainer(pipeline, FragileModule(tmp_path), scaling=scaling)
     with pytest.raises(ClusterError, match="workers of phase 1 need 1 GPUs, the cluster has 0"):
         trainer.fit()

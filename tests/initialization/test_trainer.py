@@ -24,11 +24,12 @@ from cuvis import write_session
 from cuvis_ai_core.training import StatisticalTrainer as UpstreamStatisticalTrainer
 from cuvis_ai_core.training.evaluation import TrainingCancelled
 from cuvis_ai_core.training.post_fit import TrainHook
+from settings import scaling_of
 
 from cuvis_dist import Scaling, StatisticalTrainer
 from cuvis_dist.errors import DataError
+from cuvis_dist.runs.trainrun import load_trainrun
 from cuvis_dist.statistics import MergeTree
-from cuvis_dist.trainrun import load_trainrun
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -42,7 +43,7 @@ def fitted_upstream(trainrun):
 
 def fit(trainrun, **scaling):
     trainer = StatisticalTrainer(
-        trainrun.pipeline, trainrun.datamodule(), scaling=Scaling(**scaling)
+        trainrun.pipeline, trainrun.datamodule(), scaling=scaling_of(**scaling)
     )
     trainer.fit()
     return trainer
@@ -115,7 +116,9 @@ def test_same_bits_and_sample_whichever_shard_ends_first(demo_trainrun, tmp_path
         module = trainrun.datamodule()
         wrap_train(module, functools.partial(SlowCubes, slow=slow))
         trainer = StatisticalTrainer(
-            trainrun.pipeline, module, scaling=Scaling(workers=3, shard_frames=1)
+            trainrun.pipeline,
+            module,
+            scaling=Scaling(resources={"workers": 3}, measuring={"shard_frames": 1}),
         )
         orders.add(order_of_merging(trainer))
         hashes.add(buffers_sha256(trainrun.pipeline))
@@ -135,7 +138,10 @@ def order_of_merging(trainer):
 def test_events_count_every_frame(demo_trainrun):
     trainrun, events = load_trainrun(demo_trainrun), []
     StatisticalTrainer(
-        trainrun.pipeline, trainrun.datamodule(), emit=events.append, scaling=Scaling(workers=2)
+        trainrun.pipeline,
+        trainrun.datamodule(),
+        emit=events.append,
+        scaling=Scaling(resources={"workers": 2}),
     ).fit()
     total = len(trainrun.datamodule().train_ds)
     for name in ("normalizer", "rx_detector"):
@@ -159,7 +165,7 @@ def test_a_stop_in_the_middle_of_a_pass_is_a_cancellation(demo_trainrun):
         trainrun.datamodule(),
         stop_event=stop,
         emit=stop_at_the_first_shard,
-        scaling=Scaling(workers=2, shard_frames=1),
+        scaling=Scaling(resources={"workers": 2}, measuring={"shard_frames": 1}),
     )
     with pytest.raises(TrainingCancelled):
         trainer.fit()
@@ -411,7 +417,7 @@ def test_nodes_of_a_script_and_a_pipeline_without_yaml(tmp_path):
             double, peak, rx = Double(name="double"), Peak(name="peak"), RXGlobal(3, name="rx")
             pipeline.connect((double.outputs.doubled, peak.inputs.cube),
                              (double.outputs.doubled, rx.inputs.data))
-            StatisticalTrainer(pipeline, Module(), scaling=Scaling(workers=2)).fit()
+            StatisticalTrainer(pipeline, Module(), scaling=Scaling(resources={"workers": 2})).fit()
 
             x = 2 * torch.stack([torch.tensor(Cubes()[i]["cube"]) for i in range(5)]).reshape(-1, 3)
             assert float(peak.peak) == float(x.max()), (peak.peak, x.max())

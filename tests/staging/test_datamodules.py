@@ -23,15 +23,16 @@ from cuvis_ai_dataloader.data.datamodule_npz_multi import MultiNpzDataModule
 from cuvis_ai_dataloader.data.datamodule_tiff_paired import TiffPairedDataModule
 from cuvis_ai_schemas.training.data import DataConfig
 from pyarrow.fs import FileSystem, copy_files
+from settings import nested
 
 from cuvis_dist import Scaling, StatisticalTrainer
 from cuvis_dist.archive import Shard, open_archive
 from cuvis_dist.errors import DataError, InputError
-from cuvis_dist.resume import fingerprint
-from cuvis_dist.spread import share_files
+from cuvis_dist.execution.spread import share_files
+from cuvis_dist.runs.resume import fingerprint
+from cuvis_dist.runs.trainrun import TrainRun, load_trainrun
 from cuvis_dist.staging import fetched_when_opened, localize, portable
 from cuvis_dist.staging.cache import staging_here
-from cuvis_dist.trainrun import TrainRun, load_trainrun
 
 MODULES = (MultiNpzDataModule, Cu3sDataModule, MultiCu3sDataModule, TiffPairedDataModule)
 
@@ -77,11 +78,13 @@ def store(tmp_path):
 
 @pytest.fixture
 def scaling(tmp_path):
-    return Scaling(workers=3, stage_dir=tmp_path / "cache", stage_bytes=10**8)
+    return Scaling(
+        resources={"workers": 3}, reading={"stage_dir": tmp_path / "cache", "stage_bytes": 10**8}
+    )
 
 
 def counters(scaling):
-    return staging_here(str(scaling.stage_dir), scaling.stage_bytes).counters()
+    return staging_here(str(scaling.reading.stage_dir), scaling.reading.stage_bytes).counters()
 
 
 def with_data(demo: Path, folder: Path, **data) -> TrainRun:
@@ -143,7 +146,9 @@ def test_phase_1_from_a_bucket_through_a_small_cache(demo_trainrun, bucket, tmp_
         (bucket.uri("archive/universe.csv"), 5 * largest),
     ):
         scaling = Scaling(
-            workers=3, shard_frames=2, stage_dir=tmp_path / "cache", stage_bytes=limit
+            resources={"workers": 3},
+            measuring={"shard_frames": 2},
+            reading={"stage_dir": tmp_path / "cache", "stage_bytes": limit},
         )
         run = statistical_trainrun(tmp_path, universe, nodes, edges)
         module = run.datamodule(scaling)
@@ -154,7 +159,7 @@ def test_phase_1_from_a_bucket_through_a_small_cache(demo_trainrun, bucket, tmp_
     frames = len(open_archive(module, "train"))
     assert done.fetched == frames + 1  # the list; the first frame was fetched at setup
     kept = list((tmp_path / "cache/files").rglob("*.npz"))
-    assert sum(path.stat().st_size for path in kept) == done.bytes <= scaling.stage_bytes
+    assert sum(path.stat().st_size for path in kept) == done.bytes <= scaling.reading.stage_bytes
     assert done.evicted == done.fetched - len(kept) > frames / 2
 
 
@@ -176,7 +181,7 @@ def test_phase_1_over_remote_recordings(store, tmp_path, scaling, sessions):
             tmp_path, universe, nodes, edges,
             data_module="cu3s_multi", params={"universe_csv": str(universe)},
         )  # fmt: skip
-        chosen = scaling.model_copy(update={"workers": 1, "shard_frames": 1, **settings})
+        chosen = scaling.replace(**nested(workers=1, shard_frames=1, **settings))
         trainer = StatisticalTrainer(run.pipeline, run.datamodule(chosen), scaling=chosen)
         trainer.fit()
         return buffers_sha256(run.pipeline)
@@ -184,7 +189,7 @@ def test_phase_1_over_remote_recordings(store, tmp_path, scaling, sessions):
     here = fitted(sessions / "universe.csv")
     limit = int(1.5 * size)
     assert fitted(remote, stage_bytes=limit) == here
-    done = staging_here(str(scaling.stage_dir), limit).counters()
+    done = staging_here(str(scaling.reading.stage_dir), limit).counters()
     assert done.fetched == 1 + 3
     assert done.bytes <= limit
     with pytest.raises(InputError, match=rf"day1\.cu3s has {size} bytes.*raise stage_bytes"):
@@ -210,7 +215,7 @@ def test_a_local_list_of_remote_frames(demo_trainrun, store, tmp_path, scaling):
         assert same_items(ours.read(i), theirs.read(i)), ours.frames[i]
     gone = [i for i, frame in enumerate(ours.frames) if frame.files][-1]
     store.delete(ours.frames[gone].files[0].partition("?")[0].removeprefix(f"{store.base}/"))
-    other = scaling.model_copy(update={"stage_dir": tmp_path / "other"})
+    other = scaling.replace(reading={"stage_dir": tmp_path / "other"})
     module = module_of("npz_multi", other, tmp_path, EVERY, **universe)
     with pytest.raises(DataError, match=r"cannot read frame .*#\d+ \(file://.* does not exist"):
         open_archive(module, "train").read(gone)
@@ -221,7 +226,7 @@ def test_the_fingerprint_does_not_know_the_cache(demo_trainrun, store, tmp_path,
     params = {"universe_csv": store.uri("archive/universe.csv")}
     run, found = with_data(demo_trainrun, tmp_path, params=params), []
     for name in ("one", "two"):
-        here = scaling.model_copy(update={"stage_dir": tmp_path / name})
+        here = scaling.replace(reading={"stage_dir": tmp_path / name})
         found.append(fingerprint(run.config, run.pipeline, run.datamodule(here), here))
     assert found[0] == found[1]
 

@@ -23,11 +23,11 @@ from gradients import initialized
 from pyarrow.fs import LocalFileSystem
 from stores import CREDENTIALS, s3_server
 
-from cuvis_dist import GradientTrainer, Scaling
+from cuvis_dist import GradientTrainer
 from cuvis_dist.cli import main
 from cuvis_dist.errors import ClusterError, InputError
+from cuvis_dist.runs.trainrun import load_trainrun
 from cuvis_dist.storage import Mirror, OutputFolder, output
-from cuvis_dist.trainrun import load_trainrun
 
 SECRET = CREDENTIALS["AWS_SECRET_ACCESS_KEY"]
 
@@ -89,8 +89,6 @@ def test_files_come_back(place, tmp_path, request):
 
 def test_a_file_uri_is_a_local_folder(tmp_path):
     assert OutputFolder(f"file://{tmp_path}/x").local == tmp_path / "x"
-    assert Scaling(output_dir="s3://bucket/x").output_dir == "s3://bucket/x"
-    assert Scaling(output_dir="results").output_dir == Path("results")
 
 
 def test_a_mirror_brings_what_changed_and_removes_what_is_gone(bucket, own_temporary_folder):
@@ -231,7 +229,7 @@ def test_an_address_with_a_secret_is_refused_and_not_repeated(uri, named, demo_t
     assert SECRET not in printed.err + printed.out
     pipeline = load_trainrun(demo_trainrun).pipeline
     with pytest.raises(InputError, match=named) as error:
-        GradientTrainer(pipeline, None, [], scaling=Scaling(output_dir=uri))
+        GradientTrainer(pipeline, None, [], output_dir=uri)
     assert SECRET not in str(error.value)
 
 
@@ -241,7 +239,7 @@ def test_checkpoint_folders_of_python_trainers(demo_trainrun, tmp_path, monkeypa
     pipeline = load_trainrun(demo_trainrun).pipeline
 
     def folder_of(dirpath, output_dir="s3://bucket/x/"):
-        trainer = GradientTrainer(pipeline, None, [], scaling=Scaling(output_dir=output_dir))
+        trainer = GradientTrainer(pipeline, None, [], output_dir=output_dir)
         return trainer._checkpoint_folder(dirpath)
 
     assert folder_of("my/checkpoints") == "s3://bucket/x/my/checkpoints"
@@ -296,7 +294,7 @@ def test_phase_1_at_a_uri(demo, bucket, capsys):
         assert part not in content.decode()
     record, result = json.loads(content), json.loads(folder.read("result.json"))
     assert record["pipeline"] == result["pipeline"] == saved
-    assert record["scaling"]["output_dir"] == f"{bucket}/runs/phase_1"
+    assert record["output_dir"] == f"{bucket}/runs/phase_1"
     assert result["run"] == f"{bucket}/runs/phase_1/run.json"
 
     assert main(command) == 0
@@ -366,7 +364,7 @@ def test_a_full_disk_in_training_names_the_folder_too(demo_trainrun, tmp_path):
         trainrun.metric_nodes,
         training_config=trainrun.config.training.model_copy(update={"callbacks": None}),
         callbacks=[FullDisk()],
-        scaling=Scaling(output_dir=trainrun.output_dir),
+        output_dir=trainrun.output_dir,
     )
     with pytest.raises(ClusterError, match=f"no space is left in {tmp_path}/results on "):
         trainer.fit()

@@ -12,8 +12,8 @@ from cuvis_ai_core.training.config import (
     SchedulerConfig,
     TrainingConfig,
 )
+from settings import scaling_of
 
-from cuvis_dist import Scaling
 from cuvis_dist.errors import InputError
 from cuvis_dist.training import check_training
 
@@ -108,11 +108,11 @@ def checkpoint(**options):
     return {"callbacks": {"checkpoint": {"monitor": "val_loss", **options}}}
 
 
-GPU = {"gpus_per_worker": 1}
+GPU = {"train_gpus": 1}
 REFUSALS = {
     "devices of one process": ({"devices": 1}, {"train_workers": 2}, "devices is 1, but 2"),
     "device ids": ({"devices": "0,1"}, {"train_workers": 2}, "scaling's business"),
-    "a GPU without GPUs": ({"accelerator": "gpu"}, {}, "accelerator is 'gpu'.*--gpus-per-worker"),
+    "a GPU without GPUs": ({"accelerator": "gpu"}, {}, "accelerator is 'gpu'.*--train-gpus"),
     "a CPU with GPUs": ({"accelerator": "cpu"}, GPU, "accelerator is 'cpu'"),
     "a TPU": ({"accelerator": "tpu"}, {}, "other devices are not supported"),
     "half precision on CPUs": ({"precision": "16-mixed"}, {}, "which CPUs do not have"),
@@ -139,7 +139,7 @@ REFUSALS = {
 def test_what_cannot_work_is_refused(case):
     config, scaling, message = REFUSALS[case]
     with pytest.raises(InputError, match=f"(?s){message}"):
-        check_training(TrainingConfig.model_validate(config), Scaling(**scaling))
+        check_training(TrainingConfig.model_validate(config), scaling_of(**scaling))
 
 
 @pytest.mark.parametrize(
@@ -155,4 +155,4 @@ def test_what_cannot_work_is_refused(case):
     ],
 )
 def test_what_works_is_not_refused(config, scaling):
-    check_training(TrainingConfig.model_validate(config), Scaling(**scaling))
+    check_training(TrainingConfig.model_validate(config), scaling_of(**scaling))

@@ -1,0 +1,1 @@
+"""How does work reach workers, and how does it come back?"""

@@ -1,0 +1,100 @@
+"""What does a failure that comes out of Ray mean to a person, and which error says so?"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cuvis_ai_core.training.evaluation import TrainingCancelled
+from ray.exceptions import (
+    ActorDiedError,
+    NodeDiedError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+from cuvis_dist.errors import ClusterError, CuvisDistError, LostWorkerError, one_line
+from cuvis_dist.storage import is_out_of_space
+
+
+@contextmanager
+def raise_cause(what: str) -> Iterator[None]:
+    """Turn Ray's wrapped errors into the error of ours inside, or into a message.
+
+    Raises
+    ------
+    CuvisDistError
+        The first of its kind in the chain of causes, else one that gives the root cause.
+    LostWorkerError
+        If a worker, node or its memory was lost.
+    """
+    try:
+        yield
+    except (CuvisDistError, TrainingCancelled):
+        raise
+    except Exception as error:
+        for cause in causes(error):
+            if isinstance(cause, CuvisDistError):
+                raise cause from None
+        if full := out_of_space(error):
+            raise full from error
+        everything = list(causes(error))
+        # The others of a group may be the first to notice, by a broken connection.
+        lost: list[BaseException] = [c for c in everything if isinstance(c, _LOST)] or [
+            cause for cause in everything if _BROKEN_CONNECTION.search(str(cause))
+        ]
+        if lost:
+            raise LostWorkerError(
+                f"{what} lost {_which(error)}: {one_line(lost[0])}. A worker that ran out of "
+                "memory needs more of it, or fewer workers per machine"
+            ) from error
+        raise CuvisDistError(f"{what} failed: {one_line(everything[-1])}") from error
+
+
+def out_of_space(error: BaseException) -> ClusterError | None:
+    """Return an error that says that a disk is full, if that is what ``error`` came from."""
+    if isinstance(error, CuvisDistError):
+        return None
+    for cause in causes(error):
+        if is_out_of_space(cause) or isinstance(cause, OutOfDiskError):
+            return ClusterError(
+                f"a disk is full, of the output folder or a node's temporary one: "
+                f"{one_line(cause)}. Make room; the same command then goes on"
+            )
+    return None
+
+
+_LOST = (WorkerCrashedError, ActorDiedError, NodeDiedError, OutOfMemoryError)
+_BROKEN_CONNECTION = re.compile(
+    r"Connection (closed by|reset by) peer|gloo/transport/.*(Broken pipe|Connection refused)"
+    r"|NCCL.*(remote process exited|remote error)",
+    re.DOTALL,
+)
+
+
+def _which(error: BaseException) -> str:
+    """Name the rank of a training worker that died, where it is known."""
+    for cause in causes(error):
+        failures = getattr(cause, "worker_failures", None) or {}
+        ranks = [
+            r for r in sorted(failures) if any(isinstance(c, _LOST) for c in causes(failures[r]))
+        ]
+        if ranks:
+            return f"worker {', '.join(map(str, ranks))}"
+    return "a worker"
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error, then what caused it, through Ray's wrappers, each once."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        failures = getattr(error, "worker_failures", None) or {}
+        for rank in sorted(failures):
+            yield from causes(failures[rank])
+        inner = error.cause if isinstance(error, RayTaskError) else None
+        error = inner or error.__cause__ or error.__context__

@@ -1,0 +1,136 @@
+"""Which Ray cluster does a run use? Joins one, or starts one on this machine."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+import ray.data
+from loguru import logger
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from cuvis_dist.errors import ClusterError, one_line
+from cuvis_dist.scaling import Scaling
+
+
+def connect(scaling: Scaling, verbose: bool = False) -> bool:
+    """Join or start the cluster; True when this call did, False when one was there already.
+
+    Without an address the cluster that ``RAY_ADDRESS`` names is joined (``ray job submit``
+    sets it), else Ray starts in this process with as many CPUs as the machine or the workers
+    need, whichever is more.
+
+    Raises
+    ------
+    ClusterError
+        If the cluster cannot be reached.
+    """
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not verbose:
+        for name in ("ray.data", "ray.train"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict[str, Any] = {
+        "log_to_driver": verbose,
+        "logging_level": "info" if verbose else "error",
+    }
+    address = scaling.resources.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        options["address"] = address
+    else:
+        options |= {
+            "include_dashboard": False,
+            "num_cpus": max(os.cpu_count() or 1, cpus_wanted(scaling)),
+        }
+    try:
+        ray.init(**options)
+    except Exception as error:
+        raise ClusterError(
+            f"cannot join the Ray cluster at {address or 'this machine'}: {one_line(error)}. "
+            "Check the address and, for a cluster with token authentication, RAY_AUTH_MODE and "
+            "RAY_AUTH_TOKEN_PATH"
+        ) from error
+    return True
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, and undo what Ray sets for either signal."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def beside_driver() -> NodeAffinitySchedulingStrategy:
+    """Return where an actor of the driver runs: on its node, so that no other can take it along."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def cpus_wanted(scaling: Scaling) -> int:
+    """CPUs that a cluster started here must offer: the wider of the two phases."""
+    training = scaling.resources.train_workers * scaling.resources.cpus_per_worker + bool(
+        scaling.reading.read_ahead
+    )
+    return math.ceil(
+        max((scaling.resources.workers or 1) * scaling.resources.cpus_per_worker, training)
+    )
+
+
+def require_resources(scaling: Scaling, training: bool = True) -> None:
+    """Say when workers need more than the cluster has, before waiting for it.
+
+    Parameters
+    ----------
+    training : bool
+        Ask for all training workers, which start together; else for one worker of phase 1, since
+        shards wait for each other.
+
+    Raises
+    ------
+    ClusterError
+        If the cluster was started here, and so will not grow. One that was joined may, so there
+        it is a warning.
+    """
+    have = ray.cluster_resources()
+    if training:
+        workers = scaling.resources.least_train_workers
+        who = f"{workers} training workers"
+        need = {
+            "CPU": workers * scaling.resources.cpus_per_worker + bool(scaling.reading.read_ahead),
+            "GPU": workers * scaling.resources.train_gpus,
+        }
+        fewer = "--train-workers, --train-gpus"
+    else:
+        who = "workers of phase 1"
+        need = {"CPU": scaling.resources.cpus_per_worker, "GPU": scaling.measuring.gpus}
+        fewer = "resources.cpus_per_worker, measuring.gpus"
+    for name, amount in need.items():
+        if amount <= have.get(name, 0):
+            continue
+        message = f"{who} need {amount:g} {name}s, the cluster has {have.get(name, 0):g}"
+        if scaling.resources.address or os.environ.get("RAY_ADDRESS"):
+            logger.warning(f"{message}: the work waits until there are as many")
+        else:
+            raise ClusterError(
+                f"{message}. Ask for fewer ({fewer}) or join a larger cluster (--address)"
+            )

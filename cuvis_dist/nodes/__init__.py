@@ -1,0 +1,1 @@
+"""What is known about node classes, and about upstream's private names?"""

@@ -1,0 +1,50 @@
+"""What is the state of a node, when did it change, and how does a copy hand it over?
+
+Buffers, parameters and plain attributes: many of the latter (fitted flags, temperatures) are in no
+state dict.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+from cuvis_ai_core.node.node import Node
+from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+
+
+def state_mark(node: Node) -> tuple:
+    """Return a mark that changes when one of the node's tensors does, in this process."""
+    return tuple((id(t), t._version) for t in (*node.buffers(), *node.parameters()))
+
+
+#: What stays a node's own when it takes over another's state: its place in the pipeline.
+_IDENTITY = frozenset({"_name", "_pipeline_counter", "_input_ports", "_output_ports"})
+
+
+def adopt(node: Node, fitted: Node) -> None:
+    """Give ``node`` the state of ``fitted``, a copy of it that was changed elsewhere.
+
+    Buffers, parameters, hyperparameters and plain attributes (fitted flags, temperatures,
+    calibrated thresholds): many of these are in no state dict.
+    """
+    node.__dict__.update({k: v for k, v in fitted.__dict__.items() if k not in _IDENTITY})
+
+
+def adopt_all(pipeline: CuvisPipeline, fitted: list[Node]) -> None:
+    """:func:`adopt` for the nodes of a pipeline that came back from a worker."""
+    by_name = {node.name: node for node in pipeline.nodes()}
+    for node in fitted:
+        adopt(by_name[node.name], node)
+
+
+def hash_state(nodes: Iterable[Node]) -> str:
+    """Return one hash of every buffer and parameter, by node and name."""
+    digest = hashlib.sha256()
+    for node in nodes:
+        for name, value in sorted(node.state_dict().items()):
+            digest.update(f"{node.name}.{name}{tuple(value.shape)}{value.dtype}".encode())
+            flat = value.detach().cpu().reshape(-1).contiguous()
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""How does one job go from what a person asked for to its result?"""

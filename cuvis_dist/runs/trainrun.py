@@ -1,0 +1,362 @@
+"""What does a trainrun say, and can it be run? Read, built and checked, with no data touched.
+
+The trainrun, its pipeline and data module are built by upstream's own functions, in upstream's
+order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
+from typing import Any
+
+import pytorch_lightning as pl
+import yaml
+from cuvis_ai_core.node.node import Node
+from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from cuvis_ai_core.training.config import TrainRunConfig
+from cuvis_ai_core.utils.config_helpers import resolve_config_with_hydra
+from loguru import logger
+from omegaconf import OmegaConf
+from pydantic import ValidationError
+
+from cuvis_dist.archive import open_archive, setup_error
+from cuvis_dist.errors import CuvisDistError, InputError, one_line
+from cuvis_dist.hashing import hash_settings
+from cuvis_dist.initialization import recipe_for
+from cuvis_dist.nodes import upstream
+from cuvis_dist.scaling import Scaling
+from cuvis_dist.staging import fetched_when_opened, localize
+from cuvis_dist.storage import Location, OutputFolder, location_of, temporary_folder
+
+#: Folders that a run makes in its output folder.
+_FOLDERS = ("trained_models", "checkpoints", "lightning_logs", "resume")
+
+
+@dataclass
+class TrainRun:
+    """A trainrun with its pipeline built and its names checked; no data was touched.
+
+    Attributes
+    ----------
+    path : Path
+        The trainrun file.
+    config : TrainRunConfig
+        Resolved and overridden.
+    plugins_dirs : list of Path
+        Where plugin manifests are looked up.
+    job : str
+        Which part of it is meant: ``run`` (all of it), ``init`` or ``train``; ``evaluate`` and
+        ``score`` use its data alone.
+    weights : Path or None
+        The ``.pt`` that the state of the pipeline's nodes was loaded from.
+    """
+
+    path: Path
+    config: TrainRunConfig
+    pipeline: CuvisPipeline
+    plugins_dirs: list[Path]
+    job: str = "run"
+    weights: Path | None = None
+
+    @property
+    def loss_nodes(self) -> list[Node]:
+        """The loss nodes, in the pipeline's order."""
+        return self._named(self.config.loss_nodes)
+
+    @property
+    def metric_nodes(self) -> list[Node]:
+        """The metric nodes, in the pipeline's order."""
+        return self._named(self.config.metric_nodes)
+
+    def _named(self, names: Sequence[str]) -> list[Node]:
+        return [node for node in self.pipeline.nodes() if node.name in names]
+
+    @property
+    def output(self) -> OutputFolder:
+        """The output folder, a relative one meant from the working directory."""
+        return OutputFolder(self.config.output_dir)
+
+    @property
+    def output_dir(self) -> Location:
+        """Absolute path of the output folder, or its URI."""
+        return self.output.location
+
+    @property
+    def result_name(self) -> str:
+        """Place and name of the result in the output folder, less its suffix.
+
+        Upstream's, or that of phase 1 alone.
+        """
+        ending = "initialized" if self.job == "init" else "restored"
+        return f"trained_models/{self.pipeline.name}_{ending}"
+
+    @property
+    def saved_pipeline(self) -> Location:
+        """Where the result goes."""
+        return self.output.at(f"{self.result_name}.yaml")
+
+    def initialization_only(self) -> TrainRun:
+        """Return this trainrun without phase 2; its result does not replace a trained one."""
+        config = self.config.model_copy(update={"training": None})
+        return replace(self, config=config, job="init")
+
+    def training_only(self, saved: str | Path | None = None) -> TrainRun:
+        """Return this trainrun without phase 1: its nodes have the state of a saved pipeline.
+
+        The nodes, their settings and edges stay the trainrun's own, as with the ``--weights-path``
+        of ``restore-trainrun``: thresholds that were calibrated when the pipeline was saved do
+        not change what training monitors.
+
+        Parameters
+        ----------
+        saved : str or Path, optional
+            The saved pipeline, ``.pt`` beside it; by default what ``cuvis-dist init`` left.
+
+        Raises
+        ------
+        InputError
+            If there is nothing to train, no such pipeline, or it does not fit the trainrun's.
+        """
+        if self.config.training is None:
+            raise InputError(f"trainrun {self.path} has no training block: nothing to train")
+        weights = self._initialized() if saved is None else Path(saved).with_suffix(".pt")
+        weights = weights.expanduser().resolve()
+        if not weights.is_file():
+            hint = ". cuvis-dist init makes it; --pipeline names another" if saved is None else ""
+            raise InputError(f"the fitted state is not there: {weights}{hint}")
+        try:
+            missing = set(upstream.restore_weights(self.pipeline, weights))
+        except Exception as error:
+            raise InputError(
+                f"{weights} does not fit the pipeline {self.pipeline.name} of trainrun "
+                f"{self.path}: {one_line(error)}"
+            ) from error
+        stateful = [node.name for node in self.pipeline.nodes() if node.state_dict()]
+        if lost := [name for name in stateful if name in missing]:
+            raise InputError(
+                f"{weights} has no state of {', '.join(lost)}, which the pipeline "
+                f"{self.pipeline.name} of trainrun {self.path} needs"
+            )
+        return replace(self, job="train", weights=weights)
+
+    def _initialized(self) -> Path:
+        """Return the state that ``cuvis-dist init`` left, as a file on this machine."""
+        name = f"{self.initialization_only().result_name}.pt"
+        if self.output.local is not None:
+            return self.output.local / name
+        try:
+            own = hash_settings(str(self.output))[:16]
+            return self.output.download(name, temporary_folder() / own / Path(name).name)
+        except FileNotFoundError:
+            raise InputError(
+                f"the fitted state is not there: {self.output.at(name)}. cuvis-dist init makes "
+                "it; --pipeline names another"
+            ) from None
+
+    def datamodule(
+        self, scaling: Scaling | None = None, fitting: bool = True
+    ) -> pl.LightningDataModule:
+        """Build the data module, set up for ``fitting`` or not at all.
+
+        ``scaling`` says where files at URIs are staged.
+
+        Raises
+        ------
+        InputError
+            If it cannot be built: a missing plugin, parameter, recording or SDK.
+        DataError
+            If a remote file that it opens is missing, or cannot be fetched.
+        """
+        data, base_dir = self.config.data, self.path.parent
+        local = localize(data, scaling or Scaling(), base_dir)
+        config = self.config.model_copy(update={"data": local})
+        try:
+            with fetched_when_opened():
+                if fitting:
+                    return upstream.create_datamodule(config, self.plugins_dirs, base_dir=base_dir)
+                return upstream.build_datamodule(local, self.plugins_dirs, base_dir)
+        except CuvisDistError:
+            raise
+        except (Exception, SystemExit) as error:  # importing cuvis can exit
+            params = ", ".join(f"{key}={value}" for key, value in data.params.items())
+            raise setup_error(f"{data.data_module} ({params})", "train", error) from error
+
+
+def load_trainrun(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    plugins_dirs: Sequence[str | Path] = (),
+    output_dir: str | Path | None = None,
+    saved: str | Path | None = None,
+) -> TrainRun:
+    """Read a trainrun (flat YAML or with Hydra ``defaults``) and build its pipeline.
+
+    Parameters
+    ----------
+    saved : str or Path, optional
+        A saved pipeline, ``.pt`` beside it, to use instead of the trainrun's own, which then
+        need not be there.
+
+    Raises
+    ------
+    InputError
+        If the trainrun or pipeline is missing or invalid, or names a node that is not there.
+    """
+    path = Path(path).expanduser().resolve()
+    if not path.is_file():
+        raise InputError(f"trainrun not found: {path}")
+    overrides = [*overrides, *([f"output_dir={output_dir}"] if output_dir else [])]
+    try:
+        config = _read_config(path, list(overrides))
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()
+        )
+        raise InputError(f"trainrun {path} is not valid: {problems}") from error
+    except Exception as error:
+        raise InputError(f"trainrun {path} cannot be read: {one_line(error)}") from error
+    dirs = upstream.discover_plugins_dirs(path, [*installed_plugins_dirs(), *plugins_dirs])
+    if saved is not None:
+        pipeline, weights = _load_saved(saved)
+        config = config.model_copy(update={"pipeline": str(weights.with_name(Path(saved).name))})
+        _check_names(path, config, pipeline, ["metric_nodes"])
+        return TrainRun(path, config, pipeline, dirs, weights=weights)
+
+    if config.training is not None:
+        # As upstream: before the pipeline, whose initial weights depend on it.
+        pl.seed_everything(config.training.seed, workers=True, verbose=False)
+    try:
+        pipeline = upstream.build_pipeline(config, base_dir=path.parent)
+    except Exception as error:
+        raise InputError(
+            f"the pipeline {config.pipeline!r} of trainrun {path} cannot be built: "
+            f"{one_line(error)}"
+        ) from error
+    _check_names(path, config, pipeline, ["unfreeze_nodes", "loss_nodes", "metric_nodes"])
+    _check_places(path, config, pipeline)
+    if config.training is not None and not config.loss_nodes:
+        raise InputError(
+            f"trainrun {path} has a training block but no loss_nodes; name the nodes whose "
+            "losses are summed, or remove the block to run phase 1 alone"
+        )
+    return TrainRun(path, config, pipeline, dirs)
+
+
+def _load_saved(path: str | Path) -> tuple[CuvisPipeline, Path]:
+    path = Path(path).expanduser().resolve()
+    weights = path.with_suffix(".pt")
+    for part, what in ((path, "the saved pipeline"), (weights, "its weights")):
+        if not part.is_file():
+            raise InputError(f"{what}: {part} is not there")
+    try:
+        return CuvisPipeline.load_pipeline(path, weights, device="cpu"), weights
+    except Exception as error:
+        raise InputError(
+            f"the saved pipeline {path} cannot be loaded: {one_line(error)}"
+        ) from error
+
+
+def _read_config(path: Path, overrides: list[str]) -> TrainRunConfig:
+    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if isinstance(raw, dict) and "defaults" in raw:
+        configs_dir = path.parent.parent
+        values = resolve_config_with_hydra(
+            config_type="trainrun",
+            config_path=path.relative_to(configs_dir).with_suffix("").as_posix(),
+            search_paths=[str(configs_dir)],
+            overrides=overrides or None,
+        )
+    else:
+        merged = OmegaConf.merge(OmegaConf.create(raw or {}), OmegaConf.from_dotlist(overrides))
+        values = OmegaConf.to_container(merged, resolve=True)
+    return TrainRunConfig.model_validate(values)
+
+
+def installed_plugins_dirs() -> list[Path]:
+    """Return the plugin manifests that the installed ``cuvis_ai`` ships."""
+    import cuvis_ai
+
+    folder = Path(cuvis_ai.__file__).parent / "configs" / "plugins"
+    return [folder] if folder.is_dir() else []
+
+
+def _check_names(
+    path: Path, config: TrainRunConfig, pipeline: CuvisPipeline, keys: Sequence[str]
+) -> None:
+    """Refuse a node name that the pipeline lacks now, not after hours of phase 1."""
+    known = {node.name for node in pipeline.nodes()}
+    for key in keys:
+        unknown = [name for name in getattr(config, key) if name not in known]
+        if unknown:
+            raise InputError(
+                f"{key} of trainrun {path} names {', '.join(map(repr, unknown))}, which the "
+                f"pipeline {pipeline.name} does not have. Its nodes: {', '.join(sorted(known))}"
+            )
+
+
+def _check_places(path: Path, config: TrainRunConfig, pipeline: CuvisPipeline) -> None:
+    """Refuse what would write outside of the output folder."""
+    if "/" in pipeline.name or "\0" in pipeline.name or not pipeline.name:
+        raise InputError(
+            f"the pipeline of trainrun {path} is named {pipeline.name!r}: its files are saved "
+            "under that name, which must be one of a file, without /"
+        )
+    output = OutputFolder(config.output_dir)
+    training = config.training
+    checkpoint = training.callbacks.checkpoint if training and training.callbacks else None
+    filename = PurePath(checkpoint.filename or "") if checkpoint else PurePath()
+    if filename.is_absolute() or ".." in filename.parts:
+        raise InputError(
+            f"training.callbacks.checkpoint.filename of trainrun {path} is {str(filename)!r}, "
+            f"which leads out of {output.at('checkpoints')}"
+        )
+    if training and training.default_root_dir is not None:
+        logs = location_of(training.default_root_dir)
+        if logs != output.location and output.name_of(logs) is None:
+            raise InputError(
+                f"training.default_root_dir of trainrun {path} is {training.default_root_dir}, "
+                f"outside of the output folder {output}; remove it"
+            )
+    if output.local is None:
+        return
+    for name in ("", *_FOLDERS):
+        for entry in (output.local / name).iterdir() if (output.local / name).is_dir() else ():
+            if entry.is_symlink() and not entry.resolve().is_relative_to(output.local):
+                raise InputError(
+                    f"{entry} is a link to {entry.resolve()}, outside of the output folder of "
+                    f"trainrun {path}: remove it, or choose another output_dir"
+                )
+
+
+def describe(trainrun: TrainRun) -> dict[str, Any]:
+    """Return what ``cuvis-dist info`` prints: nodes, their roles, frames per split.
+
+    Raises
+    ------
+    InputError
+        If the data module cannot be set up.
+    """
+    datamodule = trainrun.datamodule()
+    nodes = []
+    for node in upstream.topological_order(trainrun.pipeline):
+        roles = []
+        if node.requires_initial_fit:
+            roles.append(f"statistical: {recipe_for(node) or 'streamed'}")
+        for key, role in (
+            ("unfreeze_nodes", "unfrozen"),
+            ("loss_nodes", "loss"),
+            ("metric_nodes", "metric"),
+        ):
+            if node.name in getattr(trainrun.config, key):
+                roles.append(role)
+        nodes.append((node.name, type(node).__name__, roles))
+    frames: dict[str, int | str] = {}
+    for split in ("train", "val", "test"):
+        try:
+            frames[split] = len(open_archive(datamodule, split))
+        except CuvisDistError as error:
+            logger.debug(str(error))
+            frames[split] = "none"
+    return {"nodes": nodes, "frames": frames}
