@@ -1,41 +1,18 @@
-"""How does a saved pipeline score an archive? Workers write one file of maps per frame.
-
-A frame's file is written by the worker that computed it, whole or not at all, so that no cube and
-no map passes through the driver, and what is there need not be computed again.
-
-Where a node changes with every frame (running normalizers, trackers), a frame's maps depend on
-the frames before it: all go through one process, in order, and again from the first one when the
-job is continued.
-"""
+"""How does a saved pipeline score an archive, as a job?"""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import time
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
 
-import ray
-from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
-from loguru import logger
-
-from cuvis_dist.errors import DataError
-from cuvis_dist.execution.failures import raise_cause
 from cuvis_dist.execution.session import connect, require_resources, terminable
-from cuvis_dist.execution.spread import StatefulNodesError, Tally, make_task, spread
-from cuvis_dist.execution.worker import on_worker
+from cuvis_dist.execution.spread import Tally
 from cuvis_dist.runs.record import JobRecord, now, recorded
 from cuvis_dist.runs.resume import only_run
 from cuvis_dist.runs.trainrun import TrainRun
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.scoring.frames import ScoreShard, only_for, score_in_order, tracking
-from cuvis_dist.scoring.plan import FINGERPRINT, INDEX, ScorePlan, plan_scores, scores_folder
-
-OnFrames = Callable[[int, int], None]
-"""Called with the number of frames done so far, and of those that there are to do."""
+from cuvis_dist.scoring.plan import FINGERPRINT, plan_scores, scores_folder
+from cuvis_dist.scoring.scores import OnFrames, check_scores, compute_scores, write_index
 
 
 def score_archive(
@@ -111,79 +88,12 @@ def _score_alone(
                 with terminable():  # Ray sets a handler of its own
                     connect(scaling, verbose)
                     require_resources(scaling, training=False)
-                _compute(trainrun.pipeline, plan, scaling, tally, on_frames)
+                compute_scores(trainrun.pipeline, plan, scaling, tally, on_frames)
         finally:
             record.values |= {"written": tally.frames, "skipped": tally.skipped}
             record.values["seconds"] = round(time.perf_counter() - started, 3)
-        _check(plan, tally)
-        _write_index(plan, tally.skipped)
+        check_scores(plan, tally)
+        write_index(plan, tally.skipped)
         record.status, record.exit_code, record.finished = "done", 0, now()
         record.write()
     return record
-
-
-def _write_index(plan: ScorePlan, skipped: dict[str, str]) -> None:
-    """Say which file belongs to which frame."""
-    text = io.StringIO()
-    table = csv.writer(text)
-    table.writerow(["uid", "recording", "file"])
-    for frame, file in zip(plan.archive.frames, plan.files, strict=True):
-        table.writerow([frame.uid, frame.recording, "" if frame.uid in skipped else file])
-    plan.folder.write(INDEX, text.getvalue().encode())
-
-
-def _check(plan: ScorePlan, tally: Tally) -> None:
-    """Raise DataError unless every frame was skipped or has its file."""
-    there = set(plan.folder.names())
-    frames = zip(plan.archive.frames, plan.files, strict=True)
-    lost = [f"{frame}" for frame, file in frames if file not in there]
-    if tally.done != tally.listed or len(lost) != len(tally.skipped):
-        raise DataError(
-            f"of {tally.listed} frames {tally.frames} were written and {len(tally.skipped)} "
-            f"skipped, but {len(lost)} have no file in {plan.folder}"
-            f"{': ' if lost else ''}{', '.join(lost[:3])}"
-        )
-
-
-def _compute(
-    pipeline: CuvisPipeline, plan: ScorePlan, scaling: Scaling, tally: Tally, on_frames: OnFrames
-) -> None:
-    """Let the workers write what is missing: side by side, or in order where that matters."""
-    only_for(pipeline, plan.outputs)
-    reason = tracking(pipeline)
-    if reason is None:
-        some = plan.archive.only(plan.todo)
-        files = [plan.files[i] for i in plan.todo]
-        job = ScoreShard(
-            make_task(pipeline, some, scaling), ray.put(files), plan.folder, plan.outputs
-        )
-        try:
-            with raise_cause("scoring"):
-                for row in spread(some.shards(scaling.measuring.shard_frames), job, scaling):
-                    tally.add(row)
-                    on_frames(tally.done, len(plan.todo))
-            return
-        except StatefulNodesError as error:
-            reason = str(error)
-    logger.warning(
-        f"{reason} changes with every frame: all frames are computed in order, in one process"
-    )
-    todo = set(plan.todo)
-    files = [file if i in todo else "" for i, file in enumerate(plan.files)]
-    task = replace(make_task(pipeline, plan.archive, scaling), elsewhere=False)
-    tally.clear()
-
-    def deliver(done: Any) -> None:
-        on_frames(done, len(plan.archive))
-
-    row = on_worker(
-        score_in_order,
-        ScoreShard(task, ray.put(files), plan.folder, plan.outputs, carries_state=True),
-        len(plan.archive),
-        scaling.measuring.max_skipped,
-        emit=deliver,
-        cpus=scaling.resources.cpus_per_worker,
-        gpus=scaling.measuring.gpus,
-        retries=3,
-    )
-    tally.add(row)
