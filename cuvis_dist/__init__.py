@@ -10,7 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cuvis_dist.initialization import Recipe, StatisticalTrainer, recipe
+    from cuvis_dist.initialization import StatisticalTrainer
+    from cuvis_dist.nodes.catalogue import NodeFacts
+    from cuvis_dist.nodes.recipe import Recipe
     from cuvis_dist.runs.trainrun import load_trainrun
     from cuvis_dist.runs.two_phase import run_trainrun
     from cuvis_dist.scaling import Scaling
@@ -18,22 +20,22 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GradientTrainer",
+    "NodeFacts",
     "Recipe",
     "Scaling",
     "StatisticalTrainer",
     "load_trainrun",
-    "recipe",
     "run_trainrun",
 ]
 
 _HOMES = {
     "GradientTrainer": "training",
-    "Recipe": "initialization",
+    "NodeFacts": "nodes.catalogue",
+    "Recipe": "nodes.recipe",
     "Scaling": "scaling",
     "StatisticalTrainer": "initialization",
-    "load_trainrun": "trainrun",
-    "recipe": "initialization",
-    "run_trainrun": "run",
+    "load_trainrun": "runs.trainrun",
+    "run_trainrun": "runs.two_phase",
 }
 
 

@@ -5,19 +5,15 @@ from cuvis_dist.initialization.passes import PassRecord
 from cuvis_dist.initialization.plan import Pass, make_plan, statistical_nodes
 from cuvis_dist.initialization.preview import Preview, preview
 from cuvis_dist.initialization.trainer import StatisticalTrainer
-from cuvis_dist.nodes.recipes import Recipe, recipe, recipe_for
 
 __all__ = [
     "Finding",
     "Pass",
     "PassRecord",
     "Preview",
-    "Recipe",
     "StatisticalTrainer",
     "diagnose",
     "make_plan",
     "preview",
-    "recipe",
-    "recipe_for",
     "statistical_nodes",
 ]

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cuvis_ai.node.data import CU3SDataNode
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from torch import Tensor
 
 from cuvis_dist.archive import Frame
 from cuvis_dist.errors import DataError, one_line
-from cuvis_dist.nodes.recipes import Recipe
-from cuvis_dist.nodes.strips import is_pixelwise, strips
+from cuvis_dist.nodes.catalogue import annotation_port, is_pixelwise
+from cuvis_dist.nodes.recipe import Recipe
+from cuvis_dist.nodes.strips import strips
 from cuvis_dist.nodes.upstream import node_inputs, nodes_before
 from cuvis_dist.statistics import PixelSample, Statistic
 
@@ -200,9 +200,9 @@ def annotated(pipeline: CuvisPipeline, batch: dict[str, Any]) -> Tensor | None:
     if batch.get("mask") is None:
         return None
     for node in pipeline.nodes():
-        if isinstance(node, CU3SDataNode):
+        if annotation := annotation_port(node):
             ports = {port: batch[port] for port in node.INPUT_SPECS if port in batch}
-            return node.forward(**ports)["mask"]
+            return node.forward(**ports)[annotation]
     return batch["mask"]
 
 

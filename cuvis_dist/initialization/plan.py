@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 
-from cuvis_dist.nodes.affine import Hop, affine_hop
-from cuvis_dist.nodes.recipes import Recipe, recipe_for
+from cuvis_dist.nodes.affine import Hop
+from cuvis_dist.nodes.catalogue import affine_hop, recipe_for
+from cuvis_dist.nodes.recipe import Recipe
 from cuvis_dist.nodes.upstream import edges_into, nodes_before, topological_order
 from cuvis_dist.statistics import Extrema, Moments
 

@@ -17,7 +17,7 @@ from cuvis_dist.errors import DataError
 from cuvis_dist.execution.spread import StatefulNodesError, Task, make_row
 from cuvis_dist.execution.worker import peak_bytes
 from cuvis_dist.initialization.measuring import Measurer, Partial, compute_inputs
-from cuvis_dist.nodes.recipes import Recipe
+from cuvis_dist.nodes.recipe import Recipe
 from cuvis_dist.nodes.state import state_mark
 from cuvis_dist.nodes.upstream import nodes_before
 

@@ -1,27 +1,17 @@
-"""Which nodes map pixels affinely once they are fitted, and by which map?
+"""By which affine map do fitted nodes take pixels from one port to another?
 
 The map of a chain of nodes is not written down a second time: C + 1 probe pixels go through the
-nodes' own ``forward`` in float64, and real pixels decide whether the answer can be trusted.
+nodes' own ``forward`` in float64, and real pixels decide whether the answer can be trusted. Which
+nodes may be in a chain says :mod:`~cuvis_dist.nodes.catalogue`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import torch
-from cuvis_ai.node.anomaly.deep_svdd import ZScoreNormalizerGlobal
-from cuvis_ai.node.channel_selector import SoftChannelSelector
-from cuvis_ai.node.dimensionality_reduction import TrainablePCA
-from cuvis_ai.node.normalization import IdentityNormalizer, MinMaxNormalizer
-from cuvis_ai.node.pretreatments.scaling import MeanCenter, UnitVarianceScaling
 from cuvis_ai_core.node.node import Node
 from torch import Tensor
-
-NodeT = TypeVar("NodeT", bound=Node)
-
-_AFFINE: dict[type[Node], Callable[[Any], tuple[str, str] | None]] = {}
 
 #: Largest difference between the map and the nodes on real pixels, relative to their spread.
 _TOLERANCE = 1e-4
@@ -34,30 +24,6 @@ class Hop:
     node: Node
     input: str
     output: str
-
-
-def affine(
-    node_class: type[NodeT],
-) -> Callable[[Callable[[NodeT], tuple[str, str] | None]], None]:
-    """Declare that fitted nodes of ``node_class`` map each pixel affinely.
-
-    The decorated function receives a node and returns ``(input port, output port)`` of the map,
-    or None when this node's settings make it something else.
-    """
-
-    def register(function: Callable[[NodeT], tuple[str, str] | None]) -> None:
-        _AFFINE[node_class] = function
-
-    return register
-
-
-def affine_hop(node: Node, output: str) -> Hop | None:
-    """Return the hop that ends at ``output`` of ``node``, or None if it is not affine."""
-    for cls in type(node).__mro__:
-        if cls in _AFFINE:
-            ports = _AFFINE[cls](node) if type(node).forward is cls.forward else None
-            return Hop(node, *ports) if ports and ports[1] == output else None
-    return None
 
 
 @torch.no_grad()
@@ -103,38 +69,3 @@ def _through(chain: tuple[Hop, ...], pixels: Tensor) -> Tensor:
     for hop in chain:
         cube = hop.node.forward(**{hop.input: cube})[hop.output]
     return cube.reshape(len(pixels), -1).cpu()
-
-
-@affine(IdentityNormalizer)
-def _identity(node: IdentityNormalizer) -> tuple[str, str]:
-    return "data", "normalized"
-
-
-@affine(MinMaxNormalizer)
-def _min_max(node: MinMaxNormalizer) -> tuple[str, str] | None:
-    return ("data", "normalized") if node.use_running_stats else None
-
-
-@affine(SoftChannelSelector)
-def _selector(node: SoftChannelSelector) -> tuple[str, str]:
-    return "data", "selected"
-
-
-@affine(TrainablePCA)
-def _pca(node: TrainablePCA) -> tuple[str, str]:
-    return "data", "projected"
-
-
-@affine(ZScoreNormalizerGlobal)
-def _z_score(node: ZScoreNormalizerGlobal) -> tuple[str, str]:
-    return "data", "normalized"
-
-
-@affine(MeanCenter)
-def _mean_center(node: MeanCenter) -> tuple[str, str]:
-    return "cube", "cube"
-
-
-@affine(UnitVarianceScaling)
-def _unit_variance(node: UnitVarianceScaling) -> tuple[str, str]:
-    return "cube", "cube"

@@ -24,8 +24,8 @@ from pydantic import ValidationError
 from cuvis_dist.archive import open_archive, setup_error
 from cuvis_dist.errors import CuvisDistError, InputError, one_line
 from cuvis_dist.hashing import hash_settings
-from cuvis_dist.initialization import recipe_for
 from cuvis_dist.nodes import upstream
+from cuvis_dist.nodes.catalogue import recipe_for
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.staging import fetched_when_opened, localize
 from cuvis_dist.storage import Location, OutputFolder, location_of, temporary_folder

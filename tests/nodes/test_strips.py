@@ -1,38 +1,13 @@
-"""A frame that goes through its nodes strip by strip is the frame that goes through as a whole."""
+"""How is a frame cut into strips?"""
 
 from __future__ import annotations
 
-import pytest
 import torch
-from cuvis_ai.node.anomaly.deep_svdd import DeepSVDDProjection, ZScoreNormalizerGlobal
-from cuvis_ai.node.anomaly.lad_detector import LADGlobal
-from cuvis_ai.node.anomaly.rx_detector import RXGlobal, RXPerBatch
-from cuvis_ai.node.channel_selector import SoftChannelSelector
-from cuvis_ai.node.conversion import ScoreToLogit
-from cuvis_ai.node.data import AnomalyDataNode
-from cuvis_ai.node.dimensionality_reduction import TrainablePCA
-from cuvis_ai.node.normalization import IdentityNormalizer, MinMaxNormalizer, PerPixelUnitNorm
-from cuvis_ai.node.pretreatments.scaling import MeanCenter, UnitVarianceScaling
 
 from cuvis_dist.nodes import strips as module
-from cuvis_dist.nodes.strips import is_pixelwise, strips
+from cuvis_dist.nodes.strips import strips
 
 C = 6
-NODES = [
-    AnomalyDataNode(normal_class_ids=[0]),
-    DeepSVDDProjection(in_channels=C, rep_dim=4, hidden=8),
-    IdentityNormalizer(),
-    LADGlobal(C),
-    MeanCenter(),
-    MinMaxNormalizer(),
-    PerPixelUnitNorm(),
-    RXGlobal(C),
-    ScoreToLogit(),
-    SoftChannelSelector(3, C),
-    TrainablePCA(C, 2),
-    UnitVarianceScaling(),
-    ZScoreNormalizerGlobal(num_channels=C),
-]
 
 
 def batch(height=37, width=11, channels=C):
@@ -43,46 +18,6 @@ def batch(height=37, width=11, channels=C):
         "wavelengths": torch.arange(channels, dtype=torch.int32)[None],
         "name": ["a frame"],
     }
-
-
-@pytest.mark.parametrize("node", NODES, ids=lambda node: type(node).__name__)
-def test_pixelwise_nodes_give_the_same_for_strips(node, monkeypatch):
-    """Every class of the list: a class that looks at a pixel's neighbours must not be on it."""
-    assert is_pixelwise(node)
-    whole = batch(channels=1 if isinstance(node, ScoreToLogit) else C)
-    monkeypatch.setattr(module, "_STRIP_VALUES", 5 * 11 * whole["cube"].shape[-1])
-    port = next(p for p in node.INPUT_SPECS if p in ("cube", "data", "scores"))
-    if node.requires_initial_fit:
-        node.statistical_initialization(iter([{port: whole["cube"]}]))
-    if isinstance(node, AnomalyDataNode):
-        run = lambda b: node.forward(cube=b["cube"], mask=b["mask"])  # noqa: E731
-    else:
-        run = lambda b: node.forward(**{port: b["cube"]})  # noqa: E731
-    with torch.no_grad():
-        expected, parts = run(whole), [run(part) for part in strips(whole)]
-    assert len(parts) > 2
-    for name, value in expected.items():
-        if isinstance(value, torch.Tensor) and value.ndim == 4:
-            got = torch.cat([part[name] for part in parts], dim=1)
-            torch.testing.assert_close(got, value, rtol=1e-6, atol=1e-7)
-
-
-def test_every_class_of_the_list_is_tested():
-    assert {type(n) for n in NODES} >= set(module._PIXELWISE) - {
-        module.BandpassByWavelength,  # needs wavelengths; the Deep SVDD pipeline has it
-        module.CU3SDataNode,
-        module.DeepSVDDScores,
-    }
-
-
-def test_nodes_that_look_at_the_frame_are_given_whole_frames():
-    class Mine(RXGlobal):
-        def forward(self, data, **_):
-            return {"scores": data - data.mean(dim=(1, 2), keepdim=True)}
-
-    assert not is_pixelwise(Mine(C))
-    assert not is_pixelwise(RXPerBatch())
-    assert not is_pixelwise(MinMaxNormalizer(use_running_stats=False))
 
 
 def test_strips_are_views_that_cover_the_frame_once(monkeypatch):

@@ -16,7 +16,7 @@ from cuvis_ai_core.training import StatisticalTrainer as UpstreamStatisticalTrai
 
 from cuvis_dist import Scaling, StatisticalTrainer
 from cuvis_dist.archive import open_archive
-from cuvis_dist.nodes.recipes import is_known, recipe_for
+from cuvis_dist.nodes.catalogue import is_known, recipe_for
 from cuvis_dist.statistics import PixelSample
 
 
@@ -43,8 +43,8 @@ def test_the_catalog_is_found():
 @pytest.mark.parametrize("node_class", catalog(), ids=lambda cls: cls.__name__)
 def test_a_statistical_node_is_known(node_class):
     assert is_known(node_class), (
-        f"{node_class.__name__} is new or fits itself in a new way: give it a recipe, or decide "
-        "that it is streamed, in cuvis_dist/initialization/recipes.py"
+        f"{node_class.__name__} is new or fits itself in a new way: give it an entry, with a "
+        "recipe or the decision that it is streamed, in cuvis_dist/nodes/catalogue.py"
     )
 
 
