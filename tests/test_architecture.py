@@ -37,6 +37,9 @@ MORE_PARAMETERS = {
     "cuvis_dist.initialization.trainer.StatisticalTrainer.__init__": (
         "upstream's StatisticalTrainer has five; scaling and output_dir are ours"
     ),
+    "cuvis_dist.statistics.sample.PixelSample.measure": (
+        "pixels, the sample's two settings, and four that say where the pixels are of the archive"
+    ),
     "cuvis_dist.training.trainer.GradientTrainer.__init__": (
         "upstream's GradientTrainer has seven; emit, scaling and output_dir are ours"
     ),
