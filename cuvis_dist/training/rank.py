@@ -49,7 +49,7 @@ from cuvis_dist.errors import InputError
 from cuvis_dist.execution.worker import prepare_worker
 from cuvis_dist.nodes.sinks import close_sinks, silence_sinks
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.storage import Mirror, OutputFolder, writing_to
+from cuvis_dist.storage import Mirror, OutputFolder, mirror_of, writing_to
 from cuvis_dist.training.checkpoint import LAST, LastEpoch, continued
 from cuvis_dist.training.dealing import DealtBatches, deal
 from cuvis_dist.training.heartbeat import Heartbeat
@@ -118,7 +118,10 @@ def run_rank(config: dict[str, Any]) -> Outcome | None:
     if job.verb == "fit":  # also what an earlier group of this fit left, of more or fewer workers
         last = str(job.output.at(LAST)) if job.output.exists(LAST) else None
         job = replace(job, checkpoint=last)
-    with Mirror(job.output, partial(heartbeat.doing, STORING)) as mirror, writing_to(mirror.root):
+    with (
+        mirror_of(job.output, partial(heartbeat.doing, STORING)) as mirror,
+        writing_to(mirror.root),
+    ):
         return _carry_out(job, rank, heartbeat, mirror)
 
 

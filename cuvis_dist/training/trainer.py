@@ -40,7 +40,7 @@ from cuvis_dist.execution.session import beside_driver, connect, require_resourc
 from cuvis_dist.nodes.state import adopt_all
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.staging import portable
-from cuvis_dist.storage import Location, Mirror, OutputFolder, is_uri, temporary_folder
+from cuvis_dist.storage import Location, OutputFolder, is_uri, mirror_of, temporary_folder
 from cuvis_dist.training.checkpoint import LAST, finished_epochs
 from cuvis_dist.training.configuration import check_training
 from cuvis_dist.training.rank import Assignment, Outcome, run_rank
@@ -177,7 +177,7 @@ class GradientTrainer(UpstreamGradientTrainer):
             except LostWorkerError as error:
                 if failure > self.scaling.resources.max_failures:
                     raise
-                with Mirror(self.output) as mirror:
+                with mirror_of(self.output) as mirror:
                     epochs = finished_epochs(mirror.pull(LAST))
                 where = f"from the end of epoch {epochs}" if epochs else "from the beginning"
                 logger.warning(

@@ -15,7 +15,7 @@ from gradients import callbacks, initialized
 from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cuvis_dist.storage import Mirror, OutputFolder
+from cuvis_dist.storage import OutputFolder, mirror_of
 from cuvis_dist.training.checkpoint import LAST, LastEpoch, continued, finished_epochs
 from cuvis_dist.training.dealing import DealtBatches, deal
 
@@ -68,7 +68,7 @@ def fit(path, folder, *overrides, resume=None):
         config.model_copy(update={"default_root_dir": str(folder)}),
         callbacks=[*callbacks(trainrun), Annealing()],
     )
-    trainer.last = LastEpoch(Mirror(OutputFolder(folder)), trainrun.pipeline)
+    trainer.last = LastEpoch(mirror_of(OutputFolder(folder)), trainrun.pipeline)
     trainer.resume_from = str(resume) if resume else None
     trainer.fit()
     return trainrun, trainer
