@@ -1,15 +1,7 @@
 """Which frames are there, and how does a worker read a shard?"""
 
-from cuvis_dist.archive.frames import (
-    Archive,
-    Frame,
-    NamedFrames,
-    Shard,
-    batch_bytes,
-    open_archive,
-    open_split,
-    setup_error,
-)
+from cuvis_dist.archive.frames import Archive, Frame, NamedFrames, Shard, batch_bytes
+from cuvis_dist.archive.opening import open_archive, open_split, setup_error
 
 __all__ = [
     "Archive",

@@ -1,14 +1,10 @@
 """How does a recording at a URI come to lie where the SDK and upstream's readers can open it?"""
 
 from cuvis_dist.staging.cache import Staging
-from cuvis_dist.staging.datamodules import (
-    fetched_when_opened,
-    localize,
-    original,
-    portable,
-    staged_files,
-    with_uris,
-)
+from cuvis_dist.staging.localizing import localize
+from cuvis_dist.staging.opened import fetched_when_opened
+from cuvis_dist.staging.paths import original, staged_files, with_uris
+from cuvis_dist.staging.pickling import portable
 
 __all__ = [
     "Staging",

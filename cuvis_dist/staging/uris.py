@@ -12,15 +12,17 @@ from urllib.parse import quote, unquote
 
 from loguru import logger
 from pyarrow import ArrowException
-from pyarrow.fs import FileSystem
+from pyarrow.fs import FileInfo, FileSystem
 
 from cuvis_dist.errors import DataError, InputError, one_line
 from cuvis_dist.storage import filesystem_of, retried
 
 T = TypeVar("T")
 
+#: A file is tried to be fetched so often.
 ATTEMPTS = 4
-PAUSE = 0.5  # seconds before the second attempt; doubles
+#: Seconds before the second attempt; the pauses after it double.
+PAUSE = 0.5
 _SAFE = "/!$&'()*+,;=:@~"
 
 
@@ -63,7 +65,7 @@ def uri_of_parts(scheme: str, place: str, *key: str) -> str:
 
 
 def remote(uri: str) -> tuple[FileSystem, str]:
-    """Return the file system of a URI, and the path on it."""
+    """Return the file system of a URI, and the path on it; raises as ``filesystem_of`` does."""
     scheme, authority, key, query = _split(uri)
     root = f"{scheme}://{authority}/{f'?{query}' if query else ''}"
     filesystem, base = _filesystem(root, os.getpid())
@@ -72,12 +74,18 @@ def remote(uri: str) -> tuple[FileSystem, str]:
 
 @functools.lru_cache(maxsize=32)
 def _filesystem(root: str, pid: int) -> tuple[FileSystem, str]:
-    """Return a client, a new one in a process that was forked."""
+    """Return a client and the path of its root; a process that was forked has a new one."""
     return filesystem_of(root)
 
 
 def fetched(uri: str, call: Callable[[], T]) -> T:
-    """Call, a few times if the network fails; raises DataError in the end."""
+    """Return what ``call`` returns, which is called a few times if the network fails.
+
+    Raises
+    ------
+    DataError
+        If the file does not exist, or the last attempt failed; the message names the node.
+    """
     pauses = [PAUSE * 2**n * random.uniform(0.8, 1.2) for n in range(ATTEMPTS - 1)]
     try:
         return retried(call, pauses, lambda text: logger.debug(f"{uri}: {text}"))
@@ -87,3 +95,9 @@ def fetched(uri: str, call: Callable[[], T]) -> T:
         raise DataError(
             f"{uri} cannot be fetched by {socket.gethostname()}: {one_line(error)}"
         ) from error
+
+
+def look(uri: str) -> FileInfo:
+    """Return what lies at a URI; raises DataError if the store does not answer."""
+    filesystem, key = remote(uri)
+    return fetched(uri, lambda: filesystem.get_file_info(key))

@@ -1,14 +1,9 @@
-"""Where do files lie that a run writes, or that are no local paths?"""
+"""Where does what a run writes go, and how are places reached that are no local paths?"""
 
-from cuvis_dist.storage.filesystems import (
-    filesystem_of,
-    is_out_of_space,
-    is_uri,
-    retried,
-    writing_to,
-)
-from cuvis_dist.storage.mirror import Mirror, relocated
-from cuvis_dist.storage.output import Location, OutputFolder, location_of, temporary_folder
+from cuvis_dist.storage.disk import is_out_of_space, temporary_folder, writing_to
+from cuvis_dist.storage.filesystems import Location, filesystem_of, is_uri, location_of, retried
+from cuvis_dist.storage.folder import OutputFolder
+from cuvis_dist.storage.mirror import Mirror, mirror_of, relocated
 
 __all__ = [
     "Location",
@@ -18,6 +13,7 @@ __all__ = [
     "is_out_of_space",
     "is_uri",
     "location_of",
+    "mirror_of",
     "relocated",
     "retried",
     "temporary_folder",

@@ -1,14 +1,11 @@
-"""Which file system does a URI name, and what do its failures, and a local disk's, mean?"""
+"""Which place and file system does a URI or path name, and what do a store's failures mean?"""
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import parse_qsl
@@ -17,13 +14,16 @@ from pyarrow import ArrowException
 from pyarrow.fs import FileSystem
 
 from cuvis_dist.errors import ClusterError, InputError, one_line
+from cuvis_dist.storage.disk import is_out_of_space
 
 T = TypeVar("T")
+#: A place for files: a local path, or a URI as a string.
+Location = Path | str
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _SECRET = re.compile(r"key|secret|token|passw|credential|signature|sas$|^sig$", re.IGNORECASE)
-#: How long a request to Google Cloud is tried; its client's own 15 minutes look like a hang.
+#: A request to Google Cloud is tried for so long; its client's own 15 minutes look like a hang.
 _GCS_RETRY_S = 20
-#: What a store answers when another try would go the same way.
+#: A store's answer has one of these words in it when another try would go the same way.
 _FOR_GOOD = (
     "NO_SUCH_BUCKET",
     "RESOURCE_NOT_FOUND",
@@ -43,14 +43,31 @@ _FOR_GOOD = (
     "PermissionDenied",
     "NotFound",
 )
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-#: What torch's own writer of files says then, without a number.
-_NO_SPACE_IN_TORCH = re.compile(r"PytorchStreamWriter|inline_container|file write failed")
 
 
 def is_uri(path: object) -> bool:
     """Whether a path names another file system: ``s3://``, ``gs://``, ``hdfs://``, ``file://``."""
     return isinstance(path, str) and _SCHEME.match(path) is not None
+
+
+def location_of(place: str | os.PathLike[str]) -> Location:
+    """Return a URI without a slash at its end, anything else as an absolute path.
+
+    ``file://`` is a local path, too.
+
+    Raises
+    ------
+    InputError
+        If a URI carries credentials.
+    """
+    text = os.fspath(place)
+    if not is_uri(text):
+        return Path(text).expanduser().resolve()
+    refuse_credentials(text)
+    if text.lower().startswith("file://"):
+        return Path(filesystem_of(text)[1]).resolve()
+    address, mark, query = text.partition("?")
+    return address.rstrip("/") + mark + query
 
 
 def filesystem_of(uri: str) -> tuple[FileSystem, str]:
@@ -59,12 +76,17 @@ def filesystem_of(uri: str) -> tuple[FileSystem, str]:
     Credentials and endpoints come from the environment (``AWS_ACCESS_KEY_ID``,
     ``AWS_ENDPOINT_URL``, …), never from the URI, which ends up in logs and records.
 
+    Returns
+    -------
+    tuple of pyarrow.fs.FileSystem and str
+        A client of the file system, and the path on it without the scheme.
+
     Raises
     ------
     InputError
         If there is no such file system, or the URI carries a password.
     ClusterError
-        If it does not answer.
+        If the file system does not answer.
     """
     refuse_credentials(uri)
     if uri.lower().startswith(("gs://", "gcs://")) and "retry_limit_seconds=" not in uri:
@@ -96,19 +118,22 @@ def refuse_credentials(uri: str) -> None:
 
 
 def retried(call: Callable[[], T], pauses: Iterable[float], say: Callable[[str], object]) -> T:
-    """Call, and again after each pause if a store failed for a reason that may pass.
+    """Return what ``call`` returns, and call again if a store failed for a reason that may pass.
 
     Parameters
     ----------
+    call : callable
+        The request to the store.
     pauses : iterable of float
         Seconds before each further try.
     say : callable
-        Told of each failure that is followed by another try.
+        It is called with the message of each failure that is followed by another try.
 
     Raises
     ------
     OSError, ArrowException
-        What the last try raised. At once: FileNotFoundError, and what :func:`is_for_good` knows.
+        What the last try raised. FileNotFoundError, a full disk and what :func:`is_for_good`
+        knows are raised at once.
     """
     for pause in (*pauses, None):
         try:
@@ -126,53 +151,3 @@ def retried(call: Callable[[], T], pauses: Iterable[float], say: Callable[[str],
 def is_for_good(error: BaseException) -> bool:
     """Whether a store's answer means that another try would go the same way."""
     return any(word in str(error) for word in _FOR_GOOD)
-
-
-def is_out_of_space(error: BaseException) -> bool:
-    """Whether a disk, a quota or the size that a file may have is used up."""
-    if isinstance(error, OSError):
-        return error.errno in _NO_SPACE
-    return isinstance(error, RuntimeError) and bool(_NO_SPACE_IN_TORCH.search(str(error)))
-
-
-@contextmanager
-def writing_to(folder: object) -> Iterator[None]:
-    """Say which folder it is that cannot be written.
-
-    Raises
-    ------
-    ClusterError
-        If there is no space left.
-    InputError
-        If writing there is not allowed.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        if is_out_of_space(error):
-            raise ClusterError(
-                f"no space is left in {folder} on {socket.gethostname()}: {one_line(error)}. Make "
-                "room there, or choose another folder; the same command then goes on"
-            ) from error
-        if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
-            raise InputError(f"{folder} cannot be written: {one_line(error)}") from error
-        raise
-
-
-def write_atomically(path: Path, content: bytes) -> Path:
-    """Write a local file, whole or not at all, with the folders above it; return its path.
-
-    Under a temporary name, which is then renamed.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with writing_to(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)  # never through a link that lies there
-        try:
-            with open(temporary, "xb") as file:
-                file.write(content)
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-    return path

@@ -14,52 +14,110 @@ from pathlib import Path
 from typing import Any
 
 from cuvis_dist.errors import CuvisDistError
-from cuvis_dist.storage.output import OutputFolder, temporary_folder
+from cuvis_dist.storage.disk import temporary_folder
+from cuvis_dist.storage.folder import OutputFolder
+from cuvis_dist.storage.remote import RemoteFolder
 
 
-class Mirror:
-    """A local folder in which a process works with an output folder that is none.
-
-    Of a local output folder it is that folder itself, and :meth:`pull` and :meth:`push` do
-    nothing.
+def mirror_of(
+    output: OutputFolder, doing: Callable[[], AbstractContextManager] = nullcontext
+) -> Mirror:
+    """Return a local folder in which this process can work with an output folder.
 
     Parameters
     ----------
     output : OutputFolder
-        What is mirrored.
+        The folder to work with.
     doing : callable, optional
-        A context for the time that :meth:`push` takes.
+        It returns a context for the time that :meth:`Mirror.push` takes.
+    """
+    if isinstance(output, RemoteFolder):
+        return RemoteMirror(output, doing)
+    assert output.local is not None
+    return Mirror(output.local)
+
+
+class Mirror:
+    """A local folder in which a process works with an output folder.
+
+    This class is that of a local output folder, which is its own mirror, so that there is nothing
+    to bring; :class:`RemoteMirror` has copies of files at a URI.
+
+    Attributes
+    ----------
+    root : Path
+        The local folder.
     """
 
-    def __init__(
-        self,
-        output: OutputFolder,
-        doing: Callable[[], AbstractContextManager] = nullcontext,
-    ) -> None:
-        self.output = output
-        self._lock = -1
-        if output.local is not None:
-            self.root = output.local
-        else:
-            self.root, self._lock = _new_mirror()
-        self._doing = doing
-        self._known: dict[str, tuple[int, int]] = {}  # as they are in the output folder
+    def __init__(self, root: Path) -> None:
+        self.root = root
 
     def __enter__(self) -> Mirror:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        if self.output.local is None:
-            shutil.rmtree(self.root, ignore_errors=True)
-            os.close(self._lock)
+        return
 
     def to_local(self, value: Any) -> Any:
         """Return ``value`` with every path of the output folder replaced by the mirror's."""
-        return value if self.output.local else relocated(value, self._to_local)
+        return value
 
     def to_output(self, value: Any) -> Any:
         """Return ``value`` with every path of the mirror replaced by the output folder's."""
-        return value if self.output.local else relocated(value, self._to_output)
+        return value
+
+    def pull(self, name: str) -> Path:
+        """Copy a file to this machine, if there is one; return its local path."""
+        return self.root / name
+
+    def pull_folder(self, folder: str, suffix: str) -> None:
+        """Copy the folder's files with this suffix to this machine.
+
+        Of the other files in it, only the folders are made.
+        """
+
+    def push(self, last: str = "") -> None:
+        """Copy new and changed files to the output folder; remove there what is gone here.
+
+        Parameters
+        ----------
+        last : str
+            Name of a file that speaks of others: it follows when these are there, and before
+            any is removed.
+
+        Raises
+        ------
+        InputError, ClusterError
+            If the output folder cannot be written. The files are then kept on this machine, in a
+            folder that the message names.
+        """
+
+
+class RemoteMirror(Mirror):
+    """A temporary folder with copies of an output folder's files, removed when it is left.
+
+    The methods are described by :class:`Mirror`, the parameters by :func:`mirror_of`.
+    """
+
+    def __init__(self, output: RemoteFolder, doing: Callable[[], AbstractContextManager]) -> None:
+        root, self._lock = _new_folder()
+        super().__init__(root)
+        self.output = output
+        self._doing = doing
+        #: Sizes and times of change of the files that are the same here and there.
+        self._known: dict[str, tuple[int, int]] = {}
+
+    def __exit__(self, *exc_info: object) -> None:
+        shutil.rmtree(self.root, ignore_errors=True)
+        os.close(self._lock)
+
+    def to_local(self, value: Any) -> Any:
+        """Return ``value`` with paths of this machine."""
+        return relocated(value, self._to_local)
+
+    def to_output(self, value: Any) -> Any:
+        """Return ``value`` with URIs."""
+        return relocated(value, self._to_output)
 
     def _to_local(self, text: str) -> str:
         name = self.output.name_of(text)
@@ -68,21 +126,19 @@ class Mirror:
     def _to_output(self, text: str) -> str:
         if not text.startswith(f"{self.root}/"):
             return text
-        return str(self.output.at(Path(text).relative_to(self.root).as_posix()))
+        return self.output.at(Path(text).relative_to(self.root).as_posix())
 
     def pull(self, name: str) -> Path:
-        """Bring a file here, if there is one; return its local path."""
+        """Copy a file to this machine, once."""
         path = self.root / name
-        if self.output.local is None and name not in self._known:
+        if name not in self._known:
             with contextlib.suppress(FileNotFoundError):
                 self.output.download(name, path)
                 self._known[name] = _state(path)
         return path
 
     def pull_folder(self, folder: str, suffix: str) -> None:
-        """Bring the files of a folder here that have this suffix; of others, their folders."""
-        if self.output.local is not None:
-            return
+        """Copy the folder's files with this suffix, and make the folders of the others."""
         for name in self.output.names(folder):
             if name.endswith(suffix):
                 self.pull(name)
@@ -90,19 +146,7 @@ class Mirror:
                 (self.root / name).parent.mkdir(parents=True, exist_ok=True)
 
     def push(self, last: str = "") -> None:
-        """Bring new and changed files to the output folder, and remove there what is gone here.
-
-        ``last`` names a file that speaks of others: it follows when these are there, and before
-        any is removed.
-
-        Raises
-        ------
-        InputError, ClusterError
-            If the output folder cannot be written. The files are then kept on this machine, in a
-            folder that the message names.
-        """
-        if self.output.local is not None:
-            return
+        """Copy what differs from the output folder to it; hidden files stay here."""
         here = {
             path.relative_to(self.root).as_posix(): _state(path)
             for path in self.root.rglob("*")
@@ -112,7 +156,7 @@ class Mirror:
         gone = [name for name in self._known if name not in here]
         with self._doing(), self._kept():
             for name in sorted(changed, key=lambda name: (name == last, name)):
-                self.output._upload(self.root / name, name)
+                self.output.send(self.root / name, name)
                 self._known[name] = here[name]
             self.output.remove(*gone)
         for name in gone:
@@ -120,6 +164,7 @@ class Mirror:
 
     @contextmanager
     def _kept(self) -> Iterator[None]:
+        """Keep the mirror under another name if the block fails to store its files."""
         try:
             yield
         except CuvisDistError as error:
@@ -135,11 +180,14 @@ def _state(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _new_mirror() -> tuple[Path, int]:
+def _new_folder() -> tuple[Path, int]:
     """Make a folder for this process, and remove those of processes that were killed.
 
-    Returns it with a lock file's descriptor, which is open until the process ends, however that
-    happens.
+    Returns
+    -------
+    tuple of Path and int
+        The folder, and a descriptor of its lock file, which is open until the process ends,
+        however that happens.
     """
     folder = temporary_folder()
     with open(folder / ".lock", "w") as lock:
@@ -154,6 +202,7 @@ def _new_mirror() -> tuple[Path, int]:
 
 
 def _is_abandoned(root: Path) -> bool:
+    """Whether the process that made a mirror has ended."""
     try:
         with open(root / ".lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,9 +2,9 @@
 
 Lightning's checkpoint has parameters, optimizers, schedulers, callbacks and loops. Added here is
 what state dicts leave out: the nodes' plain attributes (temperatures, fitted flags), the states
-of torchmetrics and the random generators of every rank. Written under a temporary name, then
-renamed. The user's own checkpoints are not touched. Callbacks keep the paths of files that they
-wrote; where the run's folder is another one when the fit goes on, they are changed.
+of torchmetrics and the random generators of every rank. The file is written under a temporary
+name, then renamed. The user's own checkpoints are not touched. Callbacks keep the paths of files
+that they wrote; where the run's folder is another one when the fit goes on, they are changed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch.distributed
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from pytorch_lightning import Callback
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from pytorch_lightning.plugins.io import TorchCheckpointIO
 from ray import cloudpickle
 from torchmetrics import Metric
 
@@ -35,7 +36,7 @@ LAST = "resume/last.ckpt"
 
 
 def finished_epochs(path: Path) -> int:
-    """Return how many epochs a checkpoint has behind it; reads no parameters."""
+    """Return how many epochs a checkpoint has behind it, 0 without one; read no parameters."""
     return int(_peek(path)["epoch"]) if path.is_file() else 0
 
 
@@ -61,21 +62,41 @@ def continued(logger: Logger, last: Path) -> Logger:
 class LastEpoch(Callback):
     """Keeps the state of the last finished epoch, and takes it up again.
 
-    Saves at the start of the next epoch, which is when the last one is over for schedulers and
-    callbacks, too; a fit that goes on starts there.
+    The state is saved at the start of the next epoch, which is when the last one is over for
+    schedulers and callbacks, too; a fit that goes on starts there.
 
     Parameters
     ----------
     mirror : Mirror
-        Of the output folder, where the file is :data:`LAST`.
+        The output folder as this machine has it; the file in it is :data:`LAST`.
+    pipeline : CuvisPipeline
+        The nodes whose attributes are kept.
+    resume_from : str, optional
+        Path of such a file that the fit goes on from.
     """
 
-    def __init__(self, mirror: Mirror, pipeline: CuvisPipeline) -> None:
+    def __init__(
+        self, mirror: Mirror, pipeline: CuvisPipeline, resume_from: str | None = None
+    ) -> None:
         super().__init__()
         self.mirror = mirror
         self.pipeline = pipeline
+        self.resume_from = resume_from
         self._saving: dict[str, Any] = {}
         self._loaded: dict[str, Any] | None = None
+
+    def attach_to(self, trainer: pl.Trainer) -> None:
+        """Take part in a trainer's fit, and let it go on from ``resume_from``, if that is given.
+
+        Upstream's ``fit`` has no argument for a checkpoint, so the trainer is told beforehand.
+        """
+        # It comes before the user's callbacks, which may change nodes at an epoch's start.
+        trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
+        if self.resume_from is not None:
+            trainer.ckpt_path = self.resume_from
+            trainer.strategy.checkpoint_io = _WholeCheckpoints()
+            last = Path(self.resume_from)
+            trainer.loggers = [continued(each, last) for each in trainer.loggers]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take up a loaded state, or save this one."""
@@ -125,6 +146,7 @@ class LastEpoch(Callback):
         self._loaded = state_dict
 
     def _restore_rank(self, pl_module: pl.LightningModule) -> None:
+        """Give this rank the states of metrics and random generators that it had."""
         assert self._loaded is not None
         ranks = self._loaded["ranks"]
         if len(ranks) != _world_size():
@@ -137,6 +159,17 @@ class LastEpoch(Callback):
             for key, value in states.items():
                 setattr(metric, key, _moved(value, metric.device))
         _set_random_state(mine["random"])
+
+
+class _WholeCheckpoints(TorchCheckpointIO):
+    """Reads checkpoints with all that they hold, where Lightning would read tensors alone.
+
+    It is for :data:`LAST`, which this run wrote, and which has the nodes and random generators.
+    """
+
+    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        """Read a file that is trusted."""
+        return super().load_checkpoint(path, *args, **options | {"weights_only": False})
 
 
 def _moved_path(was: str, now: str, text: str) -> str:

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
-import ray
-import ray.train
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training import GradientTrainer as UpstreamGradientTrainer
@@ -29,22 +23,20 @@ from cuvis_ai_core.training.post_fit import (
 )
 from loguru import logger
 from pytorch_lightning.callbacks import ModelCheckpoint
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
 
-from cuvis_dist.errors import ClusterError, CuvisDistError, InputError, LostWorkerError
+from cuvis_dist.errors import ClusterError, InputError, LostWorkerError
 from cuvis_dist.evaluation import post_fit
 from cuvis_dist.execution.events import relayed
 from cuvis_dist.execution.failures import raise_cause
-from cuvis_dist.execution.session import beside_driver, connect, require_resources
+from cuvis_dist.execution.session import connect, require_resources
 from cuvis_dist.nodes.state import adopt_all
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.staging import portable
-from cuvis_dist.storage import Location, Mirror, OutputFolder, is_uri, temporary_folder
+from cuvis_dist.storage import Location, OutputFolder, is_uri, mirror_of
+from cuvis_dist.training.assignment import Assignment, Driver, Outcome, TrainerParts
 from cuvis_dist.training.checkpoint import LAST, finished_epochs
 from cuvis_dist.training.configuration import check_training
-from cuvis_dist.training.rank import Assignment, Outcome, run_rank
-from cuvis_dist.training.watch import Watch
+from cuvis_dist.training.group import folder_for_ray, run_group, watched
 
 
 class GradientTrainer(UpstreamGradientTrainer):
@@ -62,7 +54,7 @@ class GradientTrainer(UpstreamGradientTrainer):
     emit : callable, optional
         Where the events of epochs and post-fit steps go; the log by default.
     scaling : Scaling, optional
-        Workers; the defaults train in one process on this machine.
+        The settings of the workers; the defaults train in one process on this machine.
     output_dir : path or URI
         Where checkpoints and logs go when the training configuration does not say: a folder that
         all nodes see, or a URI of any file system of ``pyarrow.fs`` (``s3://bucket/runs/x``).
@@ -156,11 +148,11 @@ class GradientTrainer(UpstreamGradientTrainer):
             given.result = self.outcome
 
     def validate(self, ckpt_path: str | None = None) -> Sequence[Mapping[str, float]]:
-        """Evaluate the validation split on the workers, every frame once."""
+        """Return the metrics of the validation split, evaluated on the workers, each frame once."""
         return self._run("validate", ckpt_path).metrics
 
     def test(self, ckpt_path: str | None = "best") -> Sequence[Mapping[str, float]]:
-        """Evaluate the test split on the workers, every frame once.
+        """Return the metrics of the test split, evaluated on the workers, each frame once.
 
         ``"best"`` is the best checkpoint of this trainer's :meth:`fit`, or the current state of
         the pipeline where there is none.
@@ -170,14 +162,20 @@ class GradientTrainer(UpstreamGradientTrainer):
         return self._run("test", ckpt_path).metrics
 
     def _fit(self) -> Outcome:
-        """Train; after a loss of workers, go on from the last finished epoch."""
+        """Train; after a loss of workers, go on from the last finished epoch.
+
+        Raises
+        ------
+        LostWorkerError
+            If workers were lost more often than ``resources.max_failures``.
+        """
         for failure in count(1):
             try:
                 return self._run("fit")
             except LostWorkerError as error:
                 if failure > self.scaling.resources.max_failures:
                     raise
-                with Mirror(self.output) as mirror:
+                with mirror_of(self.output) as mirror:
                     epochs = finished_epochs(mirror.pull(LAST))
                 where = f"from the end of epoch {epochs}" if epochs else "from the beginning"
                 logger.warning(
@@ -191,57 +189,45 @@ class GradientTrainer(UpstreamGradientTrainer):
         connect(self.scaling)
         require_resources(self.scaling)
         what = "training" if verb == "fit" else verb
-        for callback in self.callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
-                callback.dirpath = self._checkpoint_folder(str(callback.dirpath))
+        parts = self._parts()
         with (
-            self._ray_storage() as storage,
+            folder_for_ray(self.output) as storage,
             relayed(self.emit) as emit,
-            self._watched(what) as watch,
+            watched(what, self.scaling.resources.stall_seconds) as watch,
             raise_cause(what),
         ):
-            assignment = Assignment(
-                verb,
-                self.pipeline,
-                portable(self.datamodule),
-                [node.name for node in self.loss_nodes],
-                [node.name for node in self.metric_nodes],
-                self._with_absolute_paths(),
-                self.monitors,
-                [c for c in self.callbacks if not isinstance(c, PostFitCallback)],
-                emit,
-                self.output,
-                self.scaling,
-                os.getcwd(),
-                watch,
-                checkpoint,
-            )
-            result: Any = TorchTrainer(
-                run_rank,  # type: ignore[arg-type]
-                train_loop_config={"assignment": ray.put(assignment)},
-                # nccl refuses two processes on one GPU
-                torch_config=TorchConfig(
-                    "nccl" if self.scaling.resources.train_gpus >= 1 else "gloo"
-                ),
-                scaling_config=_scaling_config(self.scaling),
-                run_config=RunConfig(
-                    storage_path=str(storage),
-                    # Ray Train would try again after an error of any kind: see _fit.
-                    failure_config=FailureConfig(max_failures=0),
-                ),
-            ).fit()
-        outcome: Outcome | None = result.return_value
+            driver = Driver(emit, watch, os.getcwd())
+            assignment = Assignment(verb, checkpoint, parts, self.output, self.scaling, driver)
+            outcome = run_group(assignment, storage)
         if outcome is None:
             raise ClusterError(f"the workers ended {verb} without a result")
         adopt_all(self.pipeline, outcome.nodes)
-        for callback, state in zip(assignment.callbacks, outcome.callback_states, strict=True):
+        for callback, state in zip(parts.callbacks, outcome.callback_states, strict=True):
             if isinstance(callback, ModelCheckpoint):  # else it would take over less of it
                 callback.dirpath = state["dirpath"]
             callback.load_state_dict(state)
         return outcome
 
+    def _parts(self) -> TrainerParts:
+        """Return what the ranks make their trainers of, with checkpoints where they belong."""
+        for callback in self.callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
+                callback.dirpath = self._checkpoint_folder(str(callback.dirpath))
+        return TrainerParts(
+            pipeline=self.pipeline,
+            datamodule=portable(self.datamodule),
+            loss_nodes=[node.name for node in self.loss_nodes],
+            metric_nodes=[node.name for node in self.metric_nodes],
+            config=self._with_absolute_paths(),
+            monitors=self.monitors,
+            callbacks=[c for c in self.callbacks if not isinstance(c, PostFitCallback)],
+        )
+
     def _with_absolute_paths(self) -> TrainingConfig:
-        """Resolve the checkpoint folder here: a worker has a working directory of its own."""
+        """Return the training configuration with the checkpoint folder resolved on this machine.
+
+        A worker has a working directory of its own.
+        """
         config = self.training_config
         if config.callbacks is None or config.callbacks.checkpoint is None:
             return config
@@ -251,7 +237,10 @@ class GradientTrainer(UpstreamGradientTrainer):
         return config
 
     def _checkpoint_folder(self, folder: str) -> str:
-        """Return where a checkpoint folder lies: a relative one below an output folder elsewhere.
+        """Return where a checkpoint folder lies.
+
+        A relative one is meant from the working directory here, or below an output folder that is
+        a URI.
 
         Raises
         ------
@@ -269,50 +258,3 @@ class GradientTrainer(UpstreamGradientTrainer):
                 "give a relative dirpath, which is meant from there"
             )
         return str(self.output.at(path.relative_to(here).as_posix()))
-
-    @contextmanager
-    def _ray_storage(self) -> Iterator[Path]:
-        """Give Ray Train a folder for a while.
-
-        Checkpoints are Lightning's: nothing is reported to Ray Train, so that it does not ask for
-        a folder which all nodes see.
-        """
-        if self.output.local is not None:
-            folder = self.output.local / "ray_train"
-        else:
-            folder = Path(tempfile.mkdtemp(prefix="ray-train-", dir=temporary_folder()))
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    @contextmanager
-    def _watched(self, what: str) -> Iterator[Any]:
-        """Watch the ranks; a group that ended because one was stuck is an error that names it."""
-        options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": beside_driver()}
-        watch: Any = ray.remote(**options)(Watch).remote(self.scaling.resources.stall_seconds)
-        try:
-            yield watch
-            sizes = ray.get(watch.sizes.remote())
-            if len(sizes) > 1:
-                logger.warning(f"{what} ran on {', then '.join(map(str, sizes))} workers")
-        except CuvisDistError:
-            verdict = ray.get(watch.verdict.remote())
-            if verdict:
-                raise ClusterError(f"{what} was ended: {verdict}") from None
-            raise
-        finally:
-            ray.kill(watch)
-
-
-def _scaling_config(scaling: Scaling) -> ScalingConfig:
-    resources: dict[str, Any] = {"CPU": scaling.resources.cpus_per_worker}
-    if scaling.resources.train_gpus:
-        resources["GPU"] = scaling.resources.train_gpus
-    least, most = scaling.resources.least_train_workers, scaling.resources.train_workers
-    workers: Any = most if least == most else (least, most)
-    return ScalingConfig(
-        num_workers=workers,
-        use_gpu=scaling.resources.train_gpus > 0,
-        resources_per_worker=resources,
-    )

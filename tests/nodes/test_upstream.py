@@ -15,7 +15,7 @@ from cuvis_ai_core.utils import restore
 from cuvis_ai_dataloader.data import datamodule_cu3s, datamodule_cu3s_multi
 
 from cuvis_dist.nodes.upstream import accumulated_mean
-from cuvis_dist.training.rank import RankTrainer
+from cuvis_dist.training.module import RankTrainer
 
 PRIVATE = {
     (restore, "_build_pipeline_from_config"): ["trainrun_config", "device", "base_dir"],

@@ -40,7 +40,7 @@ def cache(tmp_path):
 
 def again(cache: Staging, limit: int | None = None) -> Staging:
     """The same cache as another process would open it."""
-    return Staging(cache.folder, limit or cache.limit)
+    return Staging(cache.disk.folder, limit or cache.room.limit)
 
 
 def content(cache: Staging, uri: str) -> bytes:
@@ -55,8 +55,8 @@ def here(cache: Staging) -> list[str]:
 def on_disk(cache: Staging) -> int:
     """Bytes of the copies and of what is being fetched, at a moment when nothing is evicted."""
     size = 0
-    with cache._books():
-        for tree in (cache.files, cache._fetching):  # a file may move from here to there
+    with cache.room.books():
+        for tree in (cache.files, cache.disk.fetching):  # a file may move from here to there
             for path in tree.rglob("*"):
                 with suppress(FileNotFoundError):
                     size += path.stat().st_size if path.is_file() else 0
@@ -193,13 +193,13 @@ def half_way(cache, source, flag):
 def test_a_process_killed_while_it_fetches_leaves_nothing_behind(cache, store, tmp_path):
     victim = half_way(cache, store(0), tmp_path / "half")
     time.sleep(0.2)
-    (part,) = cache._fetching.iterdir()
+    (part,) = cache.disk.fetching.iterdir()
     assert part.stat().st_size == 500
     os.kill(victim.pid, signal.SIGKILL)
     victim.join()
     assert here(cache) == []
     assert content(cache, store(0)) == bytes(1000)  # without waiting for a lock of the dead
-    assert list(cache._fetching.iterdir()) == []
+    assert list(cache.disk.fetching.iterdir()) == []
     assert cache.counters().bytes == 1000
 
 
@@ -257,13 +257,13 @@ def test_what_a_killed_process_was_fetching_is_evicted_for_others(cache, store, 
     for name in (1, 2, 3, 4):
         content(cache, store(name))
     assert cache.counters().bytes == on_disk(cache) == 3000
-    assert list(cache._fetching.iterdir()) == []
+    assert list(cache.disk.fetching.iterdir()) == []
 
 
 def test_lost_books_are_made_again(cache, store):
     for name in (0, 1, 2):
         content(cache, store(name))
-    (cache.folder / "state.json").write_bytes(b"nonsense")
+    (cache.disk.folder / "state.json").write_bytes(b"nonsense")
     assert again(cache).counters().bytes == 3000
 
 
@@ -305,7 +305,7 @@ def test_a_missing_file_and_one_that_cannot_be_fetched(cache, store, monkeypatch
     with pytest.raises(DataError, match=r"1\.bin cannot be fetched by .*no route"):
         content(cache, store(1))
     assert len(tried) == 4
-    assert list(cache._index.glob("*/*")) == []
+    assert list(cache.disk.index.glob("*/*")) == []
 
 
 def tampered(filesystem, alter, etag=None):
@@ -365,7 +365,7 @@ def test_a_full_disk_evicts_what_is_there_then_says_so(cache, store, monkeypatch
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(file, data)
 
-    monkeypatch.setattr(module.os, "write", write)
+    monkeypatch.setattr(os, "write", write)
     with pytest.raises(ClusterError, match=r"disk of the cache .* on node .* is full.*stage_dir"):
         content(cache, store(1))
     assert here(cache) == []
@@ -431,6 +431,6 @@ def test_each_node_has_a_folder_of_its_own(tmp_path, monkeypatch):
     configured = staging_here(str(tmp_path / "a"), 5000)
     monkeypatch.setenv("CUVIS_DIST_STAGE_DIR", str(tmp_path / "b"))
     there = pickle.loads(pickle.dumps(configured))
-    assert (there.folder, there.limit) == (tmp_path / "b", 5000)
+    assert (there.disk.folder, there.room.limit) == (tmp_path / "b", 5000)
     monkeypatch.delenv("CUVIS_DIST_STAGE_DIR")
-    assert pickle.loads(pickle.dumps(there)).folder == tmp_path / "a"
+    assert pickle.loads(pickle.dumps(there)).disk.folder == tmp_path / "a"

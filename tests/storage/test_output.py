@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -27,7 +28,9 @@ from cuvis_dist import GradientTrainer
 from cuvis_dist.cli import main
 from cuvis_dist.errors import ClusterError, InputError
 from cuvis_dist.runs.trainrun import load_trainrun
-from cuvis_dist.storage import Mirror, OutputFolder, output
+from cuvis_dist.storage import OutputFolder, mirror_of, remote
+from cuvis_dist.storage.local import LocalFolder
+from cuvis_dist.storage.remote import RemoteFolder
 
 SECRET = CREDENTIALS["AWS_SECRET_ACCESS_KEY"]
 
@@ -87,6 +90,21 @@ def test_files_come_back(place, tmp_path, request):
     assert not list(tmp_path.rglob(".*")), "something temporary was left"
 
 
+@pytest.mark.parametrize("kind", [LocalFolder, RemoteFolder])
+def test_both_kinds_of_folder_do_all_that_is_promised(kind):
+    promised = {name for name in vars(OutputFolder) if not name.startswith("_")} - {"location"}
+    assert promised > {"write", "names", "probe"}
+    assert promised <= vars(kind).keys()
+
+
+def test_the_kind_of_place_decides(tmp_path):
+    assert type(OutputFolder(tmp_path)) is LocalFolder
+    remote_folder = OutputFolder("s3://bucket/x/")
+    assert type(remote_folder) is RemoteFolder
+    again = pickle.loads(pickle.dumps(remote_folder))
+    assert (type(again), again.location) == (RemoteFolder, "s3://bucket/x")
+
+
 def test_a_file_uri_is_a_local_folder(tmp_path):
     assert OutputFolder(f"file://{tmp_path}/x").local == tmp_path / "x"
 
@@ -95,9 +113,9 @@ def test_a_mirror_brings_what_changed_and_removes_what_is_gone(bucket, own_tempo
     folder = OutputFolder(f"{bucket}/runs/x")
     folder.write("other", b"not ours")
     stored: list[str] = []
-    with Mirror(folder) as mirror:
-        upload = folder._upload
-        folder._upload = lambda path, name: stored.append(name) or upload(path, name)
+    with mirror_of(folder) as mirror:
+        send = folder.send
+        folder.send = lambda path, name: stored.append(name) or send(path, name)
         files = {name: mirror.root / name for name in ("resume/last", "checkpoints/1", "board")}
         for path in files.values():
             path.parent.mkdir(exist_ok=True)
@@ -113,7 +131,7 @@ def test_a_mirror_brings_what_changed_and_removes_what_is_gone(bucket, own_tempo
         assert len(stored) == 5
         names = ["board", "checkpoints/2", "other", "resume/last"]
         assert folder.names() == names
-        with Mirror(folder) as other:
+        with mirror_of(folder) as other:
             other.pull_folder("checkpoints", "2")
             assert other.pull("resume/last").read_text() == "xy"
             assert not other.pull("nothing").exists()
@@ -127,26 +145,27 @@ def test_a_mirror_brings_what_changed_and_removes_what_is_gone(bucket, own_tempo
     left = own_temporary_folder / "mirror-of-a-killed-process"
     left.mkdir()
     (left / ".lock").touch()
-    with Mirror(folder) as mirror:
+    with mirror_of(folder) as mirror:
         assert not left.exists()
-        with Mirror(folder) as second:
+        with mirror_of(folder) as second:
             assert mirror.root.exists()
             assert second.root != mirror.root
     assert not list(own_temporary_folder.glob("mirror-*"))
 
 
 def test_a_pause_of_the_store_is_waited_for(bucket, monkeypatch, warnings):
-    monkeypatch.setattr(output, "RETRY_S", (1.0, 1.0))
+    monkeypatch.setattr(remote, "RETRY_S", (1.0, 1.0))
     folder = OutputFolder(f"{bucket}/runs/x")
     folder.write("before", b"1")
     endpoint = os.environ["AWS_ENDPOINT_URL"]
     attempts = []
+    put = folder._put
 
     def breaking(source, name):
         attempts.append(name)
         if len(attempts) == 1:
             raise OSError("AWS Error NETWORK_CONNECTION during PutObject operation")
-        return OutputFolder._put(folder, source, name)
+        return put(source, name)
 
     monkeypatch.setattr(folder, "_put", breaking)
     folder.write("after", b"2" * 10)
@@ -158,7 +177,7 @@ def test_a_pause_of_the_store_is_waited_for(bucket, monkeypatch, warnings):
 
 def test_an_interrupted_upload_leaves_no_part_of_a_file(bucket, monkeypatch):
     """pyarrow would close, and so complete, what Ctrl-C interrupts."""
-    monkeypatch.setattr(output, "_CHUNK", 2**20)
+    monkeypatch.setattr(remote, "_CHUNK", 2**20)
     content = os.urandom(8 * 2**20)
 
     class Interrupting(io.BytesIO):
@@ -180,13 +199,13 @@ def test_an_interrupted_upload_leaves_no_part_of_a_file(bucket, monkeypatch):
 
 def test_what_cannot_be_stored_is_kept(monkeypatch):
     """The store is gone in the middle of a run."""
-    monkeypatch.setattr(output, "RETRY_S", ())
+    monkeypatch.setattr(remote, "RETRY_S", ())
     with s3_server() as environment:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         folder = OutputFolder("s3://bucket/runs/x")
         folder.write("a", b"1")
-        mirror = Mirror(folder)
+        mirror = mirror_of(folder)
         (mirror.root / "b").write_bytes(b"2")
         mirror.push()
         (mirror.root / "b").write_bytes(b"23")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from gradients import callbacks, initialized
 from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cuvis_dist.storage import Mirror, OutputFolder
+from cuvis_dist.storage import OutputFolder, mirror_of
 from cuvis_dist.training.checkpoint import LAST, LastEpoch, continued, finished_epochs
 from cuvis_dist.training.dealing import DealtBatches, deal
 
@@ -38,14 +37,11 @@ class Trainer(UpstreamGradientTrainer):
     """Upstream's, with our checkpoint."""
 
     last: LastEpoch
-    resume_from = None
 
     def _build_trainer(self):
         trainer = super()._build_trainer()
         trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, PostFitCallback)]
-        trainer.callbacks.insert(0, self.last)
-        if self.resume_from:
-            trainer.fit = partial(trainer.fit, ckpt_path=self.resume_from, weights_only=False)
+        self.last.attach_to(trainer)
         return trainer
 
 
@@ -68,8 +64,8 @@ def fit(path, folder, *overrides, resume=None):
         config.model_copy(update={"default_root_dir": str(folder)}),
         callbacks=[*callbacks(trainrun), Annealing()],
     )
-    trainer.last = LastEpoch(Mirror(OutputFolder(folder)), trainrun.pipeline)
-    trainer.resume_from = str(resume) if resume else None
+    resume_from = str(resume) if resume else None
+    trainer.last = LastEpoch(mirror_of(OutputFolder(folder)), trainrun.pipeline, resume_from)
     trainer.fit()
     return trainrun, trainer
 

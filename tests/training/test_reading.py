@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 
 from cuvis_dist.archive import Frame, NamedFrames
 from cuvis_dist.errors import DataError
-from cuvis_dist.training.ingest import CachedFrames, FrameCache, ReadAhead, make_cache
+from cuvis_dist.training.frame_cache import CachedFrames, FrameCache, make_cache
+from cuvis_dist.training.read_ahead import ReadAhead
 
 BATCHES = [[3, 1, 4], [1, 5], [9, 2, 6], [5]]
 
@@ -113,7 +114,7 @@ def test_a_reader_is_waited_for_where_frames_are_to_be_read(tmp_path, ray_sessio
         yield
 
     kept = CachedFrames(FragileCubes(tmp_path, False), FrameCache(10**9))
-    ahead = ReadAhead(loader(kept), 2, starting)
+    ahead = ReadAhead(loader(kept), 2, starting=starting)
     list(ahead)
     assert waited
     waited.clear()

@@ -1,9 +1,8 @@
-"""How does a data module of upstream's work on files at URIs?
+"""How do a trainrun's settings with URIs become settings that a data module of upstream's can use?
 
 It opens local paths. So before it is built, every URI in its settings, and in the lists that they
 name, becomes the path where this node's cache (:mod:`~cuvis_dist.staging.cache`) will have the
-file. While the module is set up, what it opens is fetched; later a frame's files are held while
-it is read. In another process, whose cache may lie elsewhere, the same paths mean that one.
+file.
 """
 
 from __future__ import annotations
@@ -11,44 +10,38 @@ from __future__ import annotations
 import csv
 import io
 import json
-import pickle
-import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import cache, partial
-from pathlib import Path, PurePath
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from cuvis_ai_schemas.training.data import DataConfig, DataSplitConfig
-from loguru import logger
 from pyarrow.fs import FileType
-from ray import cloudpickle
 
 from cuvis_dist.errors import InputError, one_line
-from cuvis_dist.nodes import upstream
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.staging.cache import Staging, staging_here, stagings
+from cuvis_dist.staging.cache import Staging, staging_here
 from cuvis_dist.staging.uris import join, parent
 from cuvis_dist.storage import is_uri
 
-#: Data modules whose settings may hold URIs; those of others are left as they are.
+#: The settings of these data modules may hold URIs; those of others are left as they are.
 MODULES = ("npz_multi", "cu3s", "cu3s_multi", "tiff_paired")
 _SELECTED = ("paths", "source", "pattern")
 _STAGES = ("train", "val", "test", "predict")
 
 
 def localize(data: DataConfig, scaling: Scaling, base_dir: Path | None = None) -> DataConfig:
-    """Return settings with paths of this node's cache in place of URIs; the same without URIs.
+    """Return settings with paths of this node's cache in place of URIs.
+
+    Settings without URIs are returned as they are, and so are those of other data modules.
 
     Parameters
     ----------
     data : DataConfig
         The ``data`` block of a trainrun.
     scaling : Scaling
-        ``stage_dir`` and ``stage_bytes``.
+        Its ``reading.stage_dir`` and ``reading.stage_bytes`` say which cache.
     base_dir : Path, optional
-        What a relative ``splits_path`` is relative to.
+        The folder that a relative ``splits_path`` starts from.
 
     Raises
     ------
@@ -161,7 +154,10 @@ class _Localizer:
             raise InputError(f"the splits {path or ''} are not valid: {one_line(error)}") from error
 
     def _selectors(self, value: Any, key: str = "") -> Any:
-        """Return selectors that name paths; with a universe they name its sources, as they are."""
+        """Return selectors whose URIs are paths of the cache.
+
+        With a universe they name its sources, and are returned as they are.
+        """
         if self.data.params.get("universe_csv"):
             return value
         if isinstance(value, dict):
@@ -171,142 +167,3 @@ class _Localizer:
         if key in _SELECTED and is_uri(value):
             return str(self.staging.path_of(value))
         return value
-
-
-# ---- while a module is set up ------------------------------------------------------------
-
-
-class _Opened(threading.local):
-    """What this thread fetches when it is opened, and holds until the block ends."""
-
-    fetch: Callable[[str], None] | None = None
-
-
-_opened = _Opened()
-
-
-@contextmanager
-def fetched_when_opened() -> Iterator[None]:
-    """Fetch each file of a cache that this thread opens in the block; does nothing without one.
-
-    Setting a module up opens files that only the module knows: the first ``.npz`` of a split
-    for its wavelengths, labels for a selector by category, a recording to count its frames.
-    """
-    if not stagings() or _opened.fetch:
-        yield
-        return
-    _listen()
-    with ExitStack() as held:
-
-        def fetch(path: str) -> None:
-            for staging, uri in _staged(path):
-                _opened.fetch = None  # fetching opens files, too
-                try:
-                    held.enter_context(staging.held([uri]))
-                finally:
-                    _opened.fetch = fetch
-
-        _opened.fetch = fetch
-        try:
-            with upstream.counting_measurements(_count):
-                yield
-        finally:
-            _opened.fetch = None
-
-
-@cache
-def _listen() -> None:
-    """Hear of every file that Python opens in this process, before it does."""
-
-    def hear(event: str, arguments: tuple) -> None:
-        if event == "open" and _opened.fetch and isinstance(arguments[0], str):
-            _opened.fetch(arguments[0])
-
-    sys.addaudithook(hear)
-
-
-def _count(path: str, needed: bool, count: Callable[[str], Any]) -> Any:
-    """Count a recording's measurements; one at a URI is only fetched for it if needed."""
-    for staging, uri in _staged(path):
-        if not needed:  # a list has them; what is wrong there comes out when the frame is read
-            return sys.maxsize
-        logger.info(f"{uri} is fetched to count its frames; a universe for cu3s_multi lists them")
-        with staging.held([uri]):
-            return count(path)
-    return count(path)
-
-
-def _staged(path: str | PurePath) -> list[tuple[Staging, str]]:
-    """Return the cache that a path belongs to, and the file's URI; nothing for other paths."""
-    text = str(path)
-    for staging in stagings():
-        if text.startswith(f"{staging.files}/") and (uri := staging.uri_of(text)):
-            return [(staging, uri)]
-    return []
-
-
-def original(path: str) -> str:
-    """Return the URI that a path of a cache stands for, else the path."""
-    return next((uri for _, uri in _staged(path)), path)
-
-
-def with_uris(message: str) -> str:
-    """Return a message that names files by their URIs."""
-    for staging in stagings():
-        message = staging.uris_in(message)
-    return message
-
-
-def staged_files(*paths: str | None) -> tuple[Staging | None, tuple[str, ...]]:
-    """Return the cache of those paths that belong to one, and their URIs."""
-    found = [pair for path in paths if path for pair in _staged(path)]
-    return (found[0][0] if found else None), tuple(dict.fromkeys(uri for _, uri in found))
-
-
-# ---- between processes -------------------------------------------------------------------
-
-
-def portable(content: Any) -> Any:
-    """Return what pickles as ``content`` with the cache of the receiver in all its paths."""
-    return _Portable(content, stagings()) if stagings() else content
-
-
-class _Portable:
-    def __init__(self, content: Any, caches: list[Staging]) -> None:
-        self.content, self.caches = content, caches
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        stream = io.BytesIO()
-        _Pickler(stream, self.caches).dump(self.content)
-        return _arrived, (stream.getvalue(), self.caches)
-
-
-class _Pickler(cloudpickle.Pickler):
-    """Writes paths of a cache as the number of the cache and the path in it."""
-
-    def __init__(self, stream: io.BytesIO, caches: list[Staging]) -> None:
-        super().__init__(stream)
-        self._folders = [f"{staging.files}/" for staging in caches]
-
-    def persistent_id(self, value: Any) -> tuple[int, str, bool] | None:
-        if isinstance(value, str | PurePath):
-            text = str(value)
-            for number, folder in enumerate(self._folders):
-                if text.startswith(folder):
-                    return number, text.removeprefix(folder), isinstance(value, str)
-        return None
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, stream: io.BytesIO, caches: list[Staging]) -> None:
-        super().__init__(stream)
-        self._caches = caches
-
-    def persistent_load(self, mark: tuple[int, str, bool]) -> str | Path:
-        number, inside, as_text = mark
-        path = self._caches[number].files / inside
-        return str(path) if as_text else path
-
-
-def _arrived(content: bytes, caches: list[Staging]) -> Any:
-    return _Unpickler(io.BytesIO(content), caches).load()

@@ -1,0 +1,123 @@
+"""What does the driver tell a rank to do, and what does rank 0 bring back?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+from cuvis_ai_core.node.node import Node
+from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from cuvis_ai_core.training.config import TrainingConfig
+from cuvis_ai_core.training.post_fit import CheckpointRestored, EmitFn
+from pytorch_lightning import Callback
+
+from cuvis_dist.scaling import Scaling
+from cuvis_dist.storage import OutputFolder
+
+
+@dataclass(frozen=True)
+class TrainerParts:
+    """What upstream's gradient trainer is made of, as the driver had it.
+
+    Attributes
+    ----------
+    pipeline : CuvisPipeline
+        The nodes, as they are at the start.
+    datamodule : LightningDataModule
+        The user's own.
+    loss_nodes, metric_nodes : list of str
+        Names of nodes of the pipeline, of which every rank has a copy.
+    config : TrainingConfig
+        The training configuration, with absolute paths.
+    monitors : list
+        Objects that are told the loss of each step.
+    callbacks : list of Callback
+        The user's own, less the post-fit steps.
+    """
+
+    pipeline: CuvisPipeline
+    datamodule: pl.LightningDataModule
+    loss_nodes: list[str]
+    metric_nodes: list[str]
+    config: TrainingConfig
+    monitors: list[Any]
+    callbacks: list[Callback]
+
+
+@dataclass(frozen=True)
+class Driver:
+    """How a rank reaches the driver, and what it must know of its process.
+
+    Attributes
+    ----------
+    emit : callable
+        It takes events of training to the driver.
+    watch : actor handle
+        A :class:`~cuvis_dist.training.watch.Watch`.
+    directory : str
+        The driver's working directory, against which relative paths are meant.
+    """
+
+    emit: EmitFn
+    watch: Any
+    directory: str
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Everything that a rank needs.
+
+    Attributes
+    ----------
+    verb : str
+        ``fit``, ``validate`` or ``test``.
+    checkpoint : str or None
+        Lightning checkpoint to evaluate; a fit goes on from its own, if that is there.
+    parts : TrainerParts
+        What is trained or evaluated, and how.
+    output : OutputFolder
+        Where checkpoints and logs belong.
+    scaling : Scaling
+        The settings of the run.
+    driver : Driver
+        The process that gave the assignment.
+    """
+
+    verb: str
+    checkpoint: str | None
+    parts: TrainerParts
+    output: OutputFolder
+    scaling: Scaling
+    driver: Driver
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether each rank has a GPU, or a part of one."""
+        return self.scaling.resources.train_gpus > 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What rank 0 brings back, on the CPU.
+
+    Attributes
+    ----------
+    nodes : list of Node
+        The pipeline's nodes, with the state that they have now.
+    checkpoint : CheckpointRestored or None
+        The best checkpoint of a fit, as far as it was restored.
+    epochs : int
+        Epochs that a fit has completed.
+    metrics : sequence of mapping
+        What an evaluation found.
+    callback_states : tuple of dict
+        The states of the assignment's callbacks, in their order.
+    """
+
+    nodes: list[Node]
+    checkpoint: CheckpointRestored | None
+    epochs: int
+    metrics: Sequence[Mapping[str, float]]
+    callback_states: tuple[dict[str, Any], ...]

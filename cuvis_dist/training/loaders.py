@@ -1,0 +1,120 @@
+"""Which batches does a rank get, and how are their frames read?
+
+The user's data module opens each split; its batches are dealt (:mod:`~cuvis_dist.training.dealing`)
+over the ranks. A rank may keep frames (:mod:`~cuvis_dist.training.frame_cache`), and have them read
+elsewhere (:mod:`~cuvis_dist.training.read_ahead`).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytorch_lightning as pl
+import ray.train
+from torch.utils.data import DataLoader, Dataset
+
+from cuvis_dist.archive import NamedFrames, open_split
+from cuvis_dist.errors import InputError
+from cuvis_dist.training.assignment import Assignment
+from cuvis_dist.training.dealing import DealtBatches, deal
+from cuvis_dist.training.frame_cache import CachedFrames, FrameCache, make_cache
+from cuvis_dist.training.heartbeat import Heartbeat
+from cuvis_dist.training.read_ahead import ReadAhead
+from cuvis_dist.training.watch import STARTING
+
+
+class DealtDataModule(pl.LightningDataModule):
+    """The run's data module, with every loader dealt to this rank.
+
+    Parameters
+    ----------
+    assignment : Assignment
+        It has the data module, and says how frames are read and kept.
+    heartbeat : Heartbeat
+        It tells the watch when readers are waited for.
+
+    Attributes
+    ----------
+    module : LightningDataModule
+        The user's own.
+    rank, world_size : int
+        Which rank this is, of how many.
+    """
+
+    def __init__(self, assignment: Assignment, heartbeat: Heartbeat) -> None:
+        super().__init__()
+        self.module, self.heartbeat = assignment.parts.datamodule, heartbeat
+        self.config, self.scaling = assignment.parts.config, assignment.scaling
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self._run = context.get_experiment_name()
+        self._caches: dict[str, FrameCache] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Do nothing: :func:`~cuvis_dist.archive.open_split` sets the module up per split."""
+
+    def _loader(self, split: str, limit: int | float | None = None) -> DataLoader | ReadAhead:
+        """Return this rank's loader of a split, of so many or such a part of its batches.
+
+        Raises
+        ------
+        InputError
+            If the data module cannot serve the split, or the limit leaves no batch of it.
+        DataError
+            If a remote file that it opens cannot be fetched.
+        """
+        loader, frames = open_split(self.module, split)
+        batches = DealtBatches(
+            loader.batch_sampler,  # type: ignore[arg-type]
+            self.rank,
+            self.world_size,
+            self.config.seed,
+            whole=split != "train",
+            limit=limit,
+        )
+        if self.trainer is not None:  # a fit that goes on asks for its epoch before it says so
+            batches.set_epoch(self.trainer.current_epoch)
+        if limit and not len(batches):
+            raise InputError(
+                f"training.limit_{split}_batches is {limit}, which leaves none of the "
+                f"{len(loader)} batches of the {split} split"
+            )
+        reading = self.scaling.reading
+        dataset = self._cached(split, NamedFrames(loader.dataset, frames), loader.num_workers)
+        dealt = deal(loader, dataset, batches, keep_workers=reading.cache == "memory")
+        if not reading.read_ahead:
+            return dealt
+        starting = partial(self.heartbeat.doing, STARTING)
+        retries = self.scaling.resources.max_failures
+        return ReadAhead(dealt, reading.read_ahead, retries=retries, starting=starting)
+
+    def _cached(self, split: str, frames: Dataset, processes: int) -> Dataset:
+        """Keep the frames of a split as the scaling says, over all of its loaders.
+
+        Each of the ``processes`` of a loader has a cache of its own, which share the bytes.
+        """
+        reading = self.scaling.reading
+        if reading.cache == "none":
+            return frames
+        if split not in self._caches:
+            limit = reading.cache_bytes - sum(cache.held for cache in self._caches.values())
+            limit //= max(1, processes)
+            self._caches[split] = make_cache(reading.cache, limit, f"{self._run}-{split}")
+        return CachedFrames(frames, self._caches[split])
+
+    def close(self) -> None:
+        """Give back what the caches hold."""
+        for cache in self._caches.values():
+            cache.clear()
+
+    def train_dataloader(self) -> DataLoader | ReadAhead:
+        """Return this rank's part of every training batch."""
+        return self._loader("train", self.config.limit_train_batches)
+
+    def val_dataloader(self) -> DataLoader | ReadAhead:
+        """Return this rank's validation batches."""
+        return self._loader("val", self.config.limit_val_batches)
+
+    def test_dataloader(self) -> DataLoader | ReadAhead:
+        """Return this rank's test batches."""
+        return self._loader("test")

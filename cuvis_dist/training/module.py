@@ -1,0 +1,214 @@
+"""How does a step of one rank become its share of the step of a single process?
+
+Different from upstream's trainer are only the weights and the reductions: a rank's loss counts by
+its share of the frames, a logged value is the one of all frames, and a pooled metric is merged
+before it is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from cuvis_ai_core.training import GradientTrainer as UpstreamGradientTrainer
+from cuvis_ai_core.training.evaluation import batch_frames
+from cuvis_ai_core.training.post_fit import PostFitCallback
+from torchmetrics import Metric
+
+from cuvis_dist.errors import InputError
+from cuvis_dist.training.assignment import TrainerParts
+from cuvis_dist.training.checkpoint import LastEpoch
+from cuvis_dist.training.dealing import DealtBatches
+from cuvis_dist.training.heartbeat import Heartbeat
+from cuvis_dist.training.lightning import RankConfig
+from cuvis_dist.training.loaders import DealtDataModule
+from cuvis_dist.training.reporting import EpochEvents, StepMonitor
+from cuvis_dist.training.watch import COMPUTING
+
+
+class RankTrainer(UpstreamGradientTrainer):
+    """Upstream's gradient trainer as one of several.
+
+    Parameters
+    ----------
+    parts : TrainerParts
+        Nodes, monitors and callbacks.
+    datamodule : DealtDataModule
+        The loaders of this rank.
+    config : RankConfig
+        The training configuration of this rank.
+    heartbeat : Heartbeat
+        It tells the watch what the rank is doing.
+    last : LastEpoch, optional
+        It keeps the state of each epoch of a fit, and takes it up again.
+    events : EpochEvents, optional
+        It reports epochs; on rank 0 alone.
+    """
+
+    def __init__(
+        self,
+        parts: TrainerParts,
+        datamodule: DealtDataModule,
+        config: RankConfig,
+        heartbeat: Heartbeat,
+        *,
+        last: LastEpoch | None = None,
+        events: EpochEvents | None = None,
+    ) -> None:
+        named = {node.name: node for node in parts.pipeline.nodes()}
+        super().__init__(
+            parts.pipeline,
+            datamodule,
+            [named[name] for name in parts.loss_nodes],
+            [named[name] for name in parts.metric_nodes],
+            config,
+            callbacks=parts.callbacks,
+        )
+        self.heartbeat, self.last, self.events = heartbeat, last, events
+        if parts.monitors:  # every rank reduces for them
+            told = parts.monitors if datamodule.rank == 0 else []
+            self.monitors = [StepMonitor(self._of_all_frames, told)]
+        #: This rank's share in the value of a step, or of a split in evaluation.
+        self._share = 1.0
+        #: What a training step logs, until its gradients have met.
+        self._to_log: list[tuple[str, torch.Tensor, dict[str, Any]]] | None = None
+
+    def _build_trainer(self) -> pl.Trainer:
+        """Build upstream's trainer, less the post-fit steps, which follow on all workers."""
+        trainer = super()._build_trainer()
+        trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, PostFitCallback)]
+        if self.last is not None:
+            self.last.attach_to(trainer)
+        if self.events is not None:
+            trainer.callbacks.append(self.events)
+        return trainer
+
+    @property
+    def _dealt(self) -> DealtBatches:
+        """The batches of the loader that is being iterated."""
+        trainer = self.trainer
+        loader = trainer.train_dataloader
+        if trainer.validating or trainer.sanity_checking or trainer.evaluating:
+            loader = trainer.val_dataloaders
+        if trainer.testing:
+            loader = trainer.test_dataloaders
+        return loader.batch_sampler
+
+    # ---- steps ---------------------------------------------------------------------------
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        """Run a step; before an epoch's first one, make sure that all ranks have as many."""
+        if batch_idx == 0:
+            self._require_equal_steps()
+        return super().training_step(batch, batch_idx)
+
+    def _require_equal_steps(self) -> None:
+        """Raise InputError on every rank if the ranks have unequal numbers of batches."""
+        with self.heartbeat.doing("counting steps"):
+            mine = torch.tensor(len(self._dealt.weights), device=self.device)
+            steps = self.all_gather(mine).flatten().tolist()
+        if len(set(steps)) > 1:
+            counts = ", ".join(f"rank {rank} {n}" for rank, n in enumerate(steps))
+            raise InputError(
+                f"the workers have unequal numbers of batches in epoch {self.current_epoch + 1} "
+                f"({counts}): the train loader of {type(self.datamodule.module).__name__} is "
+                "another one in each process. It must list the same batches everywhere under the "
+                "same seed; cuvis_dist deals them"
+            )
+
+    def _run_step(self, batch: Any, batch_idx: int, **kwargs: Any) -> torch.Tensor:
+        """Run upstream's step with this rank's share of the loss and of what is logged.
+
+        Parameters
+        ----------
+        batch : dict
+            This rank's part of a global batch in training, else a whole batch.
+        batch_idx : int
+            Position of the batch in the epoch.
+        **kwargs
+            As upstream's.
+
+        Returns
+        -------
+        torch.Tensor
+            Shape ``[]``. In training the loss times the rank's weight
+            (:func:`~cuvis_dist.training.dealing.cut`), so that the mean of the ranks' gradients
+            is the gradient of the global batch; else the loss.
+        """
+        dealt = self._dealt
+        weight, whole = dealt.weights[batch_idx], dealt.whole
+        self._share = weight * batch_frames(batch) / dealt.frames if whole else weight
+        self._to_log = None if whole else []
+        pooled = [m for m in self.pipeline_modules.modules() if isinstance(m, Metric)]
+        with _not_synchronized(pooled), self.heartbeat.doing(COMPUTING):
+            loss = super()._run_step(batch, batch_idx, **kwargs)
+        if whole and not weight:  # the batch is another rank's, and only keeps this one in step
+            for metric in pooled:
+                metric.reset()
+        return loss if whole else loss * weight
+
+    # ---- values --------------------------------------------------------------------------
+
+    def log(self, name: str, value: Any, **kwargs: Any) -> None:
+        """Log the value of all workers' frames.
+
+        In a training step the mean over workers of ``value · share`` is that of the global batch.
+        In evaluation the shares of all batches of the split add up to 1. A torchmetrics object
+        synchronizes its own states when Lightning computes it at the end.
+        """
+        if self._to_log is not None and not isinstance(value, Metric):
+            share = torch.as_tensor(value, device=self.device).detach() * self._share
+            self._to_log.append((name, share, kwargs))
+            return
+        with self.heartbeat.doing("logging"):  # the others may be waited for here
+            if isinstance(value, Metric):
+                super().log(name, value, **kwargs)
+            elif self.trainer.training:  # by a callback, between two steps
+                super().log(name, value, **{"sync_dist": True, **kwargs})
+            else:
+                share = torch.as_tensor(value, device=self.device) * self._share
+                super().log(name, share, sync_dist=True, reduce_fx=torch.sum, **kwargs)
+
+    def on_after_backward(self) -> None:
+        """Reduce what the step logged, all at once: its gradients have just met, too."""
+        super().on_after_backward()
+        logged, self._to_log = self._to_log, None
+        if not logged:
+            return
+        with self.heartbeat.doing("logging"):
+            shares = torch.stack([share.double().flatten()[0] for _, share, _ in logged])
+            values = self.trainer.strategy.reduce(shares, reduce_op="mean")
+        for (name, _, options), value in zip(logged, values, strict=True):
+            super().log(name, value, **options)
+
+    def _of_all_frames(self, value: torch.Tensor) -> torch.Tensor:
+        """Return a training step's value over all of its frames; other values as they are."""
+        if not self.trainer.training:
+            return value
+        with self.heartbeat.doing("logging"):
+            return self.trainer.strategy.reduce(value.detach() * self._share, reduce_op="mean")
+
+
+@contextmanager
+def _not_synchronized(pooled: Sequence[Metric]) -> Iterator[None]:
+    """Keep metrics from exchanging their states inside the block.
+
+    A node may compute a pooled metric within a step (a running value for its port), and ranks
+    have unlike numbers of steps: those that wait there would wait for ever.
+    """
+    available = [metric.distributed_available_fn for metric in pooled]
+    for metric in pooled:
+        metric.compute_with_cache = False
+        metric.distributed_available_fn = _not_now
+    try:
+        yield
+    finally:
+        for metric, function in zip(pooled, available, strict=True):
+            metric.distributed_available_fn = function
+
+
+def _not_now() -> bool:
+    return False
