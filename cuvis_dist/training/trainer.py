@@ -45,6 +45,7 @@ from cuvis_dist.training.checkpoint import LAST, finished_epochs
 from cuvis_dist.training.configuration import check_training
 from cuvis_dist.training.rank import Assignment, Outcome, run_rank
 from cuvis_dist.training.watch import Watch
+from cuvis_dist.waiting import announce
 
 
 class GradientTrainer(UpstreamGradientTrainer):
@@ -191,6 +192,7 @@ class GradientTrainer(UpstreamGradientTrainer):
         connect(self.scaling)
         require_resources(self.scaling)
         what = "training" if verb == "fit" else verb
+        announce(f"waiting for {_workers(self.scaling)} to begin {what}")
         for callback in self.callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
                 callback.dirpath = self._checkpoint_folder(str(callback.dirpath))
@@ -303,6 +305,12 @@ class GradientTrainer(UpstreamGradientTrainer):
             raise
         finally:
             ray.kill(watch)
+
+
+def _workers(scaling: Scaling) -> str:
+    least, most = scaling.resources.least_train_workers, scaling.resources.train_workers
+    number = f"{most}" if least == most else f"{least} to {most}"
+    return f"{number} training worker{'s' if most > 1 else ''}"
 
 
 def _scaling_config(scaling: Scaling) -> ScalingConfig:

@@ -20,7 +20,7 @@ from cuvis_dist import Scaling
 from cuvis_dist.cli import main
 from cuvis_dist.errors import InputError
 from cuvis_dist.initialization import preview
-from cuvis_dist.runs.resume import only_run
+from cuvis_dist.runs.lock import only_run
 from cuvis_dist.runs.trainrun import load_trainrun
 from cuvis_dist.storage import OutputFolder
 
