@@ -292,7 +292,7 @@ def _meant(name: str) -> str:
     last = name.rpartition(".")[2]
     if last in by_name:
         return f": the setting is called {' or '.join(by_name[last])}"
-    if close := difflib.get_close_matches(last, [*by_name, *PARTS], n=1):
+    if close := difflib.get_close_matches(last, [*by_name, *PARTS], n=1, cutoff=0.7):
         return f": did you mean {' or '.join(by_name.get(close[0], close))}?"
     known = [setting for settings in by_name.values() for setting in settings]
     return f". Known settings: {', '.join(known)}"

@@ -127,21 +127,36 @@ def test_a_log_hears_at_times_what_changes_or_is_waited_for(monkeypatch):
         until(lambda: "still fitting: 1/9 frames" in log.getvalue())
 
 
-def test_a_message_of_the_log_stands_on_a_line_of_its_own():
-    screen = Screen()
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_message_of_the_log_ends_no_wait(terminal):
+    """It stands on a line of its own, and what goes on is shown again."""
+    screen = Screen() if terminal else io.StringIO()
     with Lines(screen) as lines:
         handler = logger.add(lines.log, level="INFO", format="{message}")
         try:
-            announce("starting Ray")
-            assert screen.shown() == ["  starting Ray ..."]
+            announce("starting workers")
+            logger.warning("the cluster is small")
+            until(lambda: "starting workers ..." in screen.getvalue().split("small")[1])
             lines.change("fitting: 1/9 frames")
             logger.warning("a worker was lost")
-            lines.change("fitting: 2/9 frames")
+            lines.say("fitted")
         finally:
             logger.remove(handler)
-    assert screen.shown() == [
-        "  fitting: 1/9 frames", "a worker was lost", "  fitting: 2/9 frames", "",
+    said = screen.shown() if terminal else screen.getvalue().split("\n")
+    waits = [line for line in said if "starting workers" in line]
+    assert [line for line in said if line not in waits] == [
+        "the cluster is small", "a worker was lost", "  fitted", "",
     ]  # fmt: skip
+
+
+def test_a_line_that_is_rewritten_does_not_wrap(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    screen = Screen()
+    with Lines(screen) as lines:
+        lines.change("fitting a, b, c, d, e, f: 1/9 frames")
+        assert screen.shown() == ["  fitting a, b, c, d"[:19]]
+        lines.say("fitted a, b, c, d, e, f: 9/9 frames")
+    assert screen.shown() == ["  fitted a, b, c, d, e, f: 9/9 frames", ""]
 
 
 @pytest.mark.parametrize("command", ["run", "init", "train", "info", "plan"])
