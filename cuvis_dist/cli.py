@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
+import shlex
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cuvis_dist.errors import INTERRUPTED, CuvisDistError, InputError, one_line
+from cuvis_dist.runs.lines import Lines
 
 if TYPE_CHECKING:
     from cuvis_dist.runs.record import RunRecord
@@ -16,31 +21,68 @@ if TYPE_CHECKING:
     from cuvis_dist.scaling import Scaling
 
 
+#: Options that stand for a setting, by the name that argparse gives them.
+_SHORT = {
+    "address": "resources.address",
+    "workers": "resources.workers",
+    "train_workers": "resources.train_workers",
+    "train_gpus": "resources.train_gpus",
+    "fold": "measuring.fold",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code.
 
     0 done, 1 failed, 2 bad input, 3 unusable data, 4 lost or missing resources, 130 interrupted.
     """
+    argv = sys.argv[1:] if argv is None else argv
     arguments = _parser().parse_args(argv)
-    _quiet(arguments.verbose)
-    try:
-        return arguments.command(arguments)
-    except CuvisDistError as error:
-        print(f"cuvis-dist: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("cuvis-dist: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except Exception as error:
-        if arguments.verbose:
-            raise
-        print(f"cuvis-dist: {one_line(error)} (-v shows where)", file=sys.stderr)
-        return 1
+    atexit.register(gc.freeze)  # else Python looks for seconds through all that it has loaded
+    verbose, in_session = arguments.verbose, _in_ray()
+    # Ray's logs come between the lines, and would be rewritten with them.
+    with Lines(rewriting=False if verbose else None) as lines:
+        print(f"cuvis-dist {version('cuvis-dist')}: {shlex.join(argv)}", file=lines.stream)
+        try:
+            _quiet(verbose, lines)
+            return arguments.command(arguments, lines)
+        except CuvisDistError as error:
+            lines.settle()
+            print(f"cuvis-dist: {error}", file=lines.stream)
+            return error.exit_code
+        except KeyboardInterrupt:
+            lines.settle()
+            print("cuvis-dist: interrupted", file=lines.stream)
+            return INTERRUPTED
+        except Exception as error:
+            if verbose:
+                raise
+            lines.settle()
+            print(f"cuvis-dist: {one_line(error)} (-v shows where)", file=lines.stream)
+            return 1
+        finally:
+            if not in_session:
+                _leave_ray(lines)
+
+
+def _in_ray() -> bool:
+    ray = sys.modules.get("ray")  # not loaded for this question
+    return ray is not None and ray.is_initialized()
+
+
+def _leave_ray(lines: Lines) -> None:
+    """Stop the Ray that the command started, or leave the one it joined; else Python's end does."""
+    if _in_ray():
+        lines.wait("leaving Ray")
+        sys.modules["ray"].shutdown()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cuvis-dist", description="Two-phase training of cuvis.ai pipelines on a Ray cluster."
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"cuvis-dist {version('cuvis-dist')}"
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -236,54 +278,64 @@ def _add_verbose(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _quiet(verbose: bool) -> None:
+def _quiet(verbose: bool, lines: Lines) -> None:
     """Leave the terminal to progress lines and results unless logs are asked for."""
     import logging
     import warnings
 
     from loguru import logger
 
+    level = "DEBUG" if verbose else "WARNING"
     logger.remove()
-    logger.add(sys.stderr, level="DEBUG" if verbose else "WARNING")
+    logger.add(
+        lines.log,
+        level=0,
+        colorize=lines.stream.isatty(),
+        filter=lambda record: bool(
+            record["extra"].get("waiting") or record["level"].no >= logger.level(level).no
+        ),
+    )
     if not verbose:
         for name in ("ray", "pytorch_lightning", "lightning_fabric"):
             logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore")
 
 
-def _trainrun(arguments: argparse.Namespace, saved: str | None = None) -> TrainRun:
+def _trainrun(arguments: argparse.Namespace, lines: Lines, saved: str | None = None) -> TrainRun:
+    lines.wait("loading cuvis.ai")
     from cuvis_dist.runs.trainrun import load_trainrun
 
-    return load_trainrun(
+    lines.wait(f"reading {arguments.trainrun}")
+    trainrun = load_trainrun(
         arguments.trainrun, arguments.override, arguments.plugins_dir, arguments.output_dir, saved
     )
+    lines.wait("setting up the data")
+    return trainrun
 
 
 def _scaling(arguments: argparse.Namespace) -> Scaling:
     from cuvis_dist.scaling import Scaling
 
-    short = {
-        f"{part}.{name}": getattr(arguments, name, None)
-        for part, names in Scaling.known().items()
-        for name in names
-    }
-    given = [f"{name}={value}" for name, value in short.items() if value is not None]
-    return Scaling.load(arguments.scaling, [*arguments.settings, *given])
+    options = {setting: getattr(arguments, option) for option, setting in _SHORT.items()}
+    given = {setting: value for setting, value in options.items() if value is not None}
+    return Scaling.load(arguments.scaling, arguments.settings, given)
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    trainrun = _trainrun(arguments)
+def _run(arguments: argparse.Namespace, lines: Lines) -> int:
+    scaling = _scaling(arguments)
+    trainrun = _trainrun(arguments, lines)
     if arguments.dry_run:
-        return _dry_run(trainrun, _scaling(arguments))
-    _run_and_print(arguments, trainrun)
+        return _dry_run(trainrun, scaling, lines)
+    _run_and_print(arguments, trainrun, scaling, lines)
     return 0
 
 
-def _init(arguments: argparse.Namespace) -> int:
-    trainrun = _trainrun(arguments).initialization_only()
+def _init(arguments: argparse.Namespace, lines: Lines) -> int:
+    scaling = _scaling(arguments)
+    trainrun = _trainrun(arguments, lines).initialization_only()
     if arguments.dry_run:
-        return _dry_run(trainrun, _scaling(arguments))
-    record = _run_and_print(arguments, trainrun)
+        return _dry_run(trainrun, scaling, lines)
+    record = _run_and_print(arguments, trainrun, scaling, lines)
     if not record.passes:
         print("nothing to fit: the pipeline has no statistical node")
     elif not record.findings:
@@ -291,24 +343,28 @@ def _init(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _train(arguments: argparse.Namespace) -> int:
-    trainrun = _trainrun(arguments).training_only(arguments.pipeline)
+def _train(arguments: argparse.Namespace, lines: Lines) -> int:
+    scaling = _scaling(arguments)
+    trainrun = _trainrun(arguments, lines).training_only(arguments.pipeline)
     if arguments.dry_run:
-        return _dry_run(trainrun, _scaling(arguments))
-    _run_and_print(arguments, trainrun)
+        return _dry_run(trainrun, scaling, lines)
+    _run_and_print(arguments, trainrun, scaling, lines)
     return 0
 
 
-def _evaluate(arguments: argparse.Namespace) -> int:
+def _evaluate(arguments: argparse.Namespace, lines: Lines) -> int:
+    scaling = _scaling(arguments)
+    trainrun = _trainrun(arguments, lines, arguments.pipeline)
     from cuvis_dist.archive import open_archive
     from cuvis_dist.runs.evaluate import evaluate_saved
     from cuvis_dist.runs.progress import ProgressLines
 
-    trainrun, scaling = _trainrun(arguments, arguments.pipeline), _scaling(arguments)
+    split = arguments.split
     if arguments.dry_run:
-        frames = len(open_archive(trainrun.datamodule(scaling, fitting=False), arguments.split))
+        frames = len(open_archive(trainrun.datamodule(scaling, fitting=False), split))
+        lines.settle()
         print(f"pipeline {trainrun.config.pipeline}")
-        print(f"frames   {frames} of {arguments.split}")
+        print(f"frames   {frames} of {split}")
         on_gpus = bool(scaling.resources.train_gpus)
         _print_workers(
             scaling,
@@ -317,22 +373,26 @@ def _evaluate(arguments: argparse.Namespace) -> int:
         )
         return 0
     record = evaluate_saved(
-        trainrun, arguments.split, scaling, ProgressLines(), verbose=arguments.verbose
+        trainrun, split, scaling, ProgressLines(lines), verbose=arguments.verbose
     )
-    for name, value in record.values["metrics"][arguments.split].items():
-        print(f"{arguments.split:5} {name} {value:.4f}")
-    print(f"result   {record.output.at('result.json')}")
+    lines.settle()
+    assert record.metrics is not None
+    for name, value in record.metrics[split].items():
+        print(f"{split:5} {name} {value:.4f}")
+    print(f"result   {record.output.at(record.file)}")
     return 0
 
 
-def _score(arguments: argparse.Namespace) -> int:
+def _score(arguments: argparse.Namespace, lines: Lines) -> int:
+    scaling = _scaling(arguments)
+    trainrun = _trainrun(arguments, lines, arguments.pipeline)
     from cuvis_dist.runs.progress import ProgressLines
-    from cuvis_dist.scoring import plan_scores, score_archive
+    from cuvis_dist.runs.score import Scoring
 
-    trainrun, scaling = _trainrun(arguments, arguments.pipeline), _scaling(arguments)
-    what = arguments.split, arguments.outputs
+    scoring = Scoring(trainrun, arguments.split, arguments.outputs, scaling)
     if arguments.dry_run:
-        plan = plan_scores(trainrun, *what, scaling, arguments.restart)
+        plan = scoring.plan(arguments.restart)
+        lines.settle()
         print(f"pipeline {trainrun.config.pipeline}")
         done = len(plan.files) - len(plan.todo)
         print(f"frames   {len(plan.files)} of {arguments.split}, {done} of them scored before")
@@ -340,14 +400,12 @@ def _score(arguments: argparse.Namespace) -> int:
         _print_workers(scaling, scaling.resources.workers, scaling.measuring.gpus)
         print(f"result   {plan.folder.at(plan.files[0])}, ...")
         return 0
-    record = score_archive(
-        trainrun, *what, scaling, ProgressLines().scored, arguments.verbose, arguments.restart
-    )
-    values = record.values
-    print(f"frames   {values['frames']}: {values['written']} written, {values['there']} before")
-    for reason in values["skipped"].values():
+    record = scoring.run(ProgressLines(lines).scored, arguments.verbose, arguments.restart)
+    lines.settle()
+    print(f"frames   {record.frames}: {record.written} written, {record.there} before")
+    for reason in (record.skipped or {}).values():
         print(f"skipped  {reason}")
-    print(f"scores   {values['scores']}")
+    print(f"scores   {record.scores}")
     return 0
 
 
@@ -357,31 +415,36 @@ def _print_workers(scaling: Scaling, workers: int | None, gpus: float) -> None:
     print(f"workers  {workers or 'one per CPU of the cluster'}, {each}")
 
 
-def _run_and_print(arguments: argparse.Namespace, trainrun: TrainRun) -> RunRecord:
+def _run_and_print(
+    arguments: argparse.Namespace, trainrun: TrainRun, scaling: Scaling, lines: Lines
+) -> RunRecord:
+    lines.wait("loading Ray")
     from cuvis_dist.runs.progress import ProgressLines
     from cuvis_dist.runs.two_phase import run_trainrun
 
     record = run_trainrun(
-        trainrun, _scaling(arguments), ProgressLines(), arguments.verbose, arguments.restart
+        trainrun, scaling, ProgressLines(lines), arguments.verbose, arguments.restart
     )
+    lines.settle()
     for split, metrics in record.metrics.items():
         for name, value in metrics.items():
             print(f"{split:5} {name} {value:.4f}")
     print(f"pipeline {record.pipeline}")
-    print(f"record   {record.output.at('run.json')}")
+    print(f"record   {record.output.at(record.file)}")
     for finding in record.findings:
         print(f"warning: {finding}")
     return record
 
 
-def _dry_run(trainrun: TrainRun, scaling: Scaling) -> int:
+def _dry_run(trainrun: TrainRun, scaling: Scaling, lines: Lines) -> int:
     each = f"{scaling.resources.cpus_per_worker:g} CPUs each"
     if trainrun.weights is None:
-        _print_plan(trainrun, scaling)
+        _print_plan(trainrun, scaling, lines)
         print(
             f"phase 1  {scaling.resources.workers or 'one per CPU of the cluster'} workers, {each}"
         )
     else:
+        lines.settle()
         print(f"phase 1  none: its result is that of {trainrun.weights}")
     if trainrun.config.training is None:
         print("phase 2  none: phase 1 alone")
@@ -396,11 +459,12 @@ def _dry_run(trainrun: TrainRun, scaling: Scaling) -> int:
     return 0
 
 
-def _info(arguments: argparse.Namespace) -> int:
-    from cuvis_dist.runs.trainrun import describe
+def _info(arguments: argparse.Namespace, lines: Lines) -> int:
+    trainrun = _trainrun(arguments, lines)
+    from cuvis_dist.runs.description import describe
 
-    trainrun = _trainrun(arguments)
     info = describe(trainrun)
+    lines.settle()
     print(f"trainrun {trainrun.config.name}: {trainrun.path}")
     print(f"pipeline {trainrun.pipeline.name}")
     width = max(len(name) for name, _, _ in info["nodes"])
@@ -412,16 +476,22 @@ def _info(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(arguments: argparse.Namespace) -> int:
+def _plan(arguments: argparse.Namespace, lines: Lines) -> int:
     scaling = _scaling(arguments)
-    _print_plan(_trainrun(arguments), scaling, arguments.calibrate)
+    _print_plan(_trainrun(arguments, lines), scaling, lines, arguments.calibrate)
     return 0
 
 
-def _print_plan(trainrun: TrainRun, scaling: Scaling, calibrate: bool = False) -> None:
+def _print_plan(
+    trainrun: TrainRun, scaling: Scaling, lines: Lines, calibrate: bool = False
+) -> None:
     from cuvis_dist.initialization import preview
 
-    plan = preview(trainrun.pipeline, trainrun.datamodule(scaling), scaling, calibrate)
+    datamodule = trainrun.datamodule(scaling)
+    if calibrate:
+        lines.wait("trying each pass on a few frames")
+    plan = preview(trainrun.pipeline, datamodule, scaling, calibrate)
+    lines.settle()
     frame, frames = plan.frame_bytes, plan.frames
     print(f"{frames} frames in {plan.shards} shards, {frame / 1e6:.1f} MB a frame")
     for number, cost in enumerate(plan.costs, 1):
@@ -440,7 +510,7 @@ def _print_plan(trainrun: TrainRun, scaling: Scaling, calibrate: bool = False) -
         print("nothing to fit: the pipeline has no statistical node")
 
 
-def _submit(arguments: argparse.Namespace) -> int:
+def _submit(arguments: argparse.Namespace, lines: Lines) -> int:
     from cuvis_dist.runs.submission import Submission, submit
 
     command = arguments.job[arguments.job[:1] == ["--"] :]
@@ -455,7 +525,12 @@ def _submit(arguments: argparse.Namespace) -> int:
     options = {"address": arguments.address} if arguments.address else {}
     submission = Submission(command, working_dir=arguments.working_dir, **options)
     print(submission.as_ray_command(), flush=True)
-    return submit(submission, follow=not arguments.no_follow)
+
+    def show(text: str) -> None:
+        lines.settle()
+        print(text, end="", flush=True)
+
+    return submit(submission, not arguments.no_follow, show)
 
 
 def _check_uploaded(path: Path, working_dir: Path | None) -> None:
@@ -479,18 +554,20 @@ def _demo_defaults() -> dict[str, int]:
     return asdict(DemoSettings())
 
 
-def _demo(arguments: argparse.Namespace) -> int:
+def _demo(arguments: argparse.Namespace, lines: Lines) -> int:
     from cuvis_dist.demo import DemoSettings, write_demo
 
     settings = DemoSettings(**{name: getattr(arguments, name) for name in _demo_defaults()})
+    lines.wait(f"writing an archive to {arguments.folder}")
     trainrun = write_demo(arguments.folder, settings)
+    lines.settle()
     size = f"{settings.height} x {settings.width} x {settings.bands}"
     print(f"archive  {settings.frames} frames of {size} in {trainrun.parent / 'archive'}")
     print(f"trainrun {trainrun}")
     for name in ("plugins_dir", "override"):
         setattr(arguments, name, [])
     arguments.trainrun, arguments.output_dir, arguments.dry_run = trainrun, None, False
-    return _run(arguments)
+    return _run(arguments, lines)
 
 
 if __name__ == "__main__":

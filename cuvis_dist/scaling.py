@@ -158,8 +158,13 @@ class Scaling(_Settings):
     reading: Reading = Reading()
 
     @classmethod
-    def load(cls, path: str | Path | None = None, settings: Sequence[str] = ()) -> Scaling:
-        """Read a YAML file of the three parts; ``settings`` win over it.
+    def load(
+        cls,
+        path: str | Path | None = None,
+        settings: Sequence[str] = (),
+        given: Mapping[str, Any] | None = None,
+    ) -> Scaling:
+        """Read a YAML file of the three parts; ``settings`` win over it, ``given`` over both.
 
         Parameters
         ----------
@@ -167,6 +172,8 @@ class Scaling(_Settings):
             The scaling file.
         settings : sequence of str
             ``part.name=value`` each, the value as YAML.
+        given : mapping of str to object, optional
+            Values by ``part.name``, taken as they are.
 
         Raises
         ------
@@ -174,31 +181,33 @@ class Scaling(_Settings):
             If the file is missing or is no mapping, or a setting is unknown, misplaced (the
             message says which one is meant), or has a value that does not fit.
         """
-        values: dict[str, Any] = {}
-        where = "scaling" if path is None else f"scaling file {path}"
+        layers: list[tuple[str, Mapping[str, Any]]] = []  # where from, and what
         if path is not None:
             try:
-                values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-            except (OSError, yaml.YAMLError) as error:
-                raise InputError(f"cannot read {where}: {one_line(error)}") from error
-        _refuse_unknown(values, where)
-        for setting in settings:
-            name, equals, text = setting.partition("=")
-            if not equals:
-                raise InputError(f"--set {setting}: settings are given as part.name=value")
-            _refuse_unknown(_nested(name), f"--set {setting}")
-            part, _, name = name.partition(".")
-            try:
-                values[part] = (values.get(part) or {}) | {name: yaml.safe_load(text)}
-            except yaml.YAMLError as error:
-                raise InputError(f"--set {setting}: {one_line(error)}") from error
+                content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+                raise InputError(f"cannot read scaling file {path}: {one_line(error)}") from error
+            layers.append((f"scaling file {path}", {} if content is None else content))
+        layers += [(f"--set {setting}", _parse(setting)) for setting in settings]
+        values: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
+        origins: dict[tuple[str, str], str] = {}
+        for name, value in (given or {}).items():
+            part, _, last = name.partition(".")
+            layers.append(("", {part: {last: value}}))
+        for where, layer in layers:
+            _refuse_unknown(layer, where)
+            for part, names in layer.items():
+                values[part] |= names or {}
+                origins |= {(part, name): where for name in names or {}}
         try:
-            return cls.model_validate({part: given or {} for part, given in values.items()})
+            return cls.model_validate(values)
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()
-            )
-            raise InputError(f"{where}: {problems}") from error
+            problems = []
+            for item in error.errors():
+                part, name = map(str, item["loc"][:2])
+                where = f"{origin}: " if (origin := origins[part, name]) else ""
+                problems.append(f"{where}{part}.{name} is {item['input']!r}: {item['msg']}")
+            raise InputError("; ".join(problems)) from error
 
     @classmethod
     def known(cls) -> dict[str, list[str]]:
@@ -226,9 +235,23 @@ PARTS: dict[str, type[_Settings]] = {
 }
 
 
-def _nested(name: str) -> dict[str, Any]:
-    part, dot, rest = name.partition(".")
-    return {part: {rest: None}} if dot else {part: None}
+def _parse(setting: str) -> dict[str, Any]:
+    """Return ``part.name=value`` as a mapping of one part.
+
+    Raises
+    ------
+    InputError
+        If it is none, or its value is no YAML.
+    """
+    name, equals, text = setting.partition("=")
+    part, dot, last = name.strip().partition(".")
+    if not equals or (part in PARTS and not last):
+        raise InputError(f"--set {setting}: settings are given as part.name=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {setting}: {one_line(error)}") from error
+    return {part: {last: value}} if dot else {part: value}
 
 
 def _refuse_unknown(values: Any, where: str) -> None:
@@ -245,7 +268,7 @@ def _refuse_unknown(values: Any, where: str) -> None:
     problems = []
     for part, settings in values.items():
         if part not in known:
-            problems.append(f"{part} is no part of it{_meant(str(part))}")
+            problems.append(f"{part} is no part of the settings{_meant(str(part))}")
         elif settings is not None and not isinstance(settings, Mapping):
             problems.append(f"{part} is not a mapping of settings: {', '.join(known[part])}")
         else:
@@ -260,13 +283,16 @@ def _refuse_unknown(values: Any, where: str) -> None:
 
 def _meant(name: str) -> str:
     """Return which settings a wrong name may stand for, as the rest of a sentence."""
-    full = [f"{part}.{setting}" for part, names in Scaling.known().items() for setting in names]
+    if name == "output_dir":
+        return ": it belongs to the trainrun, or to --output-dir"
+    by_name: dict[str, list[str]] = {}
+    for part, names in Scaling.known().items():
+        for setting in names:
+            by_name.setdefault(setting, []).append(f"{part}.{setting}")
     last = name.rpartition(".")[2]
-    exact = [setting for setting in full if setting.rpartition(".")[2] == last]
-    if exact:
-        return f": the setting is called {' or '.join(exact)}"
-    by_last = {setting.rpartition(".")[2]: setting for setting in full}
-    close = difflib.get_close_matches(last, [*by_last, *PARTS], n=1)
-    if close:
-        return f": did you mean {by_last.get(close[0], close[0])}?"
-    return f". Known settings: {', '.join(full)}"
+    if last in by_name:
+        return f": the setting is called {' or '.join(by_name[last])}"
+    if close := difflib.get_close_matches(last, [*by_name, *PARTS], n=1, cutoff=0.7):
+        return f": did you mean {' or '.join(by_name.get(close[0], close))}?"
+    known = [setting for settings in by_name.values() for setting in settings]
+    return f". Known settings: {', '.join(known)}"

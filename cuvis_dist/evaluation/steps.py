@@ -45,6 +45,7 @@ from cuvis_dist.execution.worker import on_worker, prepare_worker
 from cuvis_dist.nodes.state import adopt_all
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.staging import fetched_when_opened
+from cuvis_dist.waiting import announce
 
 _POST_FIT_STAGES = (ExecutionStage.INFERENCE, ExecutionStage.VAL, ExecutionStage.TEST)
 
@@ -73,6 +74,7 @@ def post_fit(
         cpus, gpus = scaling.resources.cpus_per_worker, scaling.resources.train_gpus
     else:  # it mostly waits for the workers, and leaves them the CPUs and GPUs
         cpus, gpus = 0.0, 0.0
+    announce("waiting for a worker to calibrate and evaluate")
     result, fitted = on_worker(
         _post_fit,
         pipeline,
@@ -117,6 +119,7 @@ def evaluate(
         all.
     """
     connect(scaling)
+    announce(f"waiting for workers to evaluate {stage.value}")
     if reason := why_one_worker(pipeline, metric_nodes, [stage]):
         logger.info(f"{stage.value} is evaluated on one worker: {reason}")
         return on_worker(

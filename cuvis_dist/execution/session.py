@@ -18,6 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cuvis_dist.errors import ClusterError, one_line
 from cuvis_dist.scaling import Scaling
+from cuvis_dist.waiting import announce
 
 
 def connect(scaling: Scaling, verbose: bool = False) -> bool:
@@ -51,6 +52,7 @@ def connect(scaling: Scaling, verbose: bool = False) -> bool:
             "include_dashboard": False,
             "num_cpus": max(os.cpu_count() or 1, cpus_wanted(scaling)),
         }
+    announce(f"joining the Ray cluster at {address}" if address else "starting Ray here")
     try:
         ray.init(**options)
     except Exception as error:

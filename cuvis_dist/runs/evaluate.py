@@ -11,8 +11,8 @@ from loguru import logger
 
 from cuvis_dist.errors import InputError
 from cuvis_dist.evaluation import evaluate
-from cuvis_dist.execution.session import connect, require_resources, terminable
-from cuvis_dist.runs.record import JobRecord, now, recorded
+from cuvis_dist.runs.job import job
+from cuvis_dist.runs.record import EvaluateRecord
 from cuvis_dist.runs.trainrun import TrainRun
 from cuvis_dist.scaling import Scaling
 
@@ -23,7 +23,7 @@ def evaluate_saved(
     scaling: Scaling | None = None,
     emit: EmitFn | None = None,
     verbose: bool = False,
-) -> JobRecord:
+) -> EvaluateRecord:
     """Evaluate a saved pipeline on ``val`` or ``test``; nothing is fitted or calibrated.
 
     Parameters
@@ -36,9 +36,8 @@ def evaluate_saved(
 
     Returns
     -------
-    JobRecord
-        As in ``<output_dir>/result.json``: ``frames``, and ``metrics`` keyed by split and
-        ``<node>/<metric>``.
+    EvaluateRecord
+        As in ``<output_dir>/result.json``.
 
     Raises
     ------
@@ -47,17 +46,16 @@ def evaluate_saved(
     """
     scaling, started = scaling or Scaling(), time.perf_counter()
     pipeline = trainrun.pipeline
-    values = {"pipeline": trainrun.config.pipeline, "split": split}
-    record = JobRecord("evaluate", trainrun.output, values)
-    record.begin()
-    with recorded(record), terminable():
+    record = EvaluateRecord(
+        output_dir=str(trainrun.output), pipeline=str(trainrun.config.pipeline), split=split
+    )
+    with job(record, scaling, verbose) as entered:
+        entered.begin()
         nodes = trainrun.metric_nodes or default_metric_nodes(pipeline)
         if not nodes:
             raise InputError(f"the pipeline {pipeline.name} has no metric node: nothing to report")
         datamodule = trainrun.datamodule(scaling, fitting=False)
-        with terminable():  # Ray sets a handler of its own
-            connect(scaling, verbose)
-            require_resources(scaling, training=scaling.resources.train_gpus > 0)
+        entered.connect(training=scaling.resources.train_gpus > 0)
         summary = evaluate(
             pipeline,
             datamodule,
@@ -67,8 +65,7 @@ def evaluate_saved(
             scaling=scaling,
         )
         logger.info(f"evaluated {summary.frames} frames of {split}")
-        record.values |= {"frames": summary.frames, "metrics": {split: summary.metrics}}
-        record.values["seconds"] = round(time.perf_counter() - started, 3)
-        record.status, record.exit_code, record.finished = "done", 0, now()
-        record.write()
+        record.frames, record.metrics = summary.frames, {split: dict(summary.metrics)}
+        record.seconds = round(time.perf_counter() - started, 3)
+        entered.done()
     return record

@@ -1,4 +1,4 @@
-"""What does a run leave behind? The saved pipeline and the run's record, never half-written."""
+"""What does a job leave behind? A record of itself and the saved pipeline, never half-written."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
-from loguru import logger
 
-from cuvis_dist.errors import INTERRUPTED, CuvisDistError, one_line
-from cuvis_dist.execution.failures import out_of_space
 from cuvis_dist.initialization import Finding, PassRecord
 from cuvis_dist.storage import Location, OutputFolder, temporary_folder, writing_to
 
+#: What every job leaves once it has ended.
+RESULT = "result.json"
 _PACKAGES = (
     "cuvis-dist",
     "cuvis-ai",
@@ -35,20 +35,98 @@ _PACKAGES = (
 )
 
 
-@dataclass
-class RunRecord:
-    """What ``run.json`` says.
+@dataclass(kw_only=True)
+class JobRecord:
+    """What every job leaves in its output folder: how it ended, and what it found out.
+
+    ``result.json`` is there once the job has ended, and says what whoever submitted it asks first:
+    the fields below, and those of the job's own record that are known. A record that has more to
+    say writes it to a file of its own, from the beginning on.
 
     Attributes
     ----------
     job : str
-        ``run``, ``init`` or ``train``.
-    weights : str or None
-        The saved state that ``train`` began with.
+        ``run``, ``init``, ``train``, ``evaluate`` or ``score``.
+    output_dir : str
+        Path or URI of the output folder.
     status : str
         ``running``, ``done``, ``failed`` or ``interrupted``.
     error : str or None
-        The message that the run ended with.
+        The message that the job ended with.
+    exit_code : int or None
+        The command's exit code; None while it runs.
+    started, finished : str
+        UTC, to the second, as ISO 8601; ``finished`` is None while the job runs.
+    """
+
+    #: Name of the file that says most.
+    file: ClassVar[str] = RESULT
+
+    job: str
+    output_dir: str
+    status: str = "running"
+    error: str | None = None
+    exit_code: int | None = None
+    started: str = field(default_factory=lambda: now())
+    finished: str | None = None
+
+    @property
+    def output(self) -> OutputFolder:
+        """The folder that the record lies in."""
+        return OutputFolder(self.output_dir)
+
+    def result(self) -> dict[str, Any]:
+        """Return what ``result.json`` says."""
+        shared = {item.name for item in fields(JobRecord)}
+        own = {
+            item.name: value
+            for item in fields(self)
+            if item.name not in shared and (value := getattr(self, item.name)) is not None
+        }
+        return self._ending() | own | {"started": self.started, "finished": self.finished}
+
+    def _ending(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("job", "status", "exit_code", "error")}
+
+    def write(self) -> None:
+        """Write what is known to the output folder.
+
+        While the job runs, the ``result.json`` of an earlier one goes away: where there is one,
+        the last job has ended.
+
+        Raises
+        ------
+        InputError, ClusterError
+            If it cannot be written.
+        """
+        if self.file != RESULT:
+            self._write(self.file, asdict(self))
+        if self.finished is None:
+            self.output.remove(RESULT)
+        else:
+            self._write(RESULT, self.result())
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        text = json.dumps(content, indent=2, default=_as_json) + "\n"
+        self.output.write(name, text.encode())
+
+
+@dataclass(kw_only=True)
+class RunRecord(JobRecord):
+    """What ``run``, ``init`` and ``train`` leave in ``run.json``.
+
+    Attributes
+    ----------
+    trainrun, name : str
+        Path of the trainrun, and what it is called in it.
+    weights : str or None
+        The saved state that ``train`` began with.
+    pipeline : str
+        Where the result was saved.
+    scaling : dict
+        The settings, by part.
+    versions : dict of str to str
+        Packages that the result depends on.
     passes : list of PassRecord
         Phase 1, pass by pass: nodes, statistics, pixels, frames and bytes read, seconds.
     initialized : str
@@ -62,25 +140,21 @@ class RunRecord:
     checkpoint, calibration : dict or None
         Upstream's records of the post-fit steps.
     metrics : dict
-        Per stage (``val``, ``test``; ``phase 1 test`` before training) the metrics, keyed
-        ``<node>/<metric>``.
+        Per stage (``val``, ``test``) the metrics, keyed ``<node>/<metric>``.
     seconds : dict
         Wall-clock time per phase.
     """
 
+    file: ClassVar[str] = "run.json"
+
     trainrun: str
     name: str
-    output_dir: str
-    job: str = "run"
     weights: str | None = None
     pipeline: str = ""
     scaling: dict[str, Any] = field(default_factory=dict)
-    status: str = "running"
-    error: str | None = None
-    exit_code: int | None = None
-    started: str = ""
-    finished: str | None = None
-    versions: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(
+        default_factory=lambda: {name: version(name) for name in _PACKAGES}
+    )
     passes: list[PassRecord] = field(default_factory=list)
     initialized: str = ""
     skipped_frames: dict[str, str] = field(default_factory=dict)
@@ -91,29 +165,14 @@ class RunRecord:
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.started = self.started or now()
-        self.versions = self.versions or {name: version(name) for name in _PACKAGES}
-
-    @property
-    def output(self) -> OutputFolder:
-        """The folder that the record lies in."""
-        return OutputFolder(self.output_dir)
-
-    def write(self) -> Location:
-        """Write ``<output_dir>/run.json`` and return its path or URI.
-
-        Once the run has ended, :meth:`result` goes beside it as ``result.json``; before, that of
-        an earlier run goes away: where there is one, this run has ended.
-        """
-        content = json.dumps(asdict(self), indent=2, default=_as_json) + "\n"
-        path = self.output.write("run.json", content.encode())
-        if self.finished is None:
-            self.output.remove("result.json")
-        else:
-            content = json.dumps(self.result(), indent=2) + "\n"
-            self.output.write("result.json", content.encode())
-        return path
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Note the wall-clock time of a phase, however it ends."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = round(time.perf_counter() - started, 3)
 
     @classmethod
     def load(cls, output_dir: Location) -> RunRecord:
@@ -126,83 +185,73 @@ class RunRecord:
         ClusterError
             If the store does not answer.
         """
-        values = json.loads(OutputFolder(output_dir).read("run.json"))
+        values = json.loads(OutputFolder(output_dir).read(cls.file))
         values["findings"] = [Finding(**finding) for finding in values["findings"]]
         return cls(**values)
 
     def result(self) -> dict[str, Any]:
-        """Return what whoever submitted the run asks first; the rest is in ``run.json``."""
-        return {
-            "job": self.job,
-            "status": self.status,
-            "exit_code": self.exit_code,
-            "error": self.error,
+        """Return the ending, the pipeline and its metrics; the rest is in ``run.json``."""
+        return self._ending() | {
             "pipeline": self.pipeline or None,
             "metrics": self.metrics,
-            "run": str(self.output.at("run.json")),
+            "run": str(self.output.at(self.file)),
         }
 
 
-@contextmanager
-def recorded(record: RunRecord | JobRecord) -> Iterator[None]:
-    """Write down how the job ended, if it did not end well."""
-    try:
-        yield
-    except BaseException as error:
-        if full := out_of_space(error):
-            error = full
-        # Ray ends a driver by SystemExit, both on SIGTERM and on Ctrl-C while it trains.
-        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-        record.status = "interrupted" if stopped else "failed"
-        record.exit_code = INTERRUPTED if stopped else getattr(error, "exit_code", 1)
-        record.error = None if stopped else one_line(error)
-        record.finished = now()
-        try:
-            record.write()
-        except CuvisDistError as second:
-            logger.warning(f"run.json could not be written: {second}")
-        if stopped:
-            logger.warning("interrupted; the same command goes on from here")
-            raise KeyboardInterrupt from error
-        raise error
-
-
-@dataclass
-class JobRecord:
-    """What ``result.json`` says about a job that uses a saved pipeline.
+@dataclass(kw_only=True)
+class EvaluateRecord(JobRecord):
+    """What ``evaluate`` finds out; None where it did not come so far.
 
     Attributes
     ----------
-    job : str
-        ``evaluate`` or ``score``.
-    output : OutputFolder
-        Where it goes.
-    values : dict
-        What the job found out, besides how it ended.
-    status, error, exit_code, started, finished
-        As in :class:`RunRecord`.
+    pipeline, split : str
+        Which saved pipeline was evaluated on what.
+    frames : int
+        How many frames the split has.
+    metrics : dict
+        The metrics, keyed by split and ``<node>/<metric>``.
+    seconds : float
+        Wall-clock time of the job.
     """
 
-    job: str
-    output: OutputFolder
-    values: dict[str, Any] = field(default_factory=dict)
-    status: str = "running"
-    error: str | None = None
-    exit_code: int | None = None
-    started: str = field(default_factory=lambda: now())
-    finished: str | None = None
+    job: str = "evaluate"
+    pipeline: str
+    split: str
+    frames: int | None = None
+    metrics: dict[str, dict[str, float]] | None = None
+    seconds: float | None = None
 
-    def begin(self) -> None:
-        """Remove an earlier ``result.json``: where there is one, the job has ended."""
-        self.output.probe()
-        self.output.remove("result.json")
 
-    def write(self) -> None:
-        """Write ``<output_dir>/result.json``."""
-        ending = {name: getattr(self, name) for name in ("job", "status", "exit_code", "error")}
-        times = {"started": self.started, "finished": self.finished}
-        content = json.dumps(ending | self.values | times, indent=2, default=_as_json) + "\n"
-        self.output.write("result.json", content.encode())
+@dataclass(kw_only=True)
+class ScoreRecord(JobRecord):
+    """What ``score`` finds out; None where it did not come so far.
+
+    Attributes
+    ----------
+    pipeline, split : str
+        Which saved pipeline scored what.
+    scores : str
+        Path or URI of the folder of score maps.
+    outputs : list of str
+        What each file holds, as ``<node>.<port>``.
+    frames, there, written : int
+        Frames listed; those whose file was there before; those that were written.
+    skipped : dict of str to str
+        Frames that could not be used, by uid, each with its reason.
+    seconds : float
+        Wall-clock time of the job.
+    """
+
+    job: str = "score"
+    pipeline: str
+    split: str
+    scores: str | None = None
+    outputs: list[str] | None = None
+    frames: int | None = None
+    there: int | None = None
+    written: int | None = None
+    skipped: dict[str, str] | None = None
+    seconds: float | None = None
 
 
 def now() -> str:

@@ -9,12 +9,7 @@ fingerprint starts anew. How many workers there are is no part of it.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
@@ -25,48 +20,12 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from ray import cloudpickle
 
 from cuvis_dist.archive import open_split
-from cuvis_dist.errors import CuvisDistError, InputError, one_line
+from cuvis_dist.errors import CuvisDistError, one_line
 from cuvis_dist.hashing import hash_settings
 from cuvis_dist.initialization.kept import PASSES
 from cuvis_dist.runs.record import RunRecord
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.storage import Location, OutputFolder, writing_to
-
-#: File in a run's folder that the run's process holds.
-LOCK = ".lock"
-
-
-@contextmanager
-def only_run(output: OutputFolder) -> Iterator[None]:
-    """Keep a second run out of a local output folder for as long as the block lasts.
-
-    The lock is the process's: it is gone when that dies, however it does. Stores at URIs have no
-    such lock.
-
-    Raises
-    ------
-    InputError
-        If another run has the folder, with its process and host.
-    """
-    if output.local is None:
-        yield
-        return
-    with writing_to(output.local):
-        output.local.mkdir(parents=True, exist_ok=True)
-        file = open(output.local / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise InputError(
-                f"another run is writing to {output} ({file.read().strip()}): wait until it "
-                "has ended, stop it, or give this one another --output-dir"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
+from cuvis_dist.storage import Location, OutputFolder
 
 
 def fingerprint(

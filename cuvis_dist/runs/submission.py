@@ -12,12 +12,13 @@ import os
 import secrets
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cuvis_dist.errors import INTERRUPTED, ClusterError, InputError, one_line
+from cuvis_dist.waiting import announce
 
 #: Where a head node on this machine, or a port forwarded to one, answers.
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -80,10 +81,23 @@ class Submission:
         return f"{shlex.join([*words, '--'])} {self.entrypoint}"
 
 
-def submit(submission: Submission, follow: bool = True) -> int:
+def submit(
+    submission: Submission,
+    follow: bool = True,
+    show: Callable[[str], object] = lambda text: print(text, end="", flush=True),
+) -> int:
     """Submit a job, print its log as it comes, and return its exit code.
 
     Ctrl-C stops following, not the job.
+
+    Parameters
+    ----------
+    submission : Submission
+        What to submit, and where.
+    follow : bool
+        Wait for the job to end.
+    show : callable
+        Where the job's log goes, and what there is to say about it; printed by default.
 
     Returns
     -------
@@ -95,6 +109,7 @@ def submit(submission: Submission, follow: bool = True) -> int:
     ClusterError
         If the cluster is not reached, refuses the token or lost the job.
     """
+    announce(f"submitting to {submission.address}")
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     try:
@@ -112,16 +127,17 @@ def submit(submission: Submission, follow: bool = True) -> int:
         ) from error
     job, to = submission.submission_id, f"--address {submission.address}"
     if not follow:
-        print(f"submitted {job}; follow it with: ray job logs {to} --follow {job}")
+        show(f"submitted {job}; follow it with: ray job logs {to} --follow {job}\n")
         return 0
     try:
-        asyncio.run(_print_log(client, job))
+        announce("waiting for the job's log")
+        asyncio.run(_show_log(client, job, show))
         info = client.get_job_info(job)
         while not info.status.is_terminal():  # the log ends a moment before the job
             time.sleep(0.5)
             info = client.get_job_info(job)
     except KeyboardInterrupt:
-        print(f"\n{job} goes on; to stop it: ray job stop {to} {job}")
+        show(f"\n{job} goes on; to stop it: ray job stop {to} {job}\n")
         raise
     except Exception as error:
         raise ClusterError(
@@ -136,6 +152,6 @@ def submit(submission: Submission, follow: bool = True) -> int:
     return code or 0
 
 
-async def _print_log(client: Any, job: str) -> None:
+async def _show_log(client: Any, job: str, show: Callable[[str], object]) -> None:
     async for lines in client.tail_job_logs(job):
-        print(lines, end="", flush=True)
+        show(lines)

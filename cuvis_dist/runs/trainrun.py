@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import Any
 
 import pytorch_lightning as pl
 import yaml
@@ -17,15 +16,13 @@ from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training.config import TrainRunConfig
 from cuvis_ai_core.utils.config_helpers import resolve_config_with_hydra
-from loguru import logger
 from omegaconf import OmegaConf
 from pydantic import ValidationError
 
-from cuvis_dist.archive import open_archive, setup_error
+from cuvis_dist.archive import setup_error
 from cuvis_dist.errors import CuvisDistError, InputError, one_line
 from cuvis_dist.hashing import hash_settings
 from cuvis_dist.nodes import upstream
-from cuvis_dist.nodes.catalogue import recipe_for
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.staging import fetched_when_opened, localize
 from cuvis_dist.storage import Location, OutputFolder, location_of, temporary_folder
@@ -328,35 +325,3 @@ def _check_places(path: Path, config: TrainRunConfig, pipeline: CuvisPipeline) -
                     f"{entry} is a link to {entry.resolve()}, outside of the output folder of "
                     f"trainrun {path}: remove it, or choose another output_dir"
                 )
-
-
-def describe(trainrun: TrainRun) -> dict[str, Any]:
-    """Return what ``cuvis-dist info`` prints: nodes, their roles, frames per split.
-
-    Raises
-    ------
-    InputError
-        If the data module cannot be set up.
-    """
-    datamodule = trainrun.datamodule()
-    nodes = []
-    for node in upstream.topological_order(trainrun.pipeline):
-        roles = []
-        if node.requires_initial_fit:
-            roles.append(f"statistical: {recipe_for(node) or 'streamed'}")
-        for key, role in (
-            ("unfreeze_nodes", "unfrozen"),
-            ("loss_nodes", "loss"),
-            ("metric_nodes", "metric"),
-        ):
-            if node.name in getattr(trainrun.config, key):
-                roles.append(role)
-        nodes.append((node.name, type(node).__name__, roles))
-    frames: dict[str, int | str] = {}
-    for split in ("train", "val", "test"):
-        try:
-            frames[split] = len(open_archive(datamodule, split))
-        except CuvisDistError as error:
-            logger.debug(str(error))
-            frames[split] = "none"
-    return {"nodes": nodes, "frames": frames}

@@ -5,9 +5,7 @@ Everything around them is upstream's; only the two trainers are ours.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -17,15 +15,16 @@ from loguru import logger
 
 from cuvis_dist.errors import DataError
 from cuvis_dist.evaluation import failed_split, post_fit
-from cuvis_dist.execution.session import connect, require_resources, terminable
 from cuvis_dist.hashing import hash_files
 from cuvis_dist.initialization import StatisticalTrainer, statistical_nodes
 from cuvis_dist.nodes.state import adopt_all, hash_state
-from cuvis_dist.runs.record import RunRecord, now, recorded, save_pipeline
-from cuvis_dist.runs.resume import Resume, fingerprint, only_run
+from cuvis_dist.runs.job import Job, job
+from cuvis_dist.runs.record import RunRecord, save_pipeline
+from cuvis_dist.runs.resume import Resume, fingerprint
 from cuvis_dist.runs.trainrun import TrainRun
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.training import GradientTrainer, check_training
+from cuvis_dist.waiting import announce
 
 
 def run_trainrun(
@@ -47,7 +46,8 @@ def run_trainrun(
     Parameters
     ----------
     trainrun : TrainRun
-        From :func:`load_trainrun`.
+        From :func:`load_trainrun`. Its pipeline is fitted and trained; its configuration stays
+        as it is.
     scaling : Scaling, optional
         Workers, and what is measured.
     emit : callable, optional
@@ -66,81 +66,106 @@ def run_trainrun(
         With a message for people; ``run.json`` then says ``failed``, and an earlier saved
         pipeline is still in place.
     """
-    with only_run(trainrun.output):
-        return _run_alone(trainrun, scaling or Scaling(), emit or log_event, verbose, restart)
-
-
-def _run_alone(
-    trainrun: TrainRun, scaling: Scaling, emit: EmitFn, verbose: bool, restart: bool
-) -> RunRecord:
+    scaling = scaling or Scaling()
     record = RunRecord(
-        str(trainrun.path),
-        trainrun.config.name,
-        str(trainrun.output_dir),
         job=trainrun.job,
+        output_dir=str(trainrun.output),
+        trainrun=str(trainrun.path),
+        name=trainrun.config.name,
         weights=str(trainrun.weights) if trainrun.weights else None,
         scaling=scaling.model_dump(mode="json"),
     )
-    trainrun.output.probe()
-    with recorded(record), terminable():
+    with job(record, scaling, verbose, locked=trainrun.output) as entered:
         if trainrun.config.training is not None:
             check_training(trainrun.config.training, scaling)
+        announce("setting up the data")
         datamodule = trainrun.datamodule(scaling)
-        parts = fingerprint(trainrun.config, trainrun.pipeline, datamodule, scaling)
-        parts["job"] = trainrun.job
-        if trainrun.weights is not None:
-            parts["weights"] = hash_files(trainrun.weights)
-        resume = Resume(trainrun.output_dir, parts, restart)
-    if finished := resume.finished():
-        logger.warning(
-            f"this run is done since {finished.finished}, its result is in {finished.pipeline}; "
-            "--restart runs it again"
-        )
-        finished.write()  # result.json is that of the last job in this folder
-        return finished
-    resume.begin()
-    record.write()
-    with recorded(record), terminable():
-        _run(trainrun, datamodule, scaling, record, resume, emit, verbose)
-        record.status, record.exit_code, record.finished = "done", 0, now()
-        record.write()
-    resume.finish()
+        depends_on = _depends_on(trainrun, datamodule, scaling)
+        resume = Resume(trainrun.output_dir, depends_on, restart)
+        if finished := resume.finished():
+            logger.warning(
+                f"this run is done since {finished.finished}, its result is in "
+                f"{finished.pipeline}; --restart runs it again"
+            )
+            entered.record = finished
+            finished.write()  # result.json is that of the last job in this folder
+            return finished
+        resume.begin()
+        entered.begin()
+        _Phases(trainrun, datamodule, entered, resume, emit or log_event).run()
+        entered.done()
+        resume.finish()
     return record
 
 
-def _run(
-    trainrun: TrainRun,
-    datamodule: pl.LightningDataModule,
-    scaling: Scaling,
-    record: RunRecord,
-    resume: Resume,
-    emit: EmitFn,
-    verbose: bool,
-) -> None:
-    pipeline, config = trainrun.pipeline, trainrun.config
-    with _timed(record, "start"), terminable():  # Ray sets a handler of its own
-        connect(scaling, verbose)
-        if config.training is not None:
-            require_resources(scaling)
+def _depends_on(
+    trainrun: TrainRun, datamodule: pl.LightningDataModule, scaling: Scaling
+) -> dict[str, str]:
+    """Return the SHA-256 of all that the result of this job depends on, by name."""
+    parts = fingerprint(trainrun.config, trainrun.pipeline, datamodule, scaling)
+    parts["job"] = trainrun.job
+    if trainrun.weights is not None:
+        parts["weights"] = hash_files(trainrun.weights)
+    return parts
 
-    metric_nodes = trainrun.metric_nodes or None
-    if earlier := resume.load_initialized():
-        logger.warning(f"phase 1 was finished before: its result in {resume.folder} is used")
-        adopt_all(pipeline, earlier["nodes"])
-        record.passes, record.skipped_frames = earlier["passes"], earlier["skipped_frames"]
-        record.findings = earlier["findings"]
-    elif trainrun.weights is not None:
-        logger.info(f"phase 1 is left out: its result is that of {trainrun.weights}")
-    elif statistical_nodes(pipeline):
-        with _timed(record, "initialization"):
-            trainer = StatisticalTrainer(
-                pipeline,
-                datamodule,
-                metric_nodes=metric_nodes,
-                emit=emit,
-                scaling=scaling,
-                output_dir=trainrun.output_dir,
+
+@dataclass(frozen=True)
+class _Phases:
+    """What is left to do of a trainrun, from the first phase to the saved pipeline."""
+
+    trainrun: TrainRun
+    datamodule: pl.LightningDataModule
+    job: Job[RunRecord]
+    resume: Resume
+    emit: EmitFn
+
+    @property
+    def _record(self) -> RunRecord:
+        return self.job.record
+
+    def run(self) -> None:
+        trainrun, record = self.trainrun, self._record
+        pipeline, trains = trainrun.pipeline, trainrun.config.training is not None
+        with record.timed("start"):
+            self.job.connect(training=True if trains else None)
+
+        if earlier := self.resume.load_initialized():
+            logger.warning(
+                f"phase 1 was finished before: its result in {self.resume.folder} is used"
             )
+            adopt_all(pipeline, earlier["nodes"])
+            record.passes, record.skipped_frames = earlier["passes"], earlier["skipped_frames"]
+            record.findings = earlier["findings"]
+        elif trainrun.weights is not None:
+            logger.info(f"phase 1 is left out: its result is that of {trainrun.weights}")
+        elif statistical_nodes(pipeline):
+            self._initialize()
+        record.initialized = hash_state(pipeline.nodes())
+
+        with record.timed("training" if trains else "evaluation"):
+            result = self._train() if trains else self._post_fit()
+        record.checkpoint, record.calibration = result.checkpoint, result.calibration
+        record.metrics |= {
+            split: outcome.metrics
+            for split, outcome in result.evaluations.items()
+            if outcome.metrics
+        }
+        record.pipeline = str(save_pipeline(pipeline, trainrun.output, trainrun.result_name))
+        if failure := failed_split(result):
+            raise DataError(f"the pipeline was saved to {record.pipeline}, but {failure}")
+
+    def _initialize(self) -> None:
+        """Carry out phase 1, and keep its result for a run that goes on from there."""
+        trainrun, record = self.trainrun, self._record
+        trainer = StatisticalTrainer(
+            trainrun.pipeline,
+            self.datamodule,
+            metric_nodes=trainrun.metric_nodes or None,
+            emit=self.emit,
+            scaling=self.job.scaling,
+            output_dir=trainrun.output_dir,
+        )
+        with record.timed("initialization"):
             try:
                 trainer.fit(resume=True)  # what is there is this run's: see Resume
             finally:
@@ -149,75 +174,47 @@ def _run(
                     uid: reason for done in trainer.records for uid, reason in done.skipped.items()
                 }
             record.findings = trainer.diagnose()
-        resume.save_initialized(
-            nodes=list(pipeline.nodes()),
+        self.resume.save_initialized(
+            nodes=list(trainrun.pipeline.nodes()),
             passes=record.passes,
             skipped_frames=record.skipped_frames,
             findings=record.findings,
         )
 
-    record.initialized = hash_state(pipeline.nodes())
+    def _post_fit(self) -> PostFitResult:
+        """Calibrate and evaluate what phase 1 made."""
+        return post_fit(
+            self.trainrun.pipeline,
+            self.datamodule,
+            metric_nodes=self.trainrun.metric_nodes or None,
+            emit=self.emit,
+            scaling=self.job.scaling,
+        )
 
-    if config.training is None:
-        with _timed(record, "evaluation"):
-            result = post_fit(
-                pipeline, datamodule, metric_nodes=metric_nodes, emit=emit, scaling=scaling
-            )
-    else:
-        with _timed(record, "training"):
-            result = _train(trainrun, datamodule, scaling, record, emit)
-    _record_post_fit(record, result)
-
-    record.pipeline = str(save_pipeline(pipeline, trainrun.output, trainrun.result_name))
-    if failure := failed_split(result):
-        raise DataError(f"the pipeline was saved to {record.pipeline}, but {failure}")
-
-
-def _train(
-    trainrun: TrainRun,
-    datamodule: pl.LightningDataModule,
-    scaling: Scaling,
-    record: RunRecord,
-    emit: EmitFn,
-) -> PostFitResult:
-    config, pipeline = trainrun.config, trainrun.pipeline
-    training = config.training
-    assert training is not None
-    if training.callbacks and training.callbacks.checkpoint:
-        local = trainrun.output.local or Path()  # relative ones are meant below a URI
-        training.callbacks.checkpoint.dirpath = str(local / "checkpoints")
-    pipeline.unfreeze_nodes_by_name(config.unfreeze_nodes)
-    trainer = GradientTrainer(
-        pipeline,
-        datamodule,
-        trainrun.loss_nodes,
-        trainrun.metric_nodes,
-        training,
-        callbacks=[
-            PostFitCallback(emit=emit, metric_nodes=trainrun.metric_nodes or None),
-            *create_callbacks_from_config(training.callbacks),
-        ],
-        emit=emit,
-        scaling=scaling,
-        output_dir=trainrun.output_dir,
-    )
-    trainer.fit(resume=True)  # what is there is this run's: see Resume
-    record.epochs = trainer.epochs
-    assert trainer.outcome is not None
-    return trainer.outcome
-
-
-def _record_post_fit(record: RunRecord, result: PostFitResult) -> None:
-    record.checkpoint, record.calibration = result.checkpoint, result.calibration
-    for split, outcome in result.evaluations.items():
-        if outcome.metrics:
-            record.metrics[split] = outcome.metrics
-
-
-@contextmanager
-def _timed(record: RunRecord, phase: str) -> Iterator[None]:
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        record.seconds[phase] = round(time.perf_counter() - started, 3)
+    def _train(self) -> PostFitResult:
+        """Carry out phase 2, which ends with calibration and evaluation."""
+        trainrun, pipeline = self.trainrun, self.trainrun.pipeline
+        assert trainrun.config.training is not None
+        training = trainrun.config.training.model_copy(deep=True)
+        if training.callbacks and training.callbacks.checkpoint:
+            local = trainrun.output.local or Path()  # relative ones are meant below a URI
+            training.callbacks.checkpoint.dirpath = str(local / "checkpoints")
+        pipeline.unfreeze_nodes_by_name(trainrun.config.unfreeze_nodes)
+        trainer = GradientTrainer(
+            pipeline,
+            self.datamodule,
+            trainrun.loss_nodes,
+            trainrun.metric_nodes,
+            training,
+            callbacks=[
+                PostFitCallback(emit=self.emit, metric_nodes=trainrun.metric_nodes or None),
+                *create_callbacks_from_config(training.callbacks),
+            ],
+            emit=self.emit,
+            scaling=self.job.scaling,
+            output_dir=trainrun.output_dir,
+        )
+        trainer.fit(resume=True)  # what is there is this run's: see Resume
+        self._record.epochs = trainer.epochs
+        assert trainer.outcome is not None
+        return trainer.outcome

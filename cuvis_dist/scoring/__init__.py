@@ -1,6 +1,5 @@
-"""How does a saved pipeline score an archive?"""
+"""How does a pipeline score an archive?"""
 
-from cuvis_dist.runs.score import score_archive
-from cuvis_dist.scoring.plan import ScorePlan, plan_scores
+from cuvis_dist.scoring.plan import ScorePlan, plan_scores, ports, scores_folder
 
-__all__ = ["ScorePlan", "plan_scores", "score_archive"]
+__all__ = ["ScorePlan", "plan_scores", "ports", "scores_folder"]

@@ -5,25 +5,22 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_schemas.enums import ExecutionStage, NodeCategory
 
-from cuvis_dist.archive import Archive, open_archive
+from cuvis_dist.archive import Archive
 from cuvis_dist.errors import InputError
-from cuvis_dist.hashing import hash_files, hash_settings
-from cuvis_dist.runs.resume import LOCK
-from cuvis_dist.runs.trainrun import TrainRun
-from cuvis_dist.scaling import Scaling
+from cuvis_dist.hashing import hash_settings
 from cuvis_dist.scoring.naming import file_names
 from cuvis_dist.storage import OutputFolder
 
 #: Ports of these names are written unless others are asked for.
 DEFAULT_PORTS = ("scores", "decisions")
-
-
+#: Files beside the maps: what they are of, and which belongs to which frame.
 FINGERPRINT, INDEX = "fingerprint.json", "frames.csv"
 
 
@@ -59,59 +56,43 @@ class ScorePlan:
 
 
 def plan_scores(
-    trainrun: TrainRun,
-    split: str = "predict",
-    outputs: str | None = None,
-    scaling: Scaling | None = None,
+    archive: Archive,
+    outputs: list[tuple[str, str]],
+    folder: OutputFolder,
+    depends_on: Mapping[str, str],
     restart: bool = False,
 ) -> ScorePlan:
     """Find out what is to be written; reads no frame, and writes nothing.
 
     Parameters
     ----------
-    trainrun : TrainRun
-        From ``load_trainrun(..., saved=...)``.
-    split : str
-        ``train``, ``val``, ``test`` or ``predict``: all frames, unless the splits say otherwise.
-    outputs : str, optional
-        Ports to write, as ``node.port,node.port``; by default see :func:`ports`.
+    archive : Archive
+        The frames to score.
+    outputs : list of tuple of str
+        Node and port of each map, from :func:`ports`.
+    folder : OutputFolder
+        Where the files go, from :func:`scores_folder`.
+    depends_on : mapping of str to str
+        SHA-256 of each further thing that the maps depend on, by name: the pipeline, the data.
     restart : bool
         Count nothing as there.
 
     Raises
     ------
     InputError
-        If the data module cannot be set up, an output does not exist, or the folder holds the
-        scores of something else.
+        If two frames have one uid, or the folder holds the scores of something else.
     """
-    named = ports(trainrun.pipeline, outputs)
-    archive = _each_once(open_archive(trainrun.datamodule(scaling, fitting=False), split))
+    archive = _each_once(archive)
     files = file_names(archive.frames, ".npz", taken=(FINGERPRINT, INDEX))
-    folder = scores_folder(trainrun)
-    data = trainrun.config.data.model_dump(mode="json", include={"data_module", "params"})
-    device = "gpu" if scaling and scaling.measuring.gpus else "cpu"
-    assert trainrun.weights is not None
-    saved = Path(trainrun.config.pipeline)
     fingerprint = {
-        "pipeline": hash_files(saved, trainrun.weights),
-        "data": hash_settings(data),
+        **depends_on,
         "frames": hash_settings([frame.uid for frame in archive.frames]),
-        "outputs": hash_settings(named),
-        "device": hash_settings(device),
+        "outputs": hash_settings(outputs),
     }
-    there = set(folder.names()) - {LOCK}
-    earlier = _earlier(folder) if FINGERPRINT in there else None
+    # A name that begins with a dot is no file of scores: the lock of a job is one.
+    there = {name for name in folder.names() if not name.startswith(".")}
     if there and not restart:
-        if earlier is None:
-            raise InputError(
-                f"{folder} holds files, but does not say of which job; choose another output "
-                "folder, or --restart to replace them"
-            )
-        if differ := sorted(name for name in fingerprint if earlier.get(name) != fingerprint[name]):
-            raise InputError(
-                f"{folder} holds the scores of another {', another '.join(differ)}; choose "
-                "another --output-dir, or --restart to replace them"
-            )
+        _refuse_others(folder, there, fingerprint)
     done: set[str] = set() if restart else there
     ours = re.compile(r".*\.npz" if restart else r"(.*/)?\.[^/]*\.npz\.\d+")  # of lost workers
     refuse_links(folder.local, files)
@@ -119,11 +100,26 @@ def plan_scores(
         folder,
         archive,
         files,
-        named,
+        outputs,
         [i for i, file in enumerate(files) if file not in done],
         [file for file in sorted(there) if file == INDEX or ours.fullmatch(file)],
         fingerprint,
     )
+
+
+def _refuse_others(folder: OutputFolder, there: set[str], fingerprint: dict[str, str]) -> None:
+    """Raise InputError unless what is there are scores of the same things."""
+    earlier = _earlier(folder) if FINGERPRINT in there else None
+    if earlier is None:
+        raise InputError(
+            f"{folder} holds files, but does not say of which job; choose another output "
+            "folder, or --restart to replace them"
+        )
+    if differ := sorted(name for name in fingerprint if earlier.get(name) != fingerprint[name]):
+        raise InputError(
+            f"{folder} holds the scores of another {', another '.join(differ)}; choose "
+            "another --output-dir, or --restart to replace them"
+        )
 
 
 def ports(pipeline: CuvisPipeline, names: str | None = None) -> list[tuple[str, str]]:
@@ -175,9 +171,9 @@ def _each_once(archive: Archive) -> Archive:
     return archive.only(list(first.values()))
 
 
-def scores_folder(trainrun: TrainRun) -> OutputFolder:
-    """Return ``<output_dir>/scores``; raises InputError if a link stands there."""
-    place = trainrun.output.at("scores")
+def scores_folder(output: OutputFolder) -> OutputFolder:
+    """Return ``scores`` in an output folder; raises InputError if a link stands there."""
+    place = output.at("scores")
     if isinstance(place, Path):
         refuse_links(place, [])
     return OutputFolder(place)

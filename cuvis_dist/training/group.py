@@ -63,6 +63,13 @@ def _scaling_config(scaling: Scaling) -> ScalingConfig:
     )
 
 
+def workers_in_words(scaling: Scaling) -> str:
+    """Return how many training workers there will be, such as ``1 to 3 training workers``."""
+    least, most = scaling.resources.least_train_workers, scaling.resources.train_workers
+    number = f"{most}" if least == most else f"{least} to {most}"
+    return f"{number} training worker{'s' if most > 1 else ''}"
+
+
 @contextmanager
 def folder_for_ray(output: OutputFolder) -> Iterator[Path]:
     """Have a folder for Ray Train as long as the block lasts.

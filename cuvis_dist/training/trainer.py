@@ -36,7 +36,8 @@ from cuvis_dist.storage import Location, OutputFolder, is_uri, mirror_of
 from cuvis_dist.training.assignment import Assignment, Driver, Outcome, TrainerParts
 from cuvis_dist.training.checkpoint import LAST, finished_epochs
 from cuvis_dist.training.configuration import check_training
-from cuvis_dist.training.group import folder_for_ray, run_group, watched
+from cuvis_dist.training.group import folder_for_ray, run_group, watched, workers_in_words
+from cuvis_dist.waiting import announce
 
 
 class GradientTrainer(UpstreamGradientTrainer):
@@ -189,6 +190,7 @@ class GradientTrainer(UpstreamGradientTrainer):
         connect(self.scaling)
         require_resources(self.scaling)
         what = "training" if verb == "fit" else verb
+        announce(f"waiting for {workers_in_words(self.scaling)} to begin {what}")
         parts = self._parts()
         with (
             folder_for_ray(self.output) as storage,

@@ -20,8 +20,9 @@ from cuvis_dist import Scaling
 from cuvis_dist.cli import main
 from cuvis_dist.errors import InputError
 from cuvis_dist.initialization import preview
-from cuvis_dist.runs.resume import only_run
+from cuvis_dist.runs.lock import only_run
 from cuvis_dist.runs.trainrun import load_trainrun
+from cuvis_dist.runs.two_phase import run_trainrun
 from cuvis_dist.storage import OutputFolder
 
 
@@ -90,6 +91,21 @@ def test_both_phases_leave_a_pipeline_that_plain_cuvis_ai_loads(demo, capsys):
     assert set(record["seconds"]) == {"start", "initialization", "training"}
     assert list((results / "checkpoints").glob("*.ckpt"))
     assert [path.name for path in results.rglob(".*")] == [".lock"], "something temporary was left"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_a_run_leaves_the_configuration_of_its_caller_as_it_is(demo):
+    """So that the same trainrun, run again, is known as the same run."""
+    edit(demo, lambda run: run["training"].update(max_epochs=1))
+    trainrun = load_trainrun(demo)
+    assert trainrun.config.training.callbacks.checkpoint is not None
+    before = trainrun.config.model_copy(deep=True)
+    record = run_trainrun(trainrun)
+    assert trainrun.config == before
+    assert list((demo.parent / "results" / "checkpoints").glob("*.ckpt"))
+    again = run_trainrun(load_trainrun(demo))
+    assert again.started == record.started, "it was run again"
 
 
 @pytest.mark.slow

@@ -31,10 +31,10 @@ from torch.utils.data import DataLoader, Dataset
 from cuvis_dist import Scaling
 from cuvis_dist.cli import main
 from cuvis_dist.errors import InputError
+from cuvis_dist.runs.lock import only_run
 from cuvis_dist.runs.record import save_pipeline
-from cuvis_dist.runs.resume import only_run
+from cuvis_dist.runs.score import Scoring
 from cuvis_dist.runs.trainrun import load_trainrun
-from cuvis_dist.scoring import plan_scores, score_archive
 from cuvis_dist.scoring.frames import ScoreShard
 from cuvis_dist.storage import OutputFolder
 
@@ -229,11 +229,10 @@ def test_frames_are_read_once_more_only_where_a_file_is_missing(saved, demo_trai
     module = LabelledModule(tmp_path, fragile=True)
     out = tmp_path / "out"
     trainrun = over(module, scoring_pipeline(), out, saved, demo_trainrun)
-    record = score_archive(
-        trainrun, "test", scaling=Scaling(resources={"workers": 2}, measuring={"shard_frames": 2})
-    )
+    scaling = Scaling(resources={"workers": 2}, measuring={"shard_frames": 2})
+    record = Scoring(trainrun, "test", scaling=scaling).run()
     assert (tmp_path / "died").exists()
-    assert (record.values["written"], record.values["skipped"]) == (12, {})
+    assert (record.written, record.skipped) == (12, {})
     log = tmp_path / "read.log"
     assert sorted(Counter(log.read_text().split()).values())[-2:] in ([1, 2], [2, 2])
 
@@ -247,8 +246,8 @@ def test_frames_are_read_once_more_only_where_a_file_is_missing(saved, demo_trai
         (out / "scores" / "field" / f"{index}.npz").unlink()
     (out / "scores" / "field" / ".4.npz.77").write_bytes(b"what a killed worker left")
     log.write_text("")
-    record = score_archive(trainrun, "test", scaling=Scaling(resources={"workers": 2}))
-    assert (record.values["written"], record.values["there"]) == (3, 9)
+    record = Scoring(trainrun, "test", scaling=Scaling(resources={"workers": 2})).run()
+    assert (record.written, record.there) == (3, 9)
     assert sorted(log.read_text().split()) == ["11", "2", "3"]
     assert not (out / "scores" / "field" / ".4.npz.77").exists()
 
@@ -279,10 +278,9 @@ def test_what_changes_with_every_frame_is_computed_in_order(node, saved, demo_tr
         for index in missing:
             (out / "scores" / "field" / f"{index}.npz").unlink(missing_ok=True)
         trainrun = over(module, pipeline(), out, saved, demo_trainrun)
-        record = score_archive(
-            trainrun, "test", scaling=scaling, on_frames=lambda done, total: seen.append(done)
-        )
-        assert record.values["written"] == len(missing)
+        scoring = Scoring(trainrun, "test", scaling=scaling)
+        record = scoring.run(on_frames=lambda done, total: seen.append(done))
+        assert record.written == len(missing)
         for index in range(12):
             with np.load(out / "scores" / "field" / f"{index}.npz") as maps:
                 for name, value in expected[index].items():
@@ -379,10 +377,10 @@ def test_a_frame_that_is_repeated_is_scored_once_and_two_of_one_uid_are_refused(
         row["index"] //= 2
     module.test_dataloader = lambda: DataLoader(Listed(rows))
     with pytest.raises(InputError, match=r"one uid, field\.cu3s#0: frames/0\.npz and frames/1"):
-        plan_scores(trainrun, "test")
+        Scoring(trainrun, "test").plan()
     for row in rows:
         row["materialized_path"] = f"frames/{row['index']}.npz"
-    assert plan_scores(trainrun, "test").files == [f"field/{i}.npz" for i in range(6)]
+    assert Scoring(trainrun, "test").plan().files == [f"field/{i}.npz" for i in range(6)]
 
 
 @pytest.mark.usefixtures("ray_session")

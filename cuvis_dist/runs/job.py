@@ -1,0 +1,132 @@
+"""What happens around every job, whichever it is? It is locked, recorded, stopped and ended here.
+
+``run``, ``init``, ``train``, ``evaluate`` and ``score`` each enter one :func:`job` and say inside
+it what they do themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from loguru import logger
+
+from cuvis_dist.errors import INTERRUPTED, CuvisDistError, one_line
+from cuvis_dist.execution.failures import out_of_space
+from cuvis_dist.execution.session import connect, require_resources, terminable
+from cuvis_dist.runs.lock import only_run
+from cuvis_dist.runs.record import JobRecord, now
+from cuvis_dist.scaling import Scaling
+from cuvis_dist.storage import OutputFolder
+
+R = TypeVar("R", bound=JobRecord)
+
+
+@dataclass
+class Job(Generic[R]):
+    """A job that goes on.
+
+    Attributes
+    ----------
+    record : JobRecord
+        What it leaves in its output folder, filled in as the job goes on.
+    scaling : Scaling
+        Its settings.
+    verbose : bool
+        Show Ray's logs.
+    """
+
+    record: R
+    scaling: Scaling
+    verbose: bool = False
+
+    def begin(self) -> None:
+        """Make this the last job of its output folder: an earlier ``result.json`` goes."""
+        self.record.write()
+
+    def connect(self, training: bool | None) -> None:
+        """Join or start the Ray cluster, and say when it has not what the workers need.
+
+        Parameters
+        ----------
+        training : bool or None
+            As :func:`~cuvis_dist.execution.session.require_resources` has it; None asks for
+            nothing yet.
+
+        Raises
+        ------
+        ClusterError
+            If the cluster cannot be reached, or one that was started here is too small.
+        """
+        with terminable():  # Ray sets a handler of its own
+            connect(self.scaling, self.verbose)
+            if training is not None:
+                require_resources(self.scaling, training)
+
+    def done(self) -> None:
+        """Write down that the job ended well."""
+        record = self.record
+        record.status, record.exit_code, record.finished = "done", 0, now()
+        record.write()
+
+
+@contextmanager
+def job(
+    record: R, scaling: Scaling, verbose: bool = False, locked: OutputFolder | None = None
+) -> Iterator[Job[R]]:
+    """Enter a job; SIGTERM ends it as Ctrl-C does, and however it ends, its record says so.
+
+    Parameters
+    ----------
+    record : JobRecord
+        Of this job; its output folder must be one that can be written to.
+    scaling : Scaling
+        Its settings.
+    verbose : bool
+        Show Ray's logs.
+    locked : OutputFolder, optional
+        Where no other job may write meanwhile.
+
+    Raises
+    ------
+    InputError
+        If another job has the folder, or it cannot be written to.
+    ClusterError
+        If a store does not answer.
+    KeyboardInterrupt
+        If the job was stopped by either signal.
+    """
+    with only_run(locked) if locked is not None else nullcontext():
+        record.output.probe()
+        entered = Job(record, scaling, verbose)
+        with _recorded(entered), terminable():
+            yield entered
+
+
+@contextmanager
+def _recorded(entered: Job) -> Iterator[None]:
+    """Write down how the job ended, if it did not end well."""
+    try:
+        yield
+    except BaseException as error:
+        if full := out_of_space(error):
+            error = full
+        record = entered.record
+        if record.finished is not None:  # it has its result: what failed is tidying up
+            raise error
+        # Ray ends a driver by SystemExit, both on SIGTERM and on Ctrl-C while it trains.
+        stopped = isinstance(error, KeyboardInterrupt | SystemExit)
+        record.status = "interrupted" if stopped else "failed"
+        record.exit_code = INTERRUPTED if stopped else getattr(error, "exit_code", 1)
+        record.error = None if stopped else one_line(error)
+        record.finished = now()
+        try:
+            record.write()
+        except CuvisDistError as second:
+            logger.warning(f"{record.file} could not be written: {second}")
+        if stopped:
+            logger.warning("interrupted; the same command goes on from here")
+            raise KeyboardInterrupt from error
+        raise error

@@ -1,0 +1,48 @@
+"""Who may write to a local output folder? One job at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from cuvis_dist.errors import InputError
+from cuvis_dist.storage import OutputFolder, writing_to
+
+#: File in an output folder that the job's process holds.
+LOCK = ".lock"
+
+
+@contextmanager
+def only_run(output: OutputFolder) -> Iterator[None]:
+    """Keep a second job out of a local output folder for as long as the block lasts.
+
+    The lock is the process's: it is gone when that dies, however it does. Stores at URIs have no
+    such lock.
+
+    Raises
+    ------
+    InputError
+        If another job has the folder, with its process and host.
+    """
+    if output.local is None:
+        yield
+        return
+    with writing_to(output.local):
+        output.local.mkdir(parents=True, exist_ok=True)
+        file = open(output.local / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(
+                f"another run is writing to {output} ({file.read().strip()}): wait until it "
+                "has ended, stop it, or give this one another --output-dir"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield

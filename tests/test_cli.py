@@ -1,0 +1,167 @@
+"""What stands on the terminal, and when: the first line, waits, and the rest as it was."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from loguru import logger
+
+from cuvis_dist.cli import main
+from cuvis_dist.runs.lines import Lines
+from cuvis_dist.waiting import announce
+
+#: Runs a command, and names which of the packages that take long to load it has loaded.
+HEAVY = """
+import sys
+from cuvis_dist.cli import main
+try:
+    code = main(sys.argv[1:])
+finally:
+    print("loaded", sorted({"ray", "torch", "cuvis_ai_core"} & set(sys.modules)))
+"""
+
+
+def test_the_version_loads_nothing():
+    done = subprocess.run(
+        [sys.executable, "-c", HEAVY, "--version"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"cuvis-dist \d+\.\d+\.\d+\nloaded \[\]\n", done.stdout)
+
+
+def test_bad_settings_are_found_before_anything_is_loaded():
+    done = subprocess.run(
+        [sys.executable, "-c", HEAVY, "run", "a trainrun.yaml", "--set", "workers=2"],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.stdout == "loaded []\n"
+    first, last = done.stderr.splitlines()
+    assert re.fullmatch(r"cuvis-dist [0-9.]+: run 'a trainrun.yaml' --set workers=2", first), (
+        "what was typed is there, as a shell takes it"
+    )
+    assert "resources.workers" in last
+
+
+def test_the_first_line_comes_before_what_takes_long(demo):
+    """And what is loaded then is named, since it takes seconds."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cuvis_dist.cli", "info", demo],
+        env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    started = time.monotonic()
+    first = process.stderr.readline()
+    seconds = time.monotonic() - started
+    out, rest = process.communicate(timeout=120)
+    total = time.monotonic() - started
+    assert process.returncode == 0, rest
+    assert first.endswith(f"info {demo}\n")
+    assert rest.splitlines()[0] == "  loading cuvis.ai ..."
+    assert out.startswith("trainrun ")
+    assert seconds < total / 3, "a slow machine is slow for both"
+
+
+class Screen(io.StringIO):
+    """Keeps what a terminal would show of lines that are rewritten."""
+
+    def isatty(self):
+        return True
+
+    def shown(self) -> list[str]:
+        rows = self.getvalue().split("\n")
+        return [row.rpartition("\r\x1b[2K")[2] for row in rows]
+
+
+def until(holds, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+def test_a_terminal_counts_the_seconds_of_a_wait_and_keeps_them():
+    screen = Screen()
+    with Lines(screen) as lines:
+        lines.wait("starting Ray")
+        assert screen.shown() == ["  starting Ray ..."]
+        until(lambda: screen.shown() == ["  starting Ray ... 1 s"])
+        lines.change("fitting: 1/9 frames")
+        started, current = screen.shown()
+        assert re.fullmatch(r"  starting Ray: 1\.\d s", started)
+        assert current == "  fitting: 1/9 frames"
+        until(lambda: screen.shown()[-1] == "  fitting: 1/9 frames ... 1 s")
+        lines.say("fitted")
+        lines.wait("a moment")
+        lines.say("done")
+        lines.wait("what an error ends")
+    assert screen.shown() == [started, "  fitted", "  done", ""]
+
+
+def test_a_log_has_a_line_for_each_wait_that_lasts():
+    log = io.StringIO()
+    with Lines(log) as lines:
+        lines.wait("reading the trainrun")
+        lines.wait("starting Ray")
+        until(lambda: log.getvalue())
+        lines.change("fitting: 1/9 frames")
+        lines.change("fitting: 2/9 frames")
+        lines.say("fitted: 9/9 frames")
+    assert log.getvalue() == "  starting Ray ...\n  fitted: 9/9 frames\n"
+
+
+def test_a_log_hears_at_times_what_changes_or_is_waited_for(monkeypatch):
+    monkeypatch.setattr("cuvis_dist.runs.lines.LOG_SECONDS", 1.5)
+    log = io.StringIO()
+    with Lines(log) as lines:
+        lines.wait("starting Ray")
+        until(lambda: log.getvalue().count("\n") == 2)
+        assert re.fullmatch(
+            r"  starting Ray \.\.\.\n  still starting Ray \(\d s\)\n", log.getvalue()
+        )
+        lines.change("fitting: 1/9 frames")
+        until(lambda: "still fitting: 1/9 frames" in log.getvalue())
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_message_of_the_log_ends_no_wait(terminal):
+    """It stands on a line of its own, and what goes on is shown again."""
+    screen = Screen() if terminal else io.StringIO()
+    with Lines(screen) as lines:
+        handler = logger.add(lines.log, level="INFO", format="{message}")
+        try:
+            announce("starting workers")
+            logger.warning("the cluster is small")
+            until(lambda: "starting workers ..." in screen.getvalue().split("small")[1])
+            lines.change("fitting: 1/9 frames")
+            logger.warning("a worker was lost")
+            lines.say("fitted")
+        finally:
+            logger.remove(handler)
+    said = screen.shown() if terminal else screen.getvalue().split("\n")
+    waits = [line for line in said if "starting workers" in line]
+    assert [line for line in said if line not in waits] == [
+        "the cluster is small", "a worker was lost", "  fitted", "",
+    ]  # fmt: skip
+
+
+def test_a_line_that_is_rewritten_does_not_wrap(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    screen = Screen()
+    with Lines(screen) as lines:
+        lines.change("fitting a, b, c, d, e, f: 1/9 frames")
+        assert screen.shown() == ["  fitting a, b, c, d"[:19]]
+        lines.say("fitted a, b, c, d, e, f: 9/9 frames")
+    assert screen.shown() == ["  fitted a, b, c, d, e, f: 9/9 frames", ""]
+
+
+@pytest.mark.parametrize("command", ["run", "init", "train", "info", "plan"])
+def test_an_error_ends_the_wait_before_it(command, capsys, tmp_path):
+    assert main([command, str(tmp_path / "none.yaml")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith(f": {command} {tmp_path / 'none.yaml'}")
+    assert lines[-1] == f"cuvis-dist: trainrun not found: {tmp_path / 'none.yaml'}"
