@@ -31,9 +31,9 @@ _HOMES = {
     "Recipe": "initialization",
     "Scaling": "scaling",
     "StatisticalTrainer": "initialization",
-    "load_trainrun": "trainrun",
+    "load_trainrun": "runs.trainrun",
     "recipe": "initialization",
-    "run_trainrun": "run",
+    "run_trainrun": "runs.two_phase",
 }
 
 
