@@ -1,4 +1,4 @@
-"""The README's own node runs, and gives what the node computes on all pixels."""
+"""The node of docs/nodes.md is fitted on the cluster, and gets what it computes on all pixels."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from fragile import FragileModule
 from cuvis_dist import Scaling, StatisticalTrainer
 
 
-def test_the_node_of_the_readme(tmp_path, ray_session):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    (example,) = [block for block in blocks if "@NodeFacts" in block]
+def test_the_node_of_the_docs(tmp_path, ray_session):
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "nodes.md").read_text(), flags=re.S
+    )
+    (example,) = [block for block in blocks if "class Whitening" in block]
     namespace = {"__name__": "readme"}
     exec(example, namespace)
 
