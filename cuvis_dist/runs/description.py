@@ -8,8 +8,8 @@ from loguru import logger
 
 from cuvis_dist.archive import open_archive
 from cuvis_dist.errors import CuvisDistError
-from cuvis_dist.nodes.catalogue import recipe_for
 from cuvis_dist.nodes import upstream
+from cuvis_dist.nodes.catalogue import recipe_for
 from cuvis_dist.runs.trainrun import TrainRun
 
 
