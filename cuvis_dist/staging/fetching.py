@@ -44,12 +44,12 @@ class _Source:
     damaged: set[str] = field(default_factory=set)
 
     def info(self) -> FileInfo:
-        """Return what the store says of it."""
+        """Return what the store says of the file."""
         return self.filesystem.get_file_info(self.key)
 
 
 class Fetcher:
-    """Brings files into a cache; one per process and cache.
+    """Brings files into a cache.
 
     Parameters
     ----------

@@ -23,7 +23,7 @@ _MANY_ENTRIES = 256
 
 
 class NoRoomError(Exception):
-    """Everything that could be evicted is being read."""
+    """There is no room now: everything that could be evicted is being read."""
 
 
 @dataclass

@@ -19,7 +19,7 @@ from cuvis_dist.storage import filesystem_of, retried
 
 T = TypeVar("T")
 
-#: A file is tried to be fetched so often.
+#: So often a file is tried to be fetched.
 ATTEMPTS = 4
 #: Seconds before the second attempt; the pauses after it double.
 PAUSE = 0.5

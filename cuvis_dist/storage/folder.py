@@ -1,4 +1,4 @@
-"""Where does what a run writes go? Into one folder, of which a person names the place.
+"""Where does what a run writes go? It goes into one folder, whose place a person names.
 
 :class:`OutputFolder` says what can be done with it; the implementations are
 :mod:`~cuvis_dist.storage.local` and :mod:`~cuvis_dist.storage.remote`. What can only work with

@@ -1,4 +1,4 @@
-"""How does a fit go on after a failure? From a checkpoint of everything, at the start of an epoch.
+"""How does a fit go on after a failure? It starts an epoch from a checkpoint of everything.
 
 Lightning's checkpoint has parameters, optimizers, schedulers, callbacks and loops. Added here is
 what state dicts leave out: the nodes' plain attributes (temperatures, fitted flags), the states
@@ -31,7 +31,7 @@ from cuvis_dist.nodes.sinks import is_sink
 from cuvis_dist.nodes.state import adopt_all
 from cuvis_dist.storage import Mirror, relocated
 
-#: Name in the output folder of the state to go on from.
+#: The name, in the output folder, of the state that a fit goes on from.
 LAST = "resume/last.ckpt"
 
 
@@ -124,7 +124,7 @@ class LastEpoch(Callback):
             self.mirror.push(last=LAST)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the additions; empty in the user's own checkpoints."""
+        """Return what is added to the checkpoint, which is nothing in the user's own ones."""
         return self._saving
 
     def on_load_checkpoint(

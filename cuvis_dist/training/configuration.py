@@ -1,4 +1,4 @@
-"""Can a training configuration run on these workers? Asked before any data is read.
+"""Can a training configuration run on these workers? The answer comes before any data is read.
 
 Every field of upstream's ``TrainingConfig`` either means on many workers what it means in one
 process, or is refused here. What upstream and Lightning would refuse later, on a worker and
@@ -20,12 +20,19 @@ from cuvis_ai_core.training.optimizer_registry import create_optimizer, create_s
 from cuvis_dist.errors import InputError, one_line
 from cuvis_dist.scaling import Scaling
 
-#: Settings that change the state of a whole process, or need the workers' devices.
+#: These settings change the state of a whole process, or need the workers' devices.
 _ONLY_ON_WORKERS = {"accelerator", "devices", "deterministic", "benchmark", "default_root_dir"}
 
 
 def check_training(config: TrainingConfig, scaling: Scaling) -> None:
-    """Refuse what cannot work.
+    """Refuse a configuration that cannot work on these workers.
+
+    Parameters
+    ----------
+    config : TrainingConfig
+        The ``training`` block of a trainrun.
+    scaling : Scaling
+        The settings of the workers.
 
     Raises
     ------

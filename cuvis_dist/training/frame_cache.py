@@ -16,7 +16,7 @@ from cuvis_dist.errors import one_line
 
 
 class FrameCache:
-    """Decoded frames, up to so many bytes.
+    """Keeps decoded frames, up to so many bytes.
 
     What is in stays in: every epoch reads each frame once, so that a cache that made room for
     the frames read last would drop each one just before it is asked for again.

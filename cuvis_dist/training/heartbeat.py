@@ -24,6 +24,19 @@ class Heartbeat(PassThroughProfiler):
 
     A verdict ends the process: its main thread is in a call that cannot be interrupted. The
     driver asks the watch for the reason.
+
+    Parameters
+    ----------
+    watch : actor handle
+        A :class:`~cuvis_dist.training.watch.Watch`.
+    rank : int
+        The rank whose beats these are.
+    group : str
+        Name of the group of workers that it belongs to.
+    stall_seconds : float
+        How long a rank may do nothing at all; beats are sent more often.
+    on_gpu : bool
+        Whether the rank computes on a GPU.
     """
 
     def __init__(
@@ -66,7 +79,7 @@ class Heartbeat(PassThroughProfiler):
         ray.get(self._watch.beat.remote(Beat(self._rank, "", self._steps, 0, 0, self._group)))
 
     def beat(self) -> Beat:
-        """Return what the rank does now, and has used."""
+        """Return what the rank does now, and what it has used so far."""
         doing, (cpu, moved) = self._actions[-1], _used()
         if self._on_gpu and doing not in (READING, COMPUTING):
             cpu = 0.0

@@ -20,24 +20,24 @@ from pytorch_lightning.strategies import DDPStrategy
 
 
 class RayDDPStrategy(DDPStrategy):
-    """DDP on the device that Ray gave this worker."""
+    """Trains with DDP on the device that Ray gave this worker."""
 
     @property
     def root_device(self) -> torch.device:
-        """Device of this worker."""
+        """The device of this worker."""
         return ray.train.torch.get_device()
 
     @root_device.setter
     def root_device(self, device: torch.device) -> None:
-        """Ignored: Ray decides."""
+        """Do nothing: Ray decides."""
 
 
 class RayEnvironment(LightningEnvironment):
-    """Ranks and world size as Ray Train set them up."""
+    """Tells Lightning ranks and world size as Ray Train set them up."""
 
     @property
     def creates_processes_externally(self) -> bool:
-        """Ray has started the processes."""
+        """Whether somebody else starts the processes: Ray has."""
         return True
 
     def world_size(self) -> int:
@@ -57,10 +57,10 @@ class RayEnvironment(LightningEnvironment):
         return ray.train.get_context().get_node_rank()
 
     def set_world_size(self, size: int) -> None:
-        """Ignored: Ray decides."""
+        """Do nothing: Ray decides."""
 
     def set_global_rank(self, rank: int) -> None:
-        """Ignored: Ray decides."""
+        """Do nothing: Ray decides."""
 
     def teardown(self) -> None:
         """Leave the environment to Ray."""

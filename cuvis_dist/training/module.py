@@ -100,7 +100,7 @@ class RankTrainer(UpstreamGradientTrainer):
     # ---- steps ---------------------------------------------------------------------------
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        """Run a step; before an epoch's first one, make sure that all ranks have as many."""
+        """Run a step; make sure before an epoch's first one that all ranks have as many."""
         if batch_idx == 0:
             self._require_equal_steps()
         return super().training_step(batch, batch_idx)

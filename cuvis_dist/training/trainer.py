@@ -1,4 +1,4 @@
-"""How do the unfrozen nodes learn on many workers? The trainer of phase 2."""
+"""How does the driver train the unfrozen nodes on many workers, and what comes of it?"""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class GradientTrainer(UpstreamGradientTrainer):
     Parameters
     ----------
     pipeline, datamodule, loss_nodes, metric_nodes, training_config, monitors, callbacks
-        As upstream's. Callbacks run on the workers and come back with their state; a
+        These are upstream's. Callbacks run on the workers and come back with their state; a
         ``PostFitCallback`` among them gives its ``emit`` and ``metric_nodes`` to the post-fit
         steps, which follow after the training workers have ended.
     emit : callable, optional

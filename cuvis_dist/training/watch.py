@@ -1,4 +1,4 @@
-"""Which rank is stuck? Asked while training runs, so that a hang becomes an error with a name.
+"""Which rank is stuck? The answer makes an error with a name of a hang, while training runs.
 
 Every rank sends what it is doing, and how much CPU time and input and output it has used, every
 few seconds from a thread of its own. A rank that reads or computes waits for nobody: when it
@@ -12,8 +12,8 @@ import time
 from dataclasses import dataclass
 
 READING, COMPUTING = "reading frames", "computing a step"
-#: What takes as long as it takes: a store has time limits of its own, and a reader may wait for a
-#: free CPU.
+#: These take as long as they take: a store has time limits of its own, and a reader may wait for
+#: a free CPU.
 STORING, STARTING = "writing to the output folder", "starting readers"
 #: Below these rates a process only keeps itself alive: cores used, bytes per second.
 _IDLE_CPU, _IDLE_BYTES = 0.1, 2**16
@@ -25,17 +25,20 @@ class Beat:
 
     Attributes
     ----------
+    rank : int
+        The rank that sends the beat.
     doing : str
         :data:`READING`, :data:`COMPUTING`, or Lightning's name of an action in which ranks may
         wait for each other; empty when the rank has ended.
     steps : int
-        Training steps begun.
+        Training steps that it has begun.
     cpu_seconds : float
-        Of the process and its children.
+        CPU time that its process and the children of that have used.
     moved_bytes : int
-        Read and written by these.
+        Bytes that these have read and written.
     group : str
-        Which group of workers the rank belongs to; another one has taken over where it changes.
+        Name of the group of workers that the rank belongs to; where it changes, another group has
+        taken over.
     """
 
     rank: int
@@ -68,7 +71,7 @@ class Watch:
     Attributes
     ----------
     world_sizes : list of int
-        Of each group of workers that there was.
+        How many ranks each group of workers had, in the order in which they began.
     """
 
     def __init__(self, stall_seconds: float) -> None:
@@ -79,21 +82,21 @@ class Watch:
         self._verdict: str | None = None
 
     def begin(self, group: str, world_size: int) -> None:
-        """Take note of a new group of workers, of so many ranks; each of them says so."""
+        """Note that a group of so many ranks has begun; each rank of it says so."""
         if group != self._group:
             self._group = group
             self.world_sizes.append(world_size)
             self._progress.clear()
 
     def sizes(self) -> list[int]:
-        """Return :attr:`world_sizes`: an actor has no attributes."""
+        """Return :attr:`world_sizes`, since an actor's attributes cannot be read."""
         return self.world_sizes
 
     def beat(self, beat: Beat, now: float | None = None) -> str | None:
-        """Take a rank's beat; returns what :meth:`verdict` says then."""
+        """Take a rank's beat; return what :meth:`verdict` says then."""
         now = time.monotonic() if now is None else now
         if beat.group != self._group:
-            return None  # of a group that was ended
+            return None  # the rank's group was ended
         earlier = self._progress.get(beat.rank)
         if earlier is None or beat.is_progress_over(earlier[0], now - earlier[1]):
             self._progress[beat.rank] = beat, now
