@@ -1,8 +1,9 @@
 """Which resources does a run have, what does it measure, and how does it read?
 
 The one configuration object that upstream does not have, in three parts. Only
-:class:`Measuring` changes results: a run with other :class:`Resources` or another
-:class:`Reading` ends in the same bits.
+:class:`Measuring` changes what is computed. A run with other :class:`Resources` or another
+:class:`Reading` computes the same: phase 1 ends in the same bits, and training in the same numbers
+but for float32 sums in another order.
 """
 
 from __future__ import annotations

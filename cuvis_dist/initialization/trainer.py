@@ -49,7 +49,8 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
 
     Examples
     --------
-    >>> trainer = StatisticalTrainer(pipeline, datamodule, scaling=Scaling(workers=4))
+    >>> scaling = Scaling(resources={"workers": 4})
+    >>> trainer = StatisticalTrainer(pipeline, datamodule, scaling=scaling)
     >>> trainer.fit()
     >>> trainer.validate().metrics
     """

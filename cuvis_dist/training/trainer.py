@@ -71,7 +71,8 @@ class GradientTrainer(UpstreamGradientTrainer):
     --------
     >>> pipeline.unfreeze_nodes_by_name(["selector", "rx_detector"])
     >>> trainer = GradientTrainer(pipeline, datamodule, [bce], [metrics],
-    ...                           training_config=config, scaling=Scaling(train_workers=2))
+    ...                           training_config=config,
+    ...                           scaling=Scaling(resources={"train_workers": 2}))
     >>> trainer.fit()
     """
 
