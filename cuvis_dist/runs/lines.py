@@ -1,7 +1,7 @@
 """How does what goes on become lines of a terminal, or of a log?
 
 On a terminal the last line is rewritten, and a wait counts its seconds. Elsewhere every line stays:
-what only changes is said at times, and a wait once it has lasted a second.
+what only changes is said at times, and what is waited for once a second has passed without news.
 
 Imports nothing that takes long: the first line is there before anything else.
 """
@@ -43,7 +43,8 @@ class Lines:
         self._lock = threading.RLock()  # events arrive in threads of their own
         self._now: str | None = None  # what goes on
         self._waiting = False  # for its end, or else for news of it
-        self._told = False  # whether a log has a line about it
+        self._stage = ""  # what stays the same of it while it changes
+        self._told = False  # whether a log has a line about that stage
         self._since = self._said = time.monotonic()
         self._shown = ""  # the last line, while it may be rewritten
         self._closed = threading.Event()
@@ -76,6 +77,7 @@ class Lines:
             if self.rewriting:
                 self._show(line)
             elif self._since - self._said >= LOG_SECONDS:
+                self._told = True
                 self._stay(line)
 
     def wait(self, what: str) -> None:
@@ -107,7 +109,9 @@ class Lines:
                 self._show(shown)
 
     def _begin(self, what: str, waiting: bool) -> None:
-        self._now, self._waiting, self._told = what, waiting, False
+        stage = what.partition(":")[0]
+        self._told = self._told and stage == self._stage
+        self._now, self._waiting, self._stage = what, waiting, stage
         self._since = time.monotonic()
 
     def _end(self) -> None:
@@ -129,7 +133,7 @@ class Lines:
                     continue
                 if self.rewriting:
                     self._show(f"{self._now} ... {seconds:.0f} s")
-                elif self._waiting and not self._told:
+                elif not self._told:
                     self._told = True
                     self._stay(f"{self._now} ...")
                 elif now - self._said >= LOG_SECONDS:

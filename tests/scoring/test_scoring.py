@@ -447,7 +447,7 @@ def test_a_stopped_job_goes_on_where_it_was_in_a_bucket(saved, demo_trainrun, tm
             sys.executable, "-m", "jobs.score", saved, "--data", demo_trainrun,
             "--output-dir", "s3://bucket/run", "--workers", "1", "--scaling", tmp_path / "s.yaml",
         ]  # fmt: skip
-        (tmp_path / "s.yaml").write_text("shard_frames: 2\n")
+        (tmp_path / "s.yaml").write_text("measuring: {shard_frames: 2}\n")
 
         def run(stop: bool):
             (tmp_path / "readings.log").write_text("")
