@@ -6,7 +6,7 @@ import json
 import time
 
 from cuvis_dist.execution.session import connect, require_resources, terminable
-from cuvis_dist.execution.spread import Tally
+from cuvis_dist.execution.tally import Tally
 from cuvis_dist.runs.record import JobRecord, now, recorded
 from cuvis_dist.runs.resume import only_run
 from cuvis_dist.runs.trainrun import TrainRun
