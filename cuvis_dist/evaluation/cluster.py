@@ -4,21 +4,19 @@ Upstream's loops (evaluation, calibration) take a pipeline and a loader. Here th
 which frames make a batch, without reading them, and the pipeline's ``forward`` hands out what a
 worker computed for that batch. What is averaged, pooled, counted and reported stays upstream's.
 
-The batches are cut into parts, each a task that Ray repeats when its worker dies. A part starts
-with reset metrics and sends them back; they are merged in the order of the batches. The parts do
-not depend on the cluster, so neither does the result. Where nodes turn out to change their tensors
-with every frame (running normalizers), the remaining parts run one after another and hand that
-state on.
+The batches are cut into parts, the shards of an evaluation. A part starts with reset metrics and
+sends them back; they are merged in the order of the batches. The parts do not depend on the
+cluster, so neither does the result. Where nodes turn out to change their tensors with every frame
+(running normalizers), the remaining parts run one after another and hand that state on.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import pytorch_lightning as pl
-import ray
 import torch
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
@@ -30,9 +28,11 @@ from torch.utils.data import DataLoader
 from cuvis_dist.archive import Archive, open_split
 from cuvis_dist.errors import DataError
 from cuvis_dist.evaluation.merging import merge_pooled
-from cuvis_dist.evaluation.parts import Job, Outputs, Part, PartWorker, Port, compute_part, load
+from cuvis_dist.evaluation.parts import Evaluated, EvaluatePart, Outputs, Part, Port, load
+from cuvis_dist.execution.engine import RayEngine
 from cuvis_dist.execution.failures import raise_cause
-from cuvis_dist.execution.worker import places
+from cuvis_dist.execution.pool import Workers
+from cuvis_dist.execution.spread import Row, spread
 from cuvis_dist.nodes.state import adopt
 from cuvis_dist.nodes.upstream import edges_into
 from cuvis_dist.scaling import Scaling
@@ -110,7 +110,7 @@ class ClusterPipeline:
         self.pipeline, self.scaling = pipeline, scaling
         self.metric_nodes = tuple(node.name for node in metric_nodes)
         self._outputs: Any = iter(())
-        self._workers: _Workers | None = None
+        self._engine: RayEngine | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.pipeline, name)
@@ -144,8 +144,8 @@ class ClusterPipeline:
     def close(self) -> None:
         """End what a pass that was not finished left, and the workers."""
         self._end_pass()
-        if self._workers is not None:
-            self._workers.close()
+        if self._engine is not None:
+            self._engine.close()
 
     def _end_pass(self) -> None:
         if hasattr(self._outputs, "close"):
@@ -161,20 +161,21 @@ class ClusterPipeline:
         """Yield the kept outputs of each batch, in order."""
         # Calibration alone names no ports: upstream gives it all of them, cubes too.
         evaluating = keep_ports is not None
-        job = Job(
-            ray.put(split.archive),
-            ray.put(self.pipeline),
+        if self._engine is None:
+            self._engine = RayEngine(Workers.evaluating(self.scaling))
+        compute = EvaluatePart(
+            self._engine.make_order(self.pipeline, split.archive),
+            batches,
             self.metric_nodes if evaluating else (),
             frozenset(keep_ports if keep_ports is not None else calibration_ports(self.pipeline)),
             context,
-            int(self.scaling.resources.cpus_per_worker),
-            self.scaling.resources.train_gpus > 0,
         )
         nodes = {node.name: node for node in self.pipeline.nodes()}
         pooled: list[dict[str, Node]] = []
         frames = done = 0
-        for part in self._parts(job, batches, split.name):
-            frames, done = frames + part.frames, done + len(part.outputs)
+        for row in self._rows(self._engine, compute, split.name):
+            part: Evaluated = row.payload
+            frames, done = frames + row.frames, done + len(part.outputs)
             pooled.append(part.metric_nodes)
             for name, node in part.changed.items():
                 adopt(nodes[name], node)
@@ -187,100 +188,33 @@ class ClusterPipeline:
                 merge_pooled(nodes, pooled)
             yield from part.outputs
 
-    def _parts(self, job: Job, batches: list[list[int]], split: str) -> Iterator[Part]:
-        """Yield the parts in order, computed side by side until one changes its nodes."""
-        cuts = cut_into_parts(len(batches))
-        if self._workers is None:
-            self._workers = _Workers(self.scaling)
-        workers = self._workers
-        limit = workers.limit or len(cuts)
-        carried: dict[str, Node] = {}
-        running: dict[ray.ObjectRef, int] = {}
-        done: dict[int, ray.ObjectRef] = {}
-        todo = deque(range(len(cuts)))
-        try:
-            for ordinal in range(len(cuts)):
-                while ordinal not in done:
-                    while todo and len(running) < limit:
-                        cut = cuts[todo[0]]
-                        mine = batches[cut.start : cut.stop]
-                        running[workers.compute(job, cut.start, mine, carried)] = todo.popleft()
-                    (ref,), _ = ray.wait(list(running))
-                    done[running.pop(ref)] = ref
-                    workers.release(ref)
-                with raise_cause(f"the pass over {split}"):
-                    part: Part = ray.get(done.pop(ordinal))
-                if part.changed and not carried:
-                    names = ", ".join(sorted(part.changed))
-                    logger.info(f"{names} changes with every frame: {split} is computed in order")
-                    workers.cancel(running)
-                    running, done, limit = {}, {}, 1
-                    todo = deque(range(ordinal + 1, len(cuts)))
-                carried = carried | part.changed
-                yield part
-        finally:
-            workers.cancel(running)
+    def _rows(self, engine: RayEngine, compute: EvaluatePart, split: str) -> Iterator[Row]:
+        """Yield the rows of all parts in order, computed side by side until nodes change."""
+        parts = cut_into_parts(len(compute.batches))
+        while parts:
+            some = parts[:1] if compute.carried else parts
+            with (
+                raise_cause(f"the pass over {split}"),
+                closing(spread(some, compute, engine)) as rows,
+            ):
+                for row in rows:
+                    parts = parts[1:]
+                    yield row
+                    changed = row.payload.changed
+                    if changed and not compute.carried:
+                        names = ", ".join(sorted(changed))
+                        logger.info(
+                            f"{names} changes with every frame: {split} is computed in order"
+                        )
+                    if changed:
+                        compute = compute.carrying(changed)
+                        break  # what was computed ahead did not start from here
 
 
-class _Workers:
-    """Who computes the parts: tasks, or on GPUs actors.
-
-    Ray ends the process of a task that had a GPU, since the next one might be given another; an
-    actor keeps both.
-
-    Attributes
-    ----------
-    limit : int or None
-        How many parts may be computed at the same time.
-    """
-
-    def __init__(self, scaling: Scaling) -> None:
-        options: dict[str, Any] = {
-            "num_cpus": scaling.resources.cpus_per_worker,
-            "scheduling_strategy": "SPREAD",
-        }
-        gpus, self.limit = scaling.resources.train_gpus, scaling.resources.workers
-        self._task: Any = None
-        self._idle: deque[Any] = deque()
-        self._busy: dict[ray.ObjectRef, Any] = {}
-        if not gpus:
-            self._task = ray.remote(max_retries=3, **options)(compute_part)
-            return
-        self.limit = min(scaling.resources.train_workers, places(gpus))
-        options |= {"num_gpus": gpus, "max_restarts": 3, "max_task_retries": 3}
-        actor: Any = ray.remote(**options)(PartWorker)
-        self._idle.extend(actor.remote() for _ in range(self.limit))
-
-    def compute(self, *args: Any) -> ray.ObjectRef:
-        """Start a part, of at most ``limit`` at a time."""
-        if self._task is not None:
-            return self._task.remote(*args)
-        actor = self._idle.popleft()
-        ref = actor.compute_part.remote(*args)
-        self._busy[ref] = actor
-        return ref
-
-    def release(self, ref: ray.ObjectRef) -> None:
-        """Note that a part is computed, or no longer wanted."""
-        if ref in self._busy:
-            self._idle.append(self._busy.pop(ref))
-
-    def cancel(self, refs: Collection[ray.ObjectRef]) -> None:
-        """Drop parts that are being computed."""
-        for ref in refs:
-            ray.cancel(ref)
-            self.release(ref)
-
-    def close(self) -> None:
-        """End the actors."""
-        for actor in [*self._idle, *self._busy.values()]:
-            ray.kill(actor)
-
-
-def cut_into_parts(n_batches: int) -> list[range]:
+def cut_into_parts(n_batches: int) -> list[Part]:
     """Cut the batches into at most :data:`MAX_PARTS` runs of nearly equal length."""
     n = min(n_batches, MAX_PARTS)
-    return [range(n_batches * i // n, n_batches * (i + 1) // n) for i in range(n)]
+    return [Part(i, n_batches * i // n, n_batches * (i + 1) // n) for i in range(n)]
 
 
 def calibration_ports(pipeline: CuvisPipeline) -> set[Port]:

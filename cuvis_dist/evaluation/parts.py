@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import copy
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
-import ray
 import torch
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
@@ -17,8 +16,9 @@ from torch.utils.data import DataLoader
 
 from cuvis_dist.archive import Archive
 from cuvis_dist.errors import CuvisDistError, DataError, one_line
-from cuvis_dist.execution.worker import fetch_once, prepare_worker
-from cuvis_dist.nodes.state import adopt, state_mark
+from cuvis_dist.execution.spread import Order, Row
+from cuvis_dist.execution.worker import forget_pipeline
+from cuvis_dist.nodes.state import StateWatch, adopt
 from cuvis_dist.nodes.upstream import pooled_objects
 
 Port = tuple[str, str] | str
@@ -29,46 +29,30 @@ Outputs = dict[tuple[str, str], Any]
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a pass asks of every worker: archive and pipeline by reference, and settings.
+class Part:
+    """Batches ``start .. stop - 1`` of a split; the shard of an evaluation."""
 
-    Attributes
-    ----------
-    metric_nodes : tuple of str
-        Whose pooled metrics are reset before a part and sent back after it.
-    keep : frozenset of Port
-        Outputs to send back.
-    context : Context
-        Of the first batch of the split.
-    """
-
-    archive: Any
-    pipeline: Any
-    metric_nodes: tuple[str, ...]
-    keep: frozenset[Port]
-    context: Context
-    threads: int
-    on_gpu: bool
+    ordinal: int
+    start: int
+    stop: int
+    staged: str | None = None
 
 
 @dataclass(frozen=True)
-class Part:
-    """What a worker computed for a run of batches.
+class Evaluated:
+    """What a worker computed for a part.
 
     Attributes
     ----------
     outputs : list of Outputs
         The kept outputs of each batch, tensors on the CPU.
-    frames : int
-        Frames that went through the pipeline.
     metric_nodes : dict of str to Node
-        With the pooled metrics of this part alone.
+        Metric nodes with the pooled metrics of this part alone.
     changed : dict of str to Node
         Nodes whose tensors the part changed, as they are after it.
     """
 
     outputs: list[Outputs]
-    frames: int
     metric_nodes: dict[str, Node]
     changed: dict[str, Node]
 
@@ -78,78 +62,98 @@ def load(archive: Archive, batches: list[list[int]]) -> DataLoader:
     return DataLoader(archive.dataset, batch_sampler=batches, collate_fn=archive.collate)
 
 
-def compute_part(job: Job, first: int, batches: list[list[int]], carried: dict[str, Node]) -> Part:
-    """Run batches through the pipeline; a task, which may be repeated.
+class EvaluatePart:
+    """Runs the batches of a part through the pipeline: one row, with an :class:`Evaluated`.
 
     Parameters
     ----------
-    job : Job
-        The pass.
-    first : int
-        Index of the first of these batches in the split.
+    order : Order
+        Pipeline and archive.
     batches : list of list of int
-        Frames of each batch.
-    carried : dict of str to Node
+        The frames of each batch of the split.
+    metric_nodes : tuple of str
+        Nodes whose pooled metrics are reset before a part and sent back after it.
+    keep : frozenset of Port
+        Outputs to send back.
+    context : Context
+        The context of the first batch of the split.
+    carried : dict of str to Node, optional
         Nodes that the parts before changed.
-
-    Raises
-    ------
-    DataError
-        If a frame cannot be read, or the pipeline cannot use it.
     """
-    prepare_worker(job.threads)
-    archive, pipeline = fetch_once(job.archive), _fetch_pipeline(job.pipeline)
-    nodes = {node.name: node for node in pipeline.nodes()}
-    for name, node in carried.items():
-        adopt(nodes[name], node)
-    pipeline.to("cuda" if job.on_gpu else "cpu")
-    metric_nodes = {name: nodes[name] for name in job.metric_nodes}
-    for node in metric_nodes.values():
-        for metric in pooled_objects(node).values():
-            metric.reset()
-    before = {name: state_mark(node) for name, node in nodes.items()}
-    numbered: Any = _Numbered(pipeline, first)
-    outputs: list[Outputs] = []
-    frames = 0
-    try:
-        for item in forward_split(
+
+    ordered = True
+
+    def __init__(
+        self,
+        order: Order,
+        batches: list[list[int]],
+        metric_nodes: tuple[str, ...],
+        keep: frozenset[Port],
+        context: Context,
+        carried: dict[str, Node] | None = None,
+    ) -> None:
+        self.order, self.batches, self.metric_nodes = order, batches, metric_nodes
+        self.keep, self.context, self.carried = keep, context, carried or {}
+
+    def carrying(self, changed: dict[str, Node]) -> EvaluatePart:
+        """Return the function for the next part, after one that changed these nodes."""
+        after = copy.copy(self)
+        after.carried = self.carried | changed
+        return after
+
+    def __call__(self, shard: Part) -> list[Row]:
+        """Return the row of a part.
+
+        Raises
+        ------
+        DataError
+            If a frame cannot be read, or the pipeline cannot use it.
+        """
+        archive, pipeline = self.order.open()
+        nodes = {node.name: node for node in pipeline.nodes()}
+        for name, node in self.carried.items():
+            adopt(nodes[name], node)
+        if self.carried:  # what was adopted is on the CPU
+            pipeline.to("cuda" if self.order.on_gpu else "cpu")
+        metric_nodes = {name: nodes[name] for name in self.metric_nodes}
+        for node in metric_nodes.values():
+            for metric in pooled_objects(node).values():
+                metric.reset()
+        watch = StateWatch(nodes.values())
+        outputs: list[Outputs] = []
+        frames = 0
+        try:
+            for item in self._forward(_Numbered(pipeline, shard.start), archive, shard):
+                frames = item.frames_done
+                outputs.append(_kept(item.outputs, self.keep))
+        except DataError as error:
+            self.order.leave_out(error)
+            raise
+        except CuvisDistError:
+            raise
+        except Exception as error:
+            batch = self.batches[shard.start + len(outputs)]
+            names = ", ".join(str(archive.frames[i]) for i in batch)
+            raise DataError(f"{names} cannot be used: {one_line(error)}") from error
+        finally:
+            changed = {node.name: node for node in watch.changed()}
+            if changed:  # the next part in this process must not start from here
+                forget_pipeline()
+            pipeline.cpu()
+            if self.order.on_gpu:
+                torch.cuda.empty_cache()  # the process stays, and training may want the memory
+        return [Row(shard.ordinal, Evaluated(outputs, metric_nodes, changed), frames)]
+
+    def _forward(self, numbered: Any, archive: Archive, part: Part) -> Iterator[Any]:
+        return forward_split(
             numbered,
-            load(archive, batches),
-            stage=job.context.stage,
-            epoch=job.context.epoch,
-            global_step=job.context.global_step,
+            load(archive, self.batches[part.start : part.stop]),
+            stage=self.context.stage,
+            epoch=self.context.epoch,
+            global_step=self.context.global_step,
             free_consumed_ports=True,
-            keep_ports=job.keep,
-        ):
-            frames = item.frames_done
-            outputs.append(_kept(item.outputs, job.keep))
-    except CuvisDistError:
-        raise
-    except Exception as error:
-        names = ", ".join(str(archive.frames[i]) for i in batches[len(outputs)])
-        raise DataError(f"{names} cannot be used: {one_line(error)}") from error
-    finally:
-        changed = {name: node for name, node in nodes.items() if state_mark(node) != before[name]}
-        if changed:  # the next part in this process must not start from here
-            _fetch_pipeline.cache_clear()
-        pipeline.cpu()
-        if job.on_gpu:
-            torch.cuda.empty_cache()  # the process stays, and training may want the memory
-    return Part(outputs, frames, metric_nodes, changed)
-
-
-class PartWorker:
-    """An actor that computes parts, one after another."""
-
-    def compute_part(self, *args: Any) -> Part:
-        """Compute a part; see :func:`compute_part`."""
-        return compute_part(*args)
-
-
-@lru_cache(maxsize=1)
-def _fetch_pipeline(ref: Any) -> CuvisPipeline:
-    """Return the pipeline, the same one for every part in this process that leaves it as it was."""
-    return ray.get(ref)
+            keep_ports=self.keep,
+        )
 
 
 class _Numbered:

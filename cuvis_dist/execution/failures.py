@@ -96,5 +96,7 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         failures = getattr(error, "worker_failures", None) or {}
         for rank in sorted(failures):
             yield from causes(failures[rank])
+        # What Ray Train met when it asked a rank whether it lives.
+        yield from causes(getattr(error, "health_check_failure", None))
         inner = error.cause if isinstance(error, RayTaskError) else None
         error = inner or error.__cause__ or error.__context__

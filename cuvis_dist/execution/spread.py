@@ -1,38 +1,23 @@
-"""How does work on the shards of an archive reach all workers, and what comes back?
+"""What is a function of shards given, and what does it give back?
 
-Ray Data runs a function on each shard; rows come back, of plain values. Problems come back as rows,
-too, and not as exceptions: Ray would retry those, or drop work without saying which.
+A pass, an evaluation or scoring is a function that computes one shard and returns rows; an engine
+runs it on all of them (:mod:`~cuvis_dist.execution.engine` does so on Ray). What goes wrong with a
+shard is a row, too, and no exception: an engine could only repeat the work or drop it.
 """
 
 from __future__ import annotations
 
-import copy
-import math
-import pickle
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Protocol
 
-import ray
-import ray.data
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
-from loguru import logger
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cuvis_dist.archive import Archive, Shard
-from cuvis_dist.errors import ClusterError, CuvisDistError, DataError, InputError, one_line
+from cuvis_dist.archive import Archive
+from cuvis_dist.errors import CuvisDistError, DataError, one_line
 from cuvis_dist.execution.failures import causes
-from cuvis_dist.execution.worker import attempts_before, fetch_once, places, prepare_worker
-from cuvis_dist.scaling import Scaling
-
-#: How many other nodes are asked for a recording that one cannot read.
-_OTHER_NODES = 3
-#: Tasks at most, unless there are very many workers, which need some each.
-_TASKS, _TASKS_PER_WORKER = 1000, 32
-
-
-class StatefulNodesError(CuvisDistError):
-    """Nodes before those that are asked for change their state with every frame."""
+from cuvis_dist.execution.worker import fetch_once, fetch_pipeline, prepare_worker
 
 
 class UnreadableError(DataError):
@@ -40,24 +25,72 @@ class UnreadableError(DataError):
 
 
 @dataclass(frozen=True)
-class Task:
-    """What a pass asks of every worker.
+class Row:
+    """What came of a shard, or of a part of it.
 
     Attributes
     ----------
-    archive, pipeline : ObjectRef
-        As they are at the start of the pass.
+    ordinal : int
+        Which shard it is.
+    payload : object
+        What the function computed: anything that can be pickled.
+    frames, bytes : int
+        Frames that were used, and the bytes of their tensors.
+    skipped : tuple of (str, str)
+        The uid of each frame that was left out, and the reason.
+    error : CuvisDistError or None
+        What went wrong; the row is then the only one of its shard.
+    node, peak, again
+        What the engine notes: the id of the node that computed the shard, the largest resident
+        memory of its process in bytes, and whether the shard was computed once more after a
+        worker was lost.
+    """
+
+    ordinal: int
+    payload: Any = None
+    frames: int = 0
+    bytes: int = 0
+    skipped: tuple[tuple[str, str], ...] = ()
+    error: CuvisDistError | None = None
+    node: str = ""
+    peak: int = 0
+    again: bool = False
+
+
+class Piece(Protocol):
+    """A shard as an engine sees it: a run of frames or batches, ``start`` to ``stop - 1``."""
+
+    @property
+    def ordinal(self) -> int:
+        """Its place among all shards, from 0."""
+
+    @property
+    def start(self) -> int:
+        """The first frame or batch."""
+
+    @property
+    def stop(self) -> int:
+        """The one after the last."""
+
+    @property
+    def staged(self) -> str | None:
+        """The URI that it is read from, if that has to be staged."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What every function of shards is given; an engine makes it.
+
+    Attributes
+    ----------
+    archive, pipeline : ObjectRef or object
+        The archive and the pipeline as they are at the start, or references to them.
     threads : int
-        Of a worker.
+        How many threads a worker computes with.
     skip : bool
         Leave out frames that cannot be used.
-    probed : int
-        Up to this ordinal shards send pixels to check affine maps on. Those of the first shard
-        with a frame are used, and only so many can be without one.
-    pixels : str
-        Which count.
     on_gpu : bool
-        Compute there.
+        Compute on the worker's GPU.
     elsewhere : bool
         Whether another node can be asked for what this one cannot read.
     """
@@ -66,8 +99,6 @@ class Task:
     pipeline: Any
     threads: int
     skip: bool
-    probed: int
-    pixels: str
     on_gpu: bool
     elsewhere: bool
 
@@ -90,266 +121,64 @@ class Task:
     def open(self) -> tuple[Archive, CuvisPipeline]:
         """Prepare this process and return archive and pipeline, the same ones for every shard."""
         prepare_worker(self.threads)
-        pipeline = fetch_once(self.pipeline)
+        pipeline = fetch_pipeline(self.pipeline)
         if self.on_gpu:
             pipeline.to("cuda")
         return fetch_once(self.archive), pipeline
 
 
-def make_task(pipeline: CuvisPipeline, archive: Archive, scaling: Scaling) -> Task:
-    """Put the pipeline as it is now, and the archive, where every worker can fetch them."""
-    threads = math.floor(scaling.resources.cpus_per_worker)
-    skip, on_gpu = scaling.measuring.on_error == "skip", scaling.measuring.gpus > 0
-    elsewhere = len(_readers(scaling)) > 1
-    refs = ray.put(archive), ray.put(pipeline)
-    probed = scaling.measuring.max_skipped if skip else 0
-    return Task(*refs, threads, skip, probed, scaling.measuring.pixels, on_gpu, elsewhere)
+class ShardFunction(Protocol):
+    """Computes one shard; it can be pickled, and gives the same rows when it is called again.
 
-
-def _readers(scaling: Scaling) -> list[str]:
-    """Return the ids of the nodes that can run a worker."""
-    need = {"CPU": scaling.resources.cpus_per_worker, "GPU": scaling.measuring.gpus}
-    return [
-        node["NodeID"]
-        for node in ray.nodes()
-        if node["Alive"] and all(node["Resources"].get(k, 0) >= v for k, v in need.items())
-    ]
-
-
-class _OneByOne:
-    """Runs a function on the shards of a task, one after another."""
-
-    def __init__(self, function: Any) -> None:
-        self.function = function
-
-    def __call__(self, task: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield the rows of all shards of the task; what is raised becomes a row."""
-        for shard in task["shards"]:
-            try:
-                yield from self.function(shard)
-            except CuvisDistError as error:
-                yield make_row(shard["ordinal"], error=str(error), kind=type(error).__name__)
-            except Exception as error:  # such as a class that this node cannot import
-                yield make_row(shard["ordinal"], error=f"a worker failed: {one_line(error)}")
-
-
-def make_row(ordinal: int, **values: Any) -> dict[str, Any]:
-    """Return a row with every column, since blocks must share a schema.
-
-    Parameters
+    Attributes
     ----------
-    ordinal : int
-        Of the shard.
-    values
-        ``frames`` dealt with and their ``bytes``; ``peak`` memory of the process in bytes;
-        ``skipped``: pickled pairs of uid and reason; ``partials``, ``first_frame``, ``samples`` as
-        the function likes.
+    ordered : bool
+        Whether the rows are wanted in the order of the shards.
+    order : Order
+        Pipeline, archive, and how to compute.
     """
-    counts = {"frames": 0, "bytes": 0, "peak": 0}
-    data = {"first_frame": "", "partials": [b""], "samples": b"", "skipped": pickle.dumps([])}
-    node = ray.get_runtime_context().get_node_id()
-    known = {"ordinal": ordinal, "again": attempts_before() > 0, "node": node}
-    return {**known, "error": "", "kind": "", **counts, **data, **values}
+
+    ordered: bool
+    order: Order
+
+    def __call__(self, shard: Any) -> Iterable[Row]:
+        """Return the rows of a shard; raises CuvisDistError for what a person must hear about."""
 
 
-_KINDS: dict[str, type[CuvisDistError]] = {
-    kind.__name__: kind
-    for kind in (InputError, DataError, ClusterError, StatefulNodesError, UnreadableError)
-}
+class Engine(Protocol):
+    """Runs functions of shards. Every engine gives the same rows."""
+
+    def make_order(self, pipeline: CuvisPipeline, archive: Archive, skip: bool = False) -> Order:
+        """Return an order for the pipeline as it is now."""
+
+    def rows(self, shards: Sequence[Piece], function: Any) -> Generator[Row, None, None]:
+        """Yield the rows of every shard, all of a shard's or the one with its error."""
 
 
-def _error(row: dict[str, Any], *tried: str) -> CuvisDistError:
-    """Return the error that a row stands for; it names the nodes, where there are several.
-
-    Parameters
-    ----------
-    tried : str
-        Ids of nodes that could not read the frame before.
-    """
-    kind, text = _KINDS.get(row["kind"], CuvisDistError), row["error"]
-    address = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-    if issubclass(kind, DataError) and len(address) > 1:
-        nodes = (address.get(node, node) for node in [*tried, row["node"]])
-        text = f"{text} (on node {', '.join(nodes)})"
-    return kind(text)
-
-
-def _elsewhere(
-    row: dict[str, Any], function: Any, shard: Shard, scaling: Scaling
-) -> dict[str, Any]:
-    """Run a shard whose recording a node cannot read on other nodes; return the row of one.
-
-    The last node that is tried decides whether the frame is skipped.
+def spread(
+    shards: Sequence[Piece], function: ShardFunction, engine: Engine
+) -> Generator[Row, None, None]:
+    """Let an engine run ``function`` on every shard, and yield its rows as they come.
 
     Raises
     ------
     DataError
-        If none of them can read it; the message names them.
-    """
-    tried = [row["node"]]
-    others = [node for node in _readers(scaling) if node not in tried][:_OTHER_NODES]
-    for node in others:
-        logger.warning(f"{_error(row)}; another node is asked")
-        there = copy.copy(function)
-        # Actors keep their GPUs, so this runs beside them, on the CPU and with its rounding.
-        there.task = replace(function.task, elsewhere=node != others[-1], on_gpu=False)
-        options: dict[str, Any] = {
-            "num_cpus": 0 if scaling.measuring.gpus else scaling.resources.cpus_per_worker,
-            "max_retries": 3,
-            "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True),
-        }
-        (row,) = ray.get(ray.remote(**options)(_run).remote(there, _as_row(shard)))
-        if not row["error"]:
-            return row | {"again": True}
-        if row["kind"] != UnreadableError.__name__:
-            break
-        tried.append(row["node"])
-    raise _error(row, *(node for node in tried if node != row["node"]))
-
-
-def _run(function: Any, shard: dict[str, int]) -> list[dict[str, Any]]:
-    return list(_OneByOne(function)({"shards": [shard]}))
-
-
-def _as_row(shard: Shard) -> dict[str, int]:
-    return {"ordinal": shard.ordinal, "start": shard.start, "stop": shard.stop}
-
-
-def share_files(shards: list[Shard], at_least: int) -> list[range]:
-    """Cut the shards into tasks, each of one staged file; more per file if files are few.
-
-    Parameters
-    ----------
-    shards : list of Shard
-        In canonical order.
-    at_least : int
-        How many tasks keep the workers busy to the end.
-    """
-    runs: list[range] = []
-    for i, shard in enumerate(shards):
-        if runs and shard.staged and shard.staged == shards[i - 1].staged:
-            runs[-1] = range(runs[-1].start, i + 1)
-        else:
-            runs.append(range(i, i + 1))
-    pieces = math.ceil(at_least / len(runs))
-    return [
-        run[len(run) * k // n : len(run) * (k + 1) // n]
-        for run in runs
-        for n in [min(pieces, len(run))]
-        for k in range(n)
-    ]
-
-
-def spread(shards: list[Shard], function: Any, scaling: Scaling) -> Iterator[dict[str, Any]]:
-    """Run ``function`` on every shard, and yield its rows as they come.
-
-    A task takes one shard; those of one file that has to be staged, so that few nodes fetch it; or
-    several where there are very many: Ray Data needs some ten milliseconds of the driver for each
-    task. (Not where the rows carry cubes.)
-
-    Parameters
-    ----------
-    function : callable
-        Takes a shard as ``ordinal``, ``start`` and ``stop``, and returns rows as :func:`make_row`
-        makes them. Has ``ordered`` (whether rows come in the order of the shards) and ``task``.
-
-    Raises
-    ------
-    DataError
-        If a frame cannot be used, on this node or others.
+        If a frame cannot be used, on any node that was asked.
     CuvisDistError
         What else the function raised.
     """
-    cpus = ray.cluster_resources().get("CPU", 1) / scaling.resources.cpus_per_worker
-    runs = share_files(shards, 4 * math.ceil(scaling.resources.workers or cpus))
-    tasks = max(_TASKS, int(_TASKS_PER_WORKER * (scaling.resources.workers or cpus)))
-    each = 1 if function.ordered else math.ceil(len(runs) / tasks)
-    rows = []
-    for first in range(0, len(runs), each):
-        start, stop = runs[first].start, runs[first : first + each][-1].stop
-        rows.append({"shards": [_as_row(shard) for shard in shards[start:stop]]})
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).flat_map(
-        **_on_workers(function, len(rows), scaling), num_cpus=scaling.resources.cpus_per_worker
-    )
-    dataset.context.execution_options.preserve_order = function.ordered
-    dataset.context.enable_progress_bars = False
-    by_ordinal = {shard.ordinal: shard for shard in shards}
-    for row in dataset.iter_rows():
-        if row["kind"] == UnreadableError.__name__:
-            row = _elsewhere(row, function, by_ordinal[row["ordinal"]], scaling)
-        if row["error"]:
-            raise _error(row)
-        yield row
+    with closing(engine.rows(shards, function)) as rows:
+        for row in rows:
+            if row.error is not None:
+                raise row.error
+            yield row
 
 
-def _on_workers(function: Any, tasks: int, scaling: Scaling) -> dict[str, Any]:
-    """Return how Ray Data shall run the function: in tasks, or in actors where GPUs are used.
-
-    Ray ends the process of a task that had a GPU, and a new one would need ten seconds to import
-    what it runs.
-    """
-    if not scaling.measuring.gpus:
-        size = min(scaling.resources.workers, tasks) if scaling.resources.workers else None
-        return {"fn": _OneByOne(function), "compute": ray.data.TaskPoolStrategy(size=size)}
-    size = min(scaling.resources.workers or tasks, tasks, places(scaling.measuring.gpus))
-    pool = ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=1)
-    return {
-        "fn": _OneByOne,
-        "fn_constructor_args": [function],
-        "compute": pool,
-        "num_gpus": scaling.measuring.gpus,
-    }
-
-
-class Tally:
-    """Counts what came back, twice: frames listed are frames measured plus frames skipped.
-
-    Parameters
-    ----------
-    listed : int
-        Frames that were asked for.
-    max_skipped : int
-        How many frames may be left out.
-    """
-
-    def __init__(self, listed: int, max_skipped: int) -> None:
-        self.listed, self.max_skipped = listed, max_skipped
-        self.clear()
-
-    def clear(self) -> None:
-        """Count from the beginning."""
-        self.frames = self.bytes = self.peak = self.left_out = 0
-        self.skipped: dict[str, str] = {}
-        self.repeated: set[int] = set()
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Count a row; raises DataError when too many frames were skipped."""
-        self.frames += row["frames"]
-        self.bytes += row["bytes"]
-        self.peak = max(self.peak, row["peak"])
-        if row["again"]:
-            self.repeated.add(row["ordinal"])
-        for uid, reason in pickle.loads(row["skipped"]):
-            logger.warning(f"skipped: {reason}")
-            self.skipped[uid] = reason
-            self.left_out += 1  # a frame that samples_per_frame repeats has one uid
-        if self.left_out > self.max_skipped:
-            raise DataError(
-                f"{self.left_out} frames cannot be used, more than max_skipped "
-                f"({self.max_skipped}). The last: {list(self.skipped.values())[-1]}"
-            )
-
-    @property
-    def done(self) -> int:
-        """Frames dealt with."""
-        return self.frames + self.left_out
-
-    def close(self) -> None:
-        """Raise DataError unless every frame of the archive was measured or skipped."""
-        if self.done != self.listed:
-            raise DataError(
-                f"the archive lists {self.listed} frames, but {self.frames} were measured "
-                f"and {self.left_out} skipped"
-            )
-        if not self.frames:
-            raise DataError(f"none of {self.listed} frames could be used")
+def compute_shard(function: ShardFunction, shard: Piece) -> list[Row]:
+    """Return the rows of a shard, all of them or the one that says what was raised."""
+    try:
+        return list(function(shard))
+    except CuvisDistError as error:
+        return [Row(shard.ordinal, error=error)]
+    except Exception as error:  # such as a class that this node cannot import
+        return [Row(shard.ordinal, error=CuvisDistError(f"a worker failed: {one_line(error)}"))]

@@ -58,12 +58,27 @@ def peak_bytes() -> int:
 
 
 @functools.lru_cache(maxsize=4)
-def fetch_once(ref: ray.ObjectRef) -> Any:
-    """Return the object, the same one for every task of this process.
+def fetch_once(ref: Any) -> Any:
+    """Return what a reference stands for, the same object for every task of this process.
 
     Keeps what an archive holds open (``.cu3s`` sessions) from one shard to the next.
     """
-    return ray.get(ref)
+    return _fetch(ref)
+
+
+@functools.lru_cache(maxsize=1)
+def fetch_pipeline(ref: Any) -> Any:
+    """:func:`fetch_once` for a pipeline, until :func:`forget_pipeline`."""
+    return _fetch(ref)
+
+
+def forget_pipeline() -> None:
+    """Let the next task of this process start from the pipeline as it was put."""
+    fetch_pipeline.cache_clear()
+
+
+def _fetch(ref: Any) -> Any:
+    return ray.get(ref) if isinstance(ref, ray.ObjectRef) else ref
 
 
 def places(gpus: float) -> int:

@@ -1,12 +1,11 @@
-"""How is one pass over the archive carried out on Ray?
+"""How is one pass over the archive carried out on the workers?
 
-Ray Data spreads the shards over the cluster; only partials come back. The driver merges them in
-a fixed tree, so the result does not depend on who finished first, and lets the nodes freeze.
+The shards are spread over the cluster; only partials come back. The driver merges them in a fixed
+tree, so the result does not depend on who finished first, and lets the nodes freeze.
 """
 
 from __future__ import annotations
 
-import pickle
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -18,12 +17,15 @@ from loguru import logger
 
 from cuvis_dist.archive import Archive, Shard
 from cuvis_dist.errors import CuvisDistError, DataError, one_line
+from cuvis_dist.execution.engine import RayEngine
 from cuvis_dist.execution.failures import raise_cause
-from cuvis_dist.execution.spread import Tally, make_task, spread
+from cuvis_dist.execution.pool import Workers
+from cuvis_dist.execution.spread import Row, spread
+from cuvis_dist.execution.tally import Tally
 from cuvis_dist.initialization.kept import StoredPass
 from cuvis_dist.initialization.measuring import Partial
 from cuvis_dist.initialization.plan import Fit, Pass
-from cuvis_dist.initialization.shards import MeasureShard
+from cuvis_dist.initialization.shards import Measurement, MeasureShard
 from cuvis_dist.nodes.affine import probe
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.statistics import MergeTree, Moments, Statistic, from_bytes
@@ -53,9 +55,9 @@ class PassRecord:
     restored_shards, restored_frames : int
         How many of them an earlier run, which was cut off, had dealt with.
     repeated : list of int
-        Ordinals of the shards that were run again, since a worker or node was lost (with the few
-        others of the same task, in an archive of more than a thousand shards) or the node could
-        not read the recording.
+        Ordinals of the shards that were run again, since a worker or node was lost (with the
+        others of the same task, where shards are read from one staged file) or the node could not
+        read the recording.
     """
 
     nodes: dict[str, dict[str, Any]]
@@ -100,7 +102,7 @@ class Measured:
         """Frames dealt with."""
         return self.tally.done
 
-    def add(self, row: dict[str, Any], measurements: Iterable[str]) -> bool:
+    def add(self, row: Row, measurements: Iterable[str]) -> bool:
         """Merge and count a row; False (and no effect) when its shard was added before.
 
         Raises
@@ -108,15 +110,16 @@ class Measured:
         DataError
             If the shard does not fit the others, or too many frames were skipped.
         """
-        statistics = map(from_bytes, row["partials"]) if row["frames"] else ()
+        shard: Measurement = row.payload
+        statistics = map(from_bytes, shard.statistics)
         partial = Partial(
-            dict(zip(measurements, statistics, strict=bool(row["frames"]))), row["first_frame"]
+            dict(zip(measurements, statistics, strict=bool(row.frames))), shard.first_frame
         )
-        if not self.tree.add(row["ordinal"], partial):
+        if not self.tree.add(row.ordinal, partial):
             return False
         self.tally.add(row)
-        if row["ordinal"] < self._first and row["frames"]:
-            self._first, self.probes = row["ordinal"], pickle.loads(row["samples"])
+        if row.ordinal < self._first and row.frames:
+            self._first, self.probes = row.ordinal, shard.probes
         return True
 
 
@@ -187,11 +190,16 @@ def _measure(
     """Measure ``shards`` and add them to ``measured``, which is kept however this ends."""
     started = time.perf_counter() - measured.seconds
     measurements = this_pass.by_key()
-    measure = MeasureShard(make_task(pipeline, archive, scaling), measurements)
+    skip = scaling.measuring.on_error == "skip"
     whole = False  # an interruption can come at any moment, in the middle of a merge too
     try:
-        with raise_cause("the pass over the archive"):
-            for row in spread(shards, measure, scaling):
+        with (
+            raise_cause("the pass over the archive"),
+            RayEngine(Workers.measuring(scaling)) as engine,
+        ):
+            order = engine.make_order(pipeline, archive, skip)
+            measure = MeasureShard(order, measurements, scaling)
+            for row in spread(shards, measure, engine):
                 whole = False
                 added = measured.add(row, measurements)
                 measured.seconds = time.perf_counter() - started

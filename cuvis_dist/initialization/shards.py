@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import functools
-import pickle
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from cuvis_ai_core.node.node import Node
-from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor
 
-from cuvis_dist.archive import batch_bytes
+from cuvis_dist.archive import Shard, batch_bytes
 from cuvis_dist.errors import DataError
-from cuvis_dist.execution.spread import StatefulNodesError, Task, make_row
-from cuvis_dist.execution.worker import peak_bytes
+from cuvis_dist.execution.spread import Order, Row
 from cuvis_dist.initialization.measuring import Measurer, Partial, compute_inputs
 from cuvis_dist.nodes.recipe import Recipe
-from cuvis_dist.nodes.state import state_mark
+from cuvis_dist.nodes.state import StateWatch
 from cuvis_dist.nodes.upstream import nodes_before
+from cuvis_dist.scaling import Scaling
 
 
 @functools.lru_cache(maxsize=1)
@@ -28,24 +26,58 @@ def _smallest_ranks(of_pass: Any) -> dict[str, Tensor]:
     return {}
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured of a shard.
+
+    Attributes
+    ----------
+    first_frame : str
+        The first frame that was used, for messages.
+    statistics : list of bytes
+        The statistics of its frames, one for each measurement; none if every frame was skipped.
+    probes : dict of str to Tensor
+        By measurement, some pixels to check affine maps on.
+    """
+
+    first_frame: str
+    statistics: list[bytes]
+    probes: dict[str, Tensor]
+
+
 class MeasureShard:
-    """Measures one shard: one row with the partials, or with what went wrong."""
+    """Measures one shard: a row with a :class:`Measurement`.
+
+    Parameters
+    ----------
+    order : Order
+        Archive, and pipeline as far as it is fitted.
+    measurements : dict of str to (str, Recipe)
+        By key: the node whose input is measured, and how.
+    scaling : Scaling
+        Which pixels count, and how many frames may be skipped.
+    """
 
     ordered = False
 
-    def __init__(self, task: Task, measurements: dict[str, tuple[str, Recipe]]) -> None:
-        self.task, self.measurements = task, measurements
+    def __init__(
+        self, order: Order, measurements: dict[str, tuple[str, Recipe]], scaling: Scaling
+    ) -> None:
+        self.order, self.measurements = order, measurements
+        self.pixels = scaling.measuring.pixels
+        # The probes of the first shard with a frame are used; so many can be without one.
+        self.probed = scaling.measuring.max_skipped if order.skip else 0
 
-    def __call__(self, shard: dict[str, int]) -> list[dict[str, Any]]:
+    def __call__(self, shard: Shard) -> list[Row]:
         """Return the row of ``shard``."""
-        archive, pipeline = self.task.open()
-        ranks = _smallest_ranks(self.task.pipeline)
-        measurer = Measurer(pipeline, self.measurements, self.task.pixels, ranks)
-        state = _state(pipeline, measurer.targets)
+        archive, pipeline = self.order.open()
+        ranks = _smallest_ranks(self.order.pipeline)
+        measurer = Measurer(pipeline, self.measurements, self.pixels, ranks)
+        watch = StateWatch(nodes_before(pipeline, measurer.targets))
         merged, probes = Partial({}, ""), dict[str, Tensor]()
         skipped: list[tuple[str, str]] = []
         frames = size = 0
-        for index in range(shard["start"], shard["stop"]):
+        for index in range(shard.start, shard.stop):
             frame = archive.frames[index]
             batch = None  # before the next cube is read
             try:
@@ -53,64 +85,52 @@ class MeasureShard:
                 partial, few = measurer.frame(batch, frame, index)
                 merged = merged.merge(partial)
             except DataError as error:
-                self.task.leave_out(error)
+                self.order.leave_out(error)
                 skipped.append((frame.uid, str(error)))
                 continue
             frames, size, probes = frames + 1, size + batch_bytes(batch), probes or few
-            if changed := _changed(state, _state(pipeline, measurer.targets)):
-                raise StatefulNodesError(", ".join(changed))
-        return [
-            make_row(
-                shard["ordinal"],
-                frames=frames,
-                bytes=size,
-                peak=peak_bytes(),
-                first_frame=merged.first_frame,
-                partials=[s.to_bytes() for s in merged.statistics.values()],
-                samples=pickle.dumps(probes if shard["ordinal"] <= self.task.probed else {}),
-                skipped=pickle.dumps(skipped),
-            )
-        ]
+            watch.require_unchanged()
+        payload = Measurement(
+            merged.first_frame,
+            [statistic.to_bytes() for statistic in merged.statistics.values()],
+            probes if shard.ordinal <= self.probed else {},
+        )
+        return [Row(shard.ordinal, payload, frames, size, tuple(skipped))]
 
 
 class GatherShard:
-    """Computes a node's inputs (or only reads) for each frame of a shard: a row each, in order."""
+    """Computes a node's inputs for each frame of a shard, or only reads it: a row each, in order.
+
+    The payload of a row is the frame's name, for messages, and the inputs or the batch; None where
+    the frame was skipped.
+
+    Parameters
+    ----------
+    order : Order
+        Archive, and pipeline as far as it is fitted.
+    name : str or None
+        The node; None to read only.
+    """
 
     ordered = True
 
-    def __init__(self, task: Task, name: str | None) -> None:
-        self.task, self.name = task, name
+    def __init__(self, order: Order, name: str | None) -> None:
+        self.order, self.name = order, name
 
-    def __call__(self, shard: dict[str, int]) -> Iterator[dict[str, Any]]:
+    def __call__(self, shard: Shard) -> Iterator[Row]:
         """Yield the rows of ``shard``."""
-        archive, pipeline = self.task.open()
+        archive, pipeline = self.order.open()
         nodes = [node for node in pipeline.nodes() if node.name == self.name]
-        state = _state(pipeline, nodes)
-        for index in range(shard["start"], shard["stop"]):
+        watch = StateWatch(nodes_before(pipeline, nodes))
+        for index in range(shard.start, shard.stop):
             frame = archive.frames[index]
             try:
                 batch = archive.read(index)
                 data = compute_inputs(pipeline, nodes[0], batch, str(frame)) if nodes else batch
             except DataError as error:
-                self.task.leave_out(error)
-                yield make_row(shard["ordinal"], skipped=pickle.dumps([(frame.uid, str(error))]))
+                self.order.leave_out(error)
+                yield Row(shard.ordinal, skipped=((frame.uid, str(error)),))
                 continue
-            if changed := _changed(state, _state(pipeline, nodes)):
-                raise StatefulNodesError(", ".join(changed))
-            yield make_row(
-                shard["ordinal"],
-                frames=1,
-                bytes=batch_bytes(batch),
-                peak=peak_bytes(),
-                first_frame=str(frame),
-                samples=pickle.dumps(move_data_to_device(data, "cpu"), protocol=5),
-            )
-
-
-def _state(pipeline: CuvisPipeline, targets: list[Node]) -> dict[str, tuple]:
-    """Return a mark of each node before the targets that changes when its tensors do."""
-    return {node.name: state_mark(node) for node in nodes_before(pipeline, targets)}
-
-
-def _changed(before: dict[str, tuple], after: dict[str, tuple]) -> list[str]:
-    return sorted(name for name, mark in after.items() if before[name] != mark)
+            watch.require_unchanged()
+            payload: Any = str(frame), move_data_to_device(data, "cpu")
+            yield Row(shard.ordinal, payload, frames=1, bytes=batch_bytes(batch))

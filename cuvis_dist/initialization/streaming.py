@@ -7,7 +7,6 @@ shuffling). Where a node before it changes its state with every frame, only read
 
 from __future__ import annotations
 
-import pickle
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -21,13 +20,16 @@ from loguru import logger
 
 from cuvis_dist.archive import Archive
 from cuvis_dist.errors import CuvisDistError, InputError, LostWorkerError, one_line
-from cuvis_dist.execution.spread import StatefulNodesError, Tally, make_task, spread
+from cuvis_dist.execution.engine import RayEngine
+from cuvis_dist.execution.pool import Workers
+from cuvis_dist.execution.spread import spread
+from cuvis_dist.execution.tally import Tally
 from cuvis_dist.execution.worker import on_worker
 from cuvis_dist.initialization.kept import StoredPass
 from cuvis_dist.initialization.measuring import compute_inputs
 from cuvis_dist.initialization.passes import PassRecord
 from cuvis_dist.initialization.shards import GatherShard
-from cuvis_dist.nodes.state import adopt
+from cuvis_dist.nodes.state import StatefulNodesError, adopt
 from cuvis_dist.scaling import Scaling
 
 
@@ -124,23 +126,22 @@ def _fit(
     emit: EmitFn,
 ) -> tuple[Node, Tally]:
     node = next(n for n in pipeline.nodes() if n.name == name)
-    # Rows that came from a shard cannot be taken back: no other node is asked.
-    task = replace(make_task(pipeline, archive, scaling), elsewhere=False)
-    gather = GatherShard(task, None if in_order else name)
     tally = Tally(len(archive), scaling.measuring.max_skipped)
 
-    def stream() -> Iterator[dict[str, Any]]:
-        for row in spread(archive.shards(scaling.measuring.shard_frames), gather, scaling):
+    def stream(engine: RayEngine) -> Iterator[dict[str, Any]]:
+        order = engine.make_order(pipeline, archive, scaling.measuring.on_error == "skip")
+        gather = GatherShard(order, None if in_order else name)
+        for row in spread(archive.shards(scaling.measuring.shard_frames), gather, engine):
             tally.add(row)
             progress = FrameProgress(tally.done, len(archive))
             emit(TrainEvent(TrainHook.STATISTICAL_PROGRESS, node=name, progress=progress))
-            if row["frames"]:
-                data = pickle.loads(row["samples"])
-                frame = row["first_frame"]
+            if row.payload is not None:
+                frame, data = row.payload
                 yield compute_inputs(pipeline, node, data, frame) if in_order else data
 
     try:
-        node.statistical_initialization(stream())
+        with RayEngine(Workers.measuring(scaling)) as engine:
+            node.statistical_initialization(stream(engine))
     except CuvisDistError:
         raise
     except Exception as error:

@@ -20,12 +20,12 @@ from cuvis_dist.archive import Archive, open_archive
 from cuvis_dist.errors import DataError
 from cuvis_dist.evaluation import evaluate
 from cuvis_dist.execution.session import connect, require_resources
-from cuvis_dist.execution.spread import StatefulNodesError
 from cuvis_dist.initialization.diagnosis import Finding, diagnose
 from cuvis_dist.initialization.kept import StoredPass, identify
 from cuvis_dist.initialization.passes import PassRecord, measure_pass
 from cuvis_dist.initialization.plan import Pass, make_plan, measured_directly, share
 from cuvis_dist.initialization.streaming import require_whole_frames, stream_pass
+from cuvis_dist.nodes.state import StatefulNodesError
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.storage import Location, OutputFolder
 

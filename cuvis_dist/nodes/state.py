@@ -13,9 +13,37 @@ import torch
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 
+from cuvis_dist.errors import CuvisDistError
 
-def state_mark(node: Node) -> tuple:
-    """Return a mark that changes when one of the node's tensors does, in this process."""
+
+class StatefulNodesError(CuvisDistError):
+    """Nodes change their state with every frame, where each frame must stand for itself."""
+
+
+class StateWatch:
+    """Notices which nodes change their tensors in this process from now on.
+
+    Parameters
+    ----------
+    nodes : iterable of Node
+        The nodes to watch.
+    """
+
+    def __init__(self, nodes: Iterable[Node]) -> None:
+        self._before = {node: _mark(node) for node in nodes}
+
+    def changed(self) -> list[Node]:
+        """Return the nodes that have changed, by name."""
+        nodes = [node for node, mark in self._before.items() if _mark(node) != mark]
+        return sorted(nodes, key=lambda node: node.name)
+
+    def require_unchanged(self) -> None:
+        """Raise StatefulNodesError, which names the nodes, if one has changed."""
+        if changed := self.changed():
+            raise StatefulNodesError(", ".join(node.name for node in changed))
+
+
+def _mark(node: Node) -> tuple:
     return tuple((id(t), t._version) for t in (*node.buffers(), *node.parameters()))
 
 

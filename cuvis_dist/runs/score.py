@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cuvis_dist.archive import open_archive
-from cuvis_dist.execution.spread import Tally
+from cuvis_dist.execution.tally import Tally
 from cuvis_dist.hashing import hash_files, hash_settings
 from cuvis_dist.runs.job import Job, job
 from cuvis_dist.runs.record import ScoreRecord

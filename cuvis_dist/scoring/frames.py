@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,11 +19,11 @@ from cuvis_ai_core.training.post_fit import EmitFn
 from cuvis_ai_schemas.enums import ExecutionStage, NodeTag
 from cuvis_ai_schemas.execution import Context
 
-from cuvis_dist.archive import Archive, Frame
+from cuvis_dist.archive import Archive, Frame, Shard
 from cuvis_dist.errors import ClusterError, DataError, one_line
-from cuvis_dist.execution.spread import StatefulNodesError, Task, make_row
+from cuvis_dist.execution.spread import Order, Row
 from cuvis_dist.execution.worker import fetch_once
-from cuvis_dist.nodes.state import state_mark
+from cuvis_dist.nodes.state import StateWatch
 from cuvis_dist.nodes.upstream import nodes_before
 from cuvis_dist.scoring.plan import refuse_links
 from cuvis_dist.storage import OutputFolder
@@ -59,7 +58,7 @@ class ScoreShard:
 
     Parameters
     ----------
-    task : Task
+    order : Order
         Pipeline and archive.
     files : ObjectRef of list of str
         The file of each frame, relative to ``folder``; empty where it is there already.
@@ -75,24 +74,24 @@ class ScoreShard:
 
     def __init__(
         self,
-        task: Task,
+        order: Order,
         files: Any,
         folder: OutputFolder,
         outputs: list[tuple[str, str]],
         carries_state: bool = False,
     ) -> None:
-        self.task, self.files, self.folder, self.outputs = task, files, folder, outputs
+        self.order, self.files, self.folder, self.outputs = order, files, folder, outputs
         self.carries_state = carries_state
 
-    def __call__(self, shard: dict[str, int]) -> list[dict[str, Any]]:
+    def __call__(self, shard: Shard) -> list[Row]:
         """Return the row of ``shard``."""
         written, skipped = 0, []
-        for uid, reason in self.frames(range(shard["start"], shard["stop"])):
+        for uid, reason in self.frames(range(shard.start, shard.stop)):
             if reason:
                 skipped.append((uid, reason))
             else:
                 written += 1
-        return [make_row(shard["ordinal"], frames=written, skipped=pickle.dumps(skipped))]
+        return [Row(shard.ordinal, frames=written, skipped=tuple(skipped))]
 
     def frames(self, indices: range) -> Iterator[tuple[str, str]]:
         """Score frames and write their files; yields each one's uid, and why it was skipped.
@@ -104,24 +103,22 @@ class ScoreShard:
         StatefulNodesError
             Before a file is written that depends on the frames before.
         """
-        archive, pipeline = self.task.open()
+        archive, pipeline = self.order.open()
         files = fetch_once(self.files)
         running = _running(pipeline)
         for module in pipeline.torch_layers:
             module.eval()
-        before = {node.name: state_mark(node) for node in running}
+        watch = StateWatch(running)
         for index in indices:
             frame = archive.frames[index]
             try:
                 maps = self._maps(pipeline, archive, index)
             except DataError as error:
-                self.task.leave_out(error)
+                self.order.leave_out(error)
                 yield frame.uid, str(error)
                 continue
             if not self.carries_state:
-                changed = [n.name for n in running if state_mark(n) != before[n.name]]
-                if changed:
-                    raise StatefulNodesError(", ".join(sorted(changed)))
+                watch.require_unchanged()
             if files[index]:
                 self._write(files[index], frame, maps)
             yield frame.uid, ""
@@ -159,11 +156,11 @@ def _array(value: torch.Tensor) -> np.ndarray:
     return array[0] if array.ndim and len(array) == 1 else array
 
 
-def score_in_order(job: ScoreShard, frames: int, max_skipped: int, emit: EmitFn) -> dict[str, Any]:
+def score_in_order(score: ScoreShard, frames: int, max_skipped: int, emit: EmitFn) -> Row:
     """Score all frames in this process and return one row for them."""
-    files, written, skipped = fetch_once(job.files), 0, []
+    files, written, skipped = fetch_once(score.files), 0, []
     say: Any = emit
-    for done, (uid, reason) in enumerate(job.frames(range(frames)), 1):
+    for done, (uid, reason) in enumerate(score.frames(range(frames)), 1):
         if reason:
             if not files[done - 1]:  # what follows would begin from another state
                 raise DataError(f"{reason}. Its scores are there, but not those of later frames")
@@ -174,4 +171,4 @@ def score_in_order(job: ScoreShard, frames: int, max_skipped: int, emit: EmitFn)
             written += 1
         if done % math.ceil(frames / 100) == 0:
             say(done)
-    return make_row(0, frames=written, skipped=pickle.dumps(skipped))
+    return Row(0, frames=written, skipped=tuple(skipped))

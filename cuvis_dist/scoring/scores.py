@@ -18,9 +18,13 @@ from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from loguru import logger
 
 from cuvis_dist.errors import DataError
+from cuvis_dist.execution.engine import RayEngine
 from cuvis_dist.execution.failures import raise_cause
-from cuvis_dist.execution.spread import StatefulNodesError, Tally, make_task, spread
+from cuvis_dist.execution.pool import Workers
+from cuvis_dist.execution.spread import spread
+from cuvis_dist.execution.tally import Tally
 from cuvis_dist.execution.worker import on_worker
+from cuvis_dist.nodes.state import StatefulNodesError
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.scoring.frames import ScoreShard, only_for, score_in_order, tracking
 from cuvis_dist.scoring.plan import INDEX, ScorePlan
@@ -35,15 +39,15 @@ def compute_scores(
     """Let the workers write what is missing: side by side, or in order where that matters."""
     only_for(pipeline, plan.outputs)
     reason = tracking(pipeline)
+    workers, skip = Workers.measuring(scaling), scaling.measuring.on_error == "skip"
     if reason is None:
         some = plan.archive.only(plan.todo)
-        files = [plan.files[i] for i in plan.todo]
-        job = ScoreShard(
-            make_task(pipeline, some, scaling), ray.put(files), plan.folder, plan.outputs
-        )
+        files = ray.put([plan.files[i] for i in plan.todo])
         try:
-            with raise_cause("scoring"):
-                for row in spread(some.shards(scaling.measuring.shard_frames), job, scaling):
+            with raise_cause("scoring"), RayEngine(workers) as engine:
+                order = engine.make_order(pipeline, some, skip)
+                score = ScoreShard(order, files, plan.folder, plan.outputs)
+                for row in spread(some.shards(scaling.measuring.shard_frames), score, engine):
                     tally.add(row)
                     on_frames(tally.done, len(plan.todo))
             return
@@ -53,8 +57,10 @@ def compute_scores(
         f"{reason} changes with every frame: all frames are computed in order, in one process"
     )
     todo = set(plan.todo)
-    files = [file if i in todo else "" for i, file in enumerate(plan.files)]
-    task = replace(make_task(pipeline, plan.archive, scaling), elsewhere=False)
+    files = ray.put([file if i in todo else "" for i, file in enumerate(plan.files)])
+    # The state of one process goes from frame to frame: no other node is asked.
+    order = RayEngine(workers).make_order(pipeline, plan.archive, skip)
+    order = replace(order, elsewhere=False)
     tally.clear()
 
     def deliver(done: Any) -> None:
@@ -62,13 +68,13 @@ def compute_scores(
 
     row = on_worker(
         score_in_order,
-        ScoreShard(task, ray.put(files), plan.folder, plan.outputs, carries_state=True),
+        ScoreShard(order, files, plan.folder, plan.outputs, carries_state=True),
         len(plan.archive),
         scaling.measuring.max_skipped,
         emit=deliver,
         cpus=scaling.resources.cpus_per_worker,
         gpus=scaling.measuring.gpus,
-        retries=3,
+        retries=scaling.resources.max_failures,
     )
     tally.add(row)
 

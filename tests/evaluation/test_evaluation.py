@@ -32,7 +32,8 @@ from cuvis_dist.errors import DataError
 from cuvis_dist.evaluation import evaluate, failed_split, post_fit
 from cuvis_dist.evaluation.cluster import MAX_PARTS, Split, cut_into_parts
 from cuvis_dist.evaluation.merging import merge_pooled, mergeable
-from cuvis_dist.evaluation.parts import Job, compute_part
+from cuvis_dist.evaluation.parts import EvaluatePart, Part
+from cuvis_dist.execution.spread import Order
 
 VAL = ExecutionStage.VAL
 
@@ -210,9 +211,11 @@ def test_a_part_can_be_repeated(tmp_path):
     archive = Split(LabelledModule(tmp_path), "val").archive
     keep = frozenset({("score", "scores")})
     fitted = ray.put(running(running_warmup_frames=0))
-    job = Job(ray.put(archive), fitted, ("anomaly",), keep, Context(VAL), 1, False)
-    first, again = (compute_part(job, 3, [[0, 1], [2]], {}) for _ in range(2))
-    assert first.frames == again.frames == 3
+    order = Order(ray.put(archive), fitted, 1, skip=False, on_gpu=False, elsewhere=False)
+    compute = EvaluatePart(order, [[3], [0, 1], [2]], ("anomaly",), keep, Context(VAL))
+    rows = [row for _ in range(2) for row in compute(Part(0, 1, 3))]
+    assert [row.frames for row in rows] == [3, 3]
+    first, again = (row.payload for row in rows)
     assert set(first.changed) == {"normalizer"}
     for mine, other in zip(first.outputs, again.outputs, strict=True):
         assert mine.keys() == keep
@@ -382,6 +385,7 @@ def test_metrics_that_do_not_add_up_are_known(metric):
 @pytest.mark.parametrize("n", [0, 1, 7, MAX_PARTS, MAX_PARTS + 1, 10 * MAX_PARTS + 3])
 def test_parts_are_few_even_and_in_order(n):
     cuts = cut_into_parts(n)
-    assert [i for cut in cuts for i in cut] == list(range(n))
-    assert len(cuts) == min(n, MAX_PARTS)
-    assert not cuts or max(map(len, cuts)) - min(map(len, cuts)) <= 1
+    assert [i for cut in cuts for i in range(cut.start, cut.stop)] == list(range(n))
+    assert [cut.ordinal for cut in cuts] == list(range(min(n, MAX_PARTS)))
+    lengths = {cut.stop - cut.start for cut in cuts}
+    assert not cuts or max(lengths) - min(lengths) <= 1

@@ -19,7 +19,7 @@ from fragile import CountedCubes, FragileCubes, FragileModule, wrap_train
 
 from cuvis_dist import Scaling, StatisticalTrainer
 from cuvis_dist.errors import CuvisDistError
-from cuvis_dist.execution import spread
+from cuvis_dist.execution import engine
 from cuvis_dist.runs.trainrun import load_trainrun
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -69,8 +69,8 @@ def test_several_shards_in_a_task_change_no_bit(tmp_path, monkeypatch):
     for name in ("one", "several"):
         (tmp_path / name).mkdir()
     one, _, _ = fit(tmp_path / "one", False, True)
-    monkeypatch.setattr(spread, "_TASKS", 2)
-    monkeypatch.setattr(spread, "_TASKS_PER_WORKER", 1)
+    monkeypatch.setattr(engine, "_TASKS", 2)
+    monkeypatch.setattr(engine, "_TASKS_PER_WORKER", 1)
     several, trainer, readings = fit(tmp_path / "several", True, True)
     assert (tmp_path / "several" / "died").exists()
     assert buffers_sha256(several) == buffers_sha256(one)

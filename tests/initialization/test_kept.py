@@ -17,7 +17,7 @@ from settings import scaling_of
 
 from cuvis_dist import Scaling, StatisticalTrainer
 from cuvis_dist.archive import open_archive
-from cuvis_dist.execution.spread import Tally
+from cuvis_dist.execution.tally import Tally
 from cuvis_dist.initialization.kept import PASSES, StoredPass, identify
 from cuvis_dist.initialization.plan import make_plan
 from cuvis_dist.runs.trainrun import load_trainrun
@@ -227,7 +227,7 @@ def test_the_identity_of_a_pass_is_what_its_partials_depend_on(tmp_path):
 
     mine = identity()
     assert identity() == mine
-    assert identity(workers=7, cpus_per_worker=2, output_dir=tmp_path) == mine
+    assert identity(workers=7, cpus_per_worker=2) == mine
     assert identity(shard_frames=5) != mine
     assert identity(pixels="finite") != mine
     assert identity(frames=11) != mine

@@ -28,7 +28,7 @@ from settings import nested
 from cuvis_dist import Scaling, StatisticalTrainer
 from cuvis_dist.archive import Shard, open_archive
 from cuvis_dist.errors import DataError, InputError
-from cuvis_dist.execution.spread import share_files
+from cuvis_dist.execution.engine import share_files
 from cuvis_dist.runs.resume import fingerprint
 from cuvis_dist.runs.trainrun import TrainRun, load_trainrun
 from cuvis_dist.staging import fetched_when_opened, localize, portable

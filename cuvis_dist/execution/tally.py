@@ -1,0 +1,62 @@
+"""Which frames came back? Counts them twice, so that none is lost unnoticed."""
+
+from __future__ import annotations
+
+from loguru import logger
+
+from cuvis_dist.errors import DataError
+from cuvis_dist.execution.spread import Row
+
+
+class Tally:
+    """Counts what came back: frames listed are frames measured plus frames skipped.
+
+    Parameters
+    ----------
+    listed : int
+        Frames that were asked for.
+    max_skipped : int
+        How many frames may be left out.
+    """
+
+    def __init__(self, listed: int, max_skipped: int) -> None:
+        self.listed, self.max_skipped = listed, max_skipped
+        self.clear()
+
+    def clear(self) -> None:
+        """Count from the beginning."""
+        self.frames = self.bytes = self.peak = self.left_out = 0
+        self.skipped: dict[str, str] = {}
+        self.repeated: set[int] = set()
+
+    def add(self, row: Row) -> None:
+        """Count a row; raises DataError when too many frames were skipped."""
+        self.frames += row.frames
+        self.bytes += row.bytes
+        self.peak = max(self.peak, row.peak)
+        if row.again:
+            self.repeated.add(row.ordinal)
+        for uid, reason in row.skipped:
+            logger.warning(f"skipped: {reason}")
+            self.skipped[uid] = reason
+            self.left_out += 1  # a frame that samples_per_frame repeats has one uid
+        if self.left_out > self.max_skipped:
+            raise DataError(
+                f"{self.left_out} frames cannot be used, more than max_skipped "
+                f"({self.max_skipped}). The last: {list(self.skipped.values())[-1]}"
+            )
+
+    @property
+    def done(self) -> int:
+        """Frames dealt with."""
+        return self.frames + self.left_out
+
+    def close(self) -> None:
+        """Raise DataError unless every frame of the archive was measured or skipped."""
+        if self.done != self.listed:
+            raise DataError(
+                f"the archive lists {self.listed} frames, but {self.frames} were measured "
+                f"and {self.left_out} skipped"
+            )
+        if not self.frames:
+            raise DataError(f"none of {self.listed} frames could be used")
