@@ -20,7 +20,7 @@ from trouble import TroubledModule
 from cuvis_dist import StatisticalTrainer
 from cuvis_dist.cli import main
 from cuvis_dist.errors import ClusterError
-from cuvis_dist.evaluation import evaluate
+from cuvis_dist.evaluation import Evaluator
 from cuvis_dist.runs.trainrun import load_trainrun
 
 pytestmark = [
@@ -129,13 +129,13 @@ def test_a_whole_run_and_scores(demo, tmp_path, capsys):
     trainrun = load_trainrun(demo)
     pipeline = CuvisPipeline.load_pipeline(saved, saved.replace(".yaml", ".pt"))
     summaries = [
-        evaluate(
+        Evaluator(
             pipeline,
             trainrun.datamodule(),
-            ExecutionStage.TEST,
-            metric_nodes=[n for n in pipeline.nodes() if n.name == "metrics_anomaly"],
-            emit=lambda event: None,
-            scaling=scaling_of(train_workers=2, **settings),
+            scaling_of(train_workers=2, **settings),
+            lambda event: None,
+        ).evaluate(
+            ExecutionStage.TEST, [n for n in pipeline.nodes() if n.name == "metrics_anomaly"]
         )
         for settings in (HALF, {})
     ]

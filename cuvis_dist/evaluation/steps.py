@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
@@ -50,100 +51,117 @@ from cuvis_dist.waiting import announce
 _POST_FIT_STAGES = (ExecutionStage.INFERENCE, ExecutionStage.VAL, ExecutionStage.TEST)
 
 
-def post_fit(
-    pipeline: CuvisPipeline,
-    datamodule: pl.LightningDataModule,
-    *,
-    metric_nodes: Sequence[Node] | None,
-    emit: EmitFn,
-    scaling: Scaling,
-    release_cuda_cache: bool = False,
-) -> PostFitResult:
-    """Calibrate the deciders on val, evaluate val and test; ``pipeline`` takes over the result.
+@dataclass(frozen=True)
+class Evaluator:
+    """Calibrates and evaluates one pipeline on one data module, on the workers of the cluster.
 
-    Returns
-    -------
-    PostFitResult
-        Upstream's record. An evaluation that failed is in it, and does not raise.
+    Attributes
+    ----------
+    pipeline : CuvisPipeline
+        A fitted pipeline, on the CPU.
+    datamodule : LightningDataModule
+        It serves val and test.
+    scaling : Scaling
+        Workers.
+    emit : callable
+        Where events go.
     """
-    connect(scaling)
-    nodes = list(metric_nodes if metric_nodes is not None else default_metric_nodes(pipeline))
-    reason = why_one_worker(pipeline, nodes, _POST_FIT_STAGES)
-    if reason:
-        logger.info(f"calibrated and evaluated on one worker: {reason}")
-        cpus, gpus = scaling.resources.cpus_per_worker, scaling.resources.train_gpus
-    else:  # it mostly waits for the workers, and leaves them the CPUs and GPUs
-        cpus, gpus = 0.0, 0.0
-    announce("waiting for a worker to calibrate and evaluate")
-    result, fitted = on_worker(
-        _post_fit,
-        pipeline,
-        datamodule,
-        [node.name for node in nodes],
-        release_cuda_cache,
-        bool(reason),
-        scaling,
-        emit=emit,
-        cpus=cpus,
-        gpus=gpus,
-    )
-    adopt_all(pipeline, fitted)
-    return result
 
+    pipeline: CuvisPipeline
+    datamodule: pl.LightningDataModule
+    scaling: Scaling
+    emit: EmitFn
 
-def evaluate(
-    pipeline: CuvisPipeline,
-    datamodule: pl.LightningDataModule,
-    stage: ExecutionStage,
-    *,
-    metric_nodes: Sequence[Node],
-    emit: EmitFn,
-    scaling: Scaling,
-    stop_event: threading.Event | None = None,
-) -> EvaluationSummary:
-    """Reduce the metric nodes over the split of ``stage`` (VAL or TEST), every frame once.
+    def post_fit(
+        self, metric_nodes: Sequence[Node] | None = None, release_cuda_cache: bool = False
+    ) -> PostFitResult:
+        """Calibrate the deciders on val, evaluate val and test; the pipeline takes over the result.
 
-    The result is that of upstream's ``evaluate_split`` in one process, for any number of workers:
-    pooled metrics are merged, other values averaged over the batches that the data module makes.
+        Parameters
+        ----------
+        metric_nodes : sequence of Node, optional
+            Which metrics are reported; by default those of all metric nodes.
 
-    Raises
-    ------
-    InputError
-        If the data module cannot serve the split.
-    DataError
-        If a frame cannot be read or used (the message names it), or frames are missing.
-    ClusterError
-        If the cluster cannot be reached or lost the work.
-    TrainingCancelled
-        If the stop event was set; it is read before each batch, but not while one worker does it
-        all.
-    """
-    connect(scaling)
-    announce(f"waiting for workers to evaluate {stage.value}")
-    if reason := why_one_worker(pipeline, metric_nodes, [stage]):
-        logger.info(f"{stage.value} is evaluated on one worker: {reason}")
-        return on_worker(
-            _evaluate,
-            pipeline,
-            datamodule,
-            stage,
-            [node.name for node in metric_nodes],
-            scaling.resources.train_gpus > 0,
-            emit=emit,
-            cpus=scaling.resources.cpus_per_worker,
-            gpus=scaling.resources.train_gpus,
+        Returns
+        -------
+        PostFitResult
+            Upstream's record. An evaluation that failed is in it, and does not raise.
+        """
+        connect(self.scaling)
+        nodes = metric_nodes if metric_nodes is not None else default_metric_nodes(self.pipeline)
+        reason = why_one_worker(self.pipeline, nodes, _POST_FIT_STAGES)
+        if reason:
+            logger.info(f"calibrated and evaluated on one worker: {reason}")
+            resources = self.scaling.resources
+            cpus, gpus = resources.cpus_per_worker, resources.train_gpus
+        else:  # it mostly waits for the workers, and leaves them the CPUs and GPUs
+            cpus, gpus = 0.0, 0.0
+        announce("waiting for a worker to calibrate and evaluate")
+        steps = _PostFit([node.name for node in nodes], release_cuda_cache, bool(reason))
+        result, fitted = on_worker(
+            _post_fit,
+            self.pipeline,
+            self.datamodule,
+            steps,
+            self.scaling,
+            emit=self.emit,
+            cpus=cpus,
+            gpus=gpus,
         )
-    spread: Any = ClusterPipeline(pipeline, metric_nodes, scaling)
-    split: Any = Split(datamodule, stage.value)
-    with closing(spread), raise_cause(f"evaluating {stage.value}"):
-        return evaluate_split(
-            spread,
-            split,
-            stage=stage,
-            metric_nodes=metric_nodes,
-            stop_event=stop_event,
-            on_batch=_progress(stage, emit),
-        )
+        adopt_all(self.pipeline, fitted)
+        return result
+
+    def evaluate(
+        self,
+        stage: ExecutionStage,
+        metric_nodes: Sequence[Node],
+        stop_event: threading.Event | None = None,
+    ) -> EvaluationSummary:
+        """Reduce the metric nodes over the split of ``stage`` (VAL or TEST), every frame once.
+
+        The result is that of upstream's ``evaluate_split`` in one process, for any number of
+        workers: pooled metrics are merged, other values averaged over the batches that the data
+        module makes.
+
+        Raises
+        ------
+        InputError
+            If the data module cannot serve the split.
+        DataError
+            If a frame cannot be read or used (the message names it), or frames are missing.
+        ClusterError
+            If the cluster cannot be reached or lost the work.
+        TrainingCancelled
+            If the stop event was set; it is read before each batch, but not while one worker does
+            it all.
+        """
+        connect(self.scaling)
+        announce(f"waiting for workers to evaluate {stage.value}")
+        resources = self.scaling.resources
+        if reason := why_one_worker(self.pipeline, metric_nodes, [stage]):
+            logger.info(f"{stage.value} is evaluated on one worker: {reason}")
+            return on_worker(
+                _evaluate,
+                self.pipeline,
+                self.datamodule,
+                stage,
+                [node.name for node in metric_nodes],
+                resources.train_gpus > 0,
+                emit=self.emit,
+                cpus=resources.cpus_per_worker,
+                gpus=resources.train_gpus,
+            )
+        spread: Any = ClusterPipeline(self.pipeline, metric_nodes, self.scaling)
+        split: Any = Split(self.datamodule, stage.value)
+        with closing(spread), raise_cause(f"evaluating {stage.value}"):
+            return evaluate_split(
+                spread,
+                split,
+                stage=stage,
+                metric_nodes=metric_nodes,
+                stop_event=stop_event,
+                on_batch=_progress(stage, self.emit),
+            )
 
 
 def why_one_worker(
@@ -206,24 +224,33 @@ class _NamedSplits:
         return self._splits[name].loader() if self._here else self._splits[name]
 
 
+@dataclass(frozen=True)
+class _PostFit:
+    """Names of the metric nodes, and whether everything happens in this one process (``here``)."""
+
+    metric_nodes: list[str]
+    release_cuda_cache: bool
+    here: bool
+
+
 def _post_fit(
     pipeline: CuvisPipeline,
     datamodule: pl.LightningDataModule,
-    metric_nodes: list[str],
-    release_cuda_cache: bool,
-    here: bool,
+    steps: _PostFit,
     scaling: Scaling,
     emit: EmitFn,
 ) -> tuple[PostFitResult, list[Node]]:
     prepare_worker(int(scaling.resources.cpus_per_worker))
-    nodes = _nodes(pipeline, metric_nodes)
-    callback = PostFitCallback(emit=emit, metric_nodes=nodes, release_cuda_cache=release_cuda_cache)
-    if here:
+    nodes = _nodes(pipeline, steps.metric_nodes)
+    callback = PostFitCallback(
+        emit=emit, metric_nodes=nodes, release_cuda_cache=steps.release_cuda_cache
+    )
+    if steps.here:
         pipeline.to("cuda" if scaling.resources.train_gpus else "cpu")
     spread = ClusterPipeline(pipeline, nodes, scaling)
-    computing: Any = pipeline if here else spread
+    computing: Any = pipeline if steps.here else spread
     with closing(spread):
-        result = callback.run(computing, _NamedSplits(datamodule, here), restore=False)
+        result = callback.run(computing, _NamedSplits(datamodule, steps.here), restore=False)
     pipeline.cpu()
     return result, list(pipeline.nodes())
 

@@ -7,7 +7,8 @@ tree, so the result does not depend on who finished first, and lets the nodes fr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -159,7 +160,8 @@ def measure_pass(
     missing = [shard for shard in shards if shard.ordinal not in measured.tree]
     restored = len(shards) - len(missing), measured.tally.done
     if missing:
-        _measure(pipeline, archive, missing, this_pass, scaling, on_shard, measured, stored)
+        rows = _rows(pipeline, archive, missing, this_pass, scaling)
+        _merge(rows, measured, this_pass.by_key(), on_shard, stored)
     tally = measured.tally
     tally.close()
     fitted, left = freeze_fits(this_pass, measured.tree.root().statistics, measured.probes)
@@ -177,29 +179,36 @@ def measure_pass(
     return record, left
 
 
-def _measure(
+def _rows(
     pipeline: CuvisPipeline,
     archive: Archive,
     shards: list[Shard],
     this_pass: Pass,
     scaling: Scaling,
-    on_shard: OnShard,
+) -> Generator[Row, None, None]:
+    """Yield what the workers measured of each shard, as it comes."""
+    with (
+        raise_cause("the pass over the archive"),
+        RayEngine(Workers.measuring(scaling)) as engine,
+    ):
+        order = engine.make_order(pipeline, archive, scaling.measuring.on_error == "skip")
+        measure = MeasureShard(order, this_pass.by_key(), scaling)
+        yield from spread(shards, measure, engine)
+
+
+def _merge(
+    rows: Generator[Row, None, None],
     measured: Measured,
+    measurements: Iterable[str],
+    on_shard: OnShard,
     stored: StoredPass | None,
 ) -> None:
-    """Measure ``shards`` and add them to ``measured``, which is kept however this ends."""
+    """Add rows to ``measured``, which is kept however this ends."""
     started = time.perf_counter() - measured.seconds
-    measurements = this_pass.by_key()
-    skip = scaling.measuring.on_error == "skip"
     whole = False  # an interruption can come at any moment, in the middle of a merge too
     try:
-        with (
-            raise_cause("the pass over the archive"),
-            RayEngine(Workers.measuring(scaling)) as engine,
-        ):
-            order = engine.make_order(pipeline, archive, skip)
-            measure = MeasureShard(order, measurements, scaling)
-            for row in spread(shards, measure, engine):
+        with closing(rows):
+            for row in rows:
                 whole = False
                 added = measured.add(row, measurements)
                 measured.seconds = time.perf_counter() - started

@@ -18,7 +18,7 @@ from loguru import logger
 
 from cuvis_dist.archive import Archive, open_archive
 from cuvis_dist.errors import DataError
-from cuvis_dist.evaluation import evaluate
+from cuvis_dist.evaluation import Evaluator
 from cuvis_dist.execution.session import connect, require_resources
 from cuvis_dist.initialization.diagnosis import Finding, diagnose
 from cuvis_dist.initialization.kept import StoredPass, identify
@@ -207,12 +207,5 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
             if self.metric_nodes is not None
             else default_metric_nodes(self.pipeline)
         )
-        return evaluate(
-            self.pipeline,
-            self.datamodule,
-            stage,
-            metric_nodes=nodes,
-            emit=self.emit,
-            scaling=self.scaling,
-            stop_event=self.stop_event,
-        )
+        evaluator = Evaluator(self.pipeline, self.datamodule, self.scaling, self.emit)
+        return evaluator.evaluate(stage, nodes, self.stop_event)

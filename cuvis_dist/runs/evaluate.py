@@ -10,7 +10,7 @@ from cuvis_ai_schemas.enums import ExecutionStage
 from loguru import logger
 
 from cuvis_dist.errors import InputError
-from cuvis_dist.evaluation import evaluate
+from cuvis_dist.evaluation import Evaluator
 from cuvis_dist.runs.job import job
 from cuvis_dist.runs.record import EvaluateRecord
 from cuvis_dist.runs.trainrun import TrainRun
@@ -56,14 +56,8 @@ def evaluate_saved(
             raise InputError(f"the pipeline {pipeline.name} has no metric node: nothing to report")
         datamodule = trainrun.datamodule(scaling, fitting=False)
         entered.connect(training=scaling.resources.train_gpus > 0)
-        summary = evaluate(
-            pipeline,
-            datamodule,
-            ExecutionStage(split),
-            metric_nodes=nodes,
-            emit=emit or log_event,
-            scaling=scaling,
-        )
+        evaluator = Evaluator(pipeline, datamodule, scaling, emit or log_event)
+        summary = evaluator.evaluate(ExecutionStage(split), nodes)
         logger.info(f"evaluated {summary.frames} frames of {split}")
         record.frames, record.metrics = summary.frames, {split: dict(summary.metrics)}
         record.seconds = round(time.perf_counter() - started, 3)

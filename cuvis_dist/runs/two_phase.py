@@ -14,7 +14,7 @@ from cuvis_ai_core.training.post_fit import EmitFn, PostFitCallback, PostFitResu
 from loguru import logger
 
 from cuvis_dist.errors import DataError
-from cuvis_dist.evaluation import failed_split, post_fit
+from cuvis_dist.evaluation import Evaluator, failed_split
 from cuvis_dist.hashing import hash_files
 from cuvis_dist.initialization import StatisticalTrainer, statistical_nodes
 from cuvis_dist.nodes.state import adopt_all, hash_state
@@ -183,13 +183,9 @@ class _Phases:
 
     def _post_fit(self) -> PostFitResult:
         """Calibrate and evaluate what phase 1 made."""
-        return post_fit(
-            self.trainrun.pipeline,
-            self.datamodule,
-            metric_nodes=self.trainrun.metric_nodes or None,
-            emit=self.emit,
-            scaling=self.job.scaling,
-        )
+        pipeline, scaling = self.trainrun.pipeline, self.job.scaling
+        evaluator = Evaluator(pipeline, self.datamodule, scaling, self.emit)
+        return evaluator.post_fit(self.trainrun.metric_nodes or None)
 
     def _train(self) -> PostFitResult:
         """Carry out phase 2, which ends with calibration and evaluation."""

@@ -25,7 +25,7 @@ from loguru import logger
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from cuvis_dist.errors import ClusterError, InputError, LostWorkerError
-from cuvis_dist.evaluation import post_fit
+from cuvis_dist.evaluation import Evaluator
 from cuvis_dist.execution.events import relayed
 from cuvis_dist.execution.failures import raise_cause
 from cuvis_dist.execution.session import connect, require_resources
@@ -135,13 +135,10 @@ class GradientTrainer(UpstreamGradientTrainer):
         self.epochs, self._best = result.epochs, result.checkpoint
         self.emit(TrainEvent(TrainHook.CHECKPOINT_RESTORED, checkpoint=result.checkpoint))
         given = next((c for c in self.callbacks if isinstance(c, PostFitCallback)), None)
-        evaluated = post_fit(
-            self.pipeline,
-            self.datamodule,
-            metric_nodes=given.metric_nodes if given else None,
-            emit=given.emit if given else self.emit,
-            scaling=self.scaling,
-            release_cuda_cache=self.training_config.release_cuda_cache_on_validation,
+        emit = given.emit if given else self.emit
+        evaluated = Evaluator(self.pipeline, self.datamodule, self.scaling, emit).post_fit(
+            given.metric_nodes if given else None,
+            self.training_config.release_cuda_cache_on_validation,
         )
         self.outcome = PostFitResult(
             result.checkpoint, evaluated.calibration, evaluated.evaluations

@@ -29,7 +29,7 @@ from torchmetrics.classification import (
 
 from cuvis_dist import Scaling
 from cuvis_dist.errors import DataError
-from cuvis_dist.evaluation import evaluate, failed_split, post_fit
+from cuvis_dist.evaluation import Evaluator, failed_split
 from cuvis_dist.evaluation.cluster import MAX_PARTS, Split, cut_into_parts
 from cuvis_dist.evaluation.merging import merge_pooled, mergeable
 from cuvis_dist.evaluation.parts import EvaluatePart, Part
@@ -58,15 +58,8 @@ def in_one_process(pipeline, module, stage=VAL):
 
 
 def on_workers(pipeline, module, workers=2, emit=lambda event: None, **options):
-    return evaluate(
-        pipeline,
-        module,
-        VAL,
-        metric_nodes=default_metric_nodes(pipeline),
-        emit=emit,
-        scaling=Scaling(resources={"workers": workers}),
-        **options,
-    )
+    evaluator = Evaluator(pipeline, module, Scaling(resources={"workers": workers}), emit)
+    return evaluator.evaluate(VAL, default_metric_nodes(pipeline), **options)
 
 
 def readings(folder):
@@ -249,15 +242,9 @@ def test_a_sink_keeps_the_frames_on_one_worker(tmp_path, said):
 
 def calibrated(pipeline, module, workers=2, **options):
     events = []
-    result = post_fit(
-        pipeline,
-        module,
-        metric_nodes=None,
-        emit=events.append,
-        scaling=Scaling(resources={"workers": workers}),
-        **options,
-    )
-    return result, events
+    scaling = Scaling(resources={"workers": workers})
+    evaluator = Evaluator(pipeline, module, scaling, events.append)
+    return evaluator.post_fit(**options), events
 
 
 def what(events):
