@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 SDK := build/sdk
 SOURCES := $(shell find cuvis_dist jobs -name '*.py')
 
-.PHONY: demo test test-all lint bench install sdk clean
+.PHONY: demo test test-all test-kernels lint bench install sdk clean
 
 # A complete two-phase run on a generated archive; the second time its result is shown again.
 demo: outputs/demo/summary.txt
@@ -23,6 +23,18 @@ test: $(INSTALLED) sdk
 # Also those marked long, which CI leaves out to stay below 20 minutes on two cores.
 test-all: $(INSTALLED) sdk
 	$(BIN)/python -m pytest -m "long or not long" $(PYTEST_ARGS)
+
+# The tests of equality and of the same bits once more, with the kernels of an older processor; set
+# before Python starts, so that Ray's workers inherit them. MKL and PyTorch have them for x86_64.
+test-kernels: export MKL_CBWR = COMPATIBLE
+test-kernels: export ATEN_CPU_CAPABILITY = default
+ifeq ($(shell uname -m),x86_64)
+test-kernels: export OPENBLAS_CORETYPE = Nehalem
+else
+test-kernels: export OPENBLAS_CORETYPE = ARMV8
+endif
+test-kernels: $(INSTALLED)
+	$(BIN)/python -m pytest -m "kernels and not long" $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -10,6 +10,8 @@ surrogate is the symmetric sigma-point set of S. J. Julier and J. K. Uhlmann (19
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
@@ -47,13 +49,15 @@ class Moments(Statistic):
 
         A block is shifted by its own mean before the one matrix product, and what rounding
         left of the mean in the shifted block is taken out again, so that neither a large mean
-        nor a long frame costs digits.
+        nor a long frame costs digits. One thread computes it, since several would add up in an
+        order that depends on how many they are.
         """
         channels = pixels.shape[-1]
         result = cls.empty(channels, diagonal)
         rows = max(1, _BLOCK_VALUES.get(pixels.device.type, 1 << 17) // channels)
-        for block in pixels.detach().split(rows):
-            result = result.merge(cls._measure_block(block, diagonal))
+        with _one_thread():
+            for block in pixels.detach().split(rows):
+                result = result.merge(cls._measure_block(block, diagonal))
         return result
 
     @classmethod
@@ -140,6 +144,17 @@ class Moments(Statistic):
         return torch.cat(
             [self.mean + offsets, self.mean - offsets, self.mean.expand(means, self.channels)]
         )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute with one thread; how many there were comes back in the end."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _factor(covariance: Tensor) -> Tensor:

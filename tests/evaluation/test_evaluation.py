@@ -70,6 +70,7 @@ def once():
     return Counter(dict.fromkeys(range(12), 1))
 
 
+@pytest.mark.kernels
 @pytest.mark.usefixtures("ray_session")
 def test_any_number_of_workers_gives_what_one_process_does(tmp_path):
     """Pooled by sums, pooled by concatenation, and means over batches; the last one is small."""
@@ -252,6 +253,7 @@ def what(events):
     return [(e.hook, e.split, e.progress, e.evaluation and e.evaluation.status) for e in events]
 
 
+@pytest.mark.kernels
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize("normalized", [False, True])
 def test_post_fit_is_upstreams(tmp_path, normalized):

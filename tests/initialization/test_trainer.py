@@ -49,6 +49,7 @@ def fit(trainrun, **scaling):
     return trainer
 
 
+@pytest.mark.kernels
 def test_the_guides_pipeline_equals_upstreams(demo_trainrun):
     theirs = fitted_upstream(load_trainrun(demo_trainrun))
     trainrun = load_trainrun(demo_trainrun)
@@ -64,6 +65,7 @@ def test_the_guides_pipeline_equals_upstreams(demo_trainrun):
     )
 
 
+@pytest.mark.kernels
 def test_folding_reads_twice_and_changes_rounding_alone(demo_trainrun):
     """The float32 rounding of the normalized cube is not seen: 1e-8, more in an inverse."""
     theirs = fitted_upstream(load_trainrun(demo_trainrun))
@@ -88,12 +90,13 @@ def test_folding_reads_twice_and_changes_rounding_alone(demo_trainrun):
     assert relative_difference(*scores) <= 1e-5
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("fold", [False, True])
 def test_same_bits_for_any_number_of_workers(demo_trainrun, fold):
+    """Also where they share the three CPUs, and where one has them all, and so three threads."""
     hashes = set()
-    for workers in (1, 2, 3, 5):  # 5 share the three CPUs
+    for workers, cpus in ((1, 1), (2, 1), (3, 1), (5, 0.5), (1, 3)):
         trainrun = load_trainrun(demo_trainrun)
-        cpus = 0.5 if workers == 5 else 1
         fit(trainrun, workers=workers, cpus_per_worker=cpus, shard_frames=1, fold=fold)
         hashes.add(buffers_sha256(trainrun.pipeline))
     assert len(hashes) == 1
@@ -172,16 +175,24 @@ def test_a_stop_in_the_middle_of_a_pass_is_a_cancellation(demo_trainrun):
     assert trainrun.pipeline.structure_frozen_by is None
 
 
-def test_validate_and_test_equal_upstreams(demo_trainrun):
+@pytest.mark.kernels
+@pytest.mark.parametrize(("fold", "bound"), [(False, 1e-6), (True, 5e-3)])
+def test_validate_and_test_are_upstreams(demo_trainrun, fold, bound):
+    """Equal where every node's own input was measured; within a bound where it was derived.
+
+    Folding moves scores by about 1e-6. Upstream's average precision works on their float32
+    sigmoids, many of which saturate to one value: which of them are tied, and so the third or
+    fourth digit, then depends on the last bits, and with them on the processor.
+    """
     theirs = load_trainrun(demo_trainrun)
     upstream = UpstreamStatisticalTrainer(theirs.pipeline, theirs.datamodule())
     upstream.fit()
     trainrun = load_trainrun(demo_trainrun)
-    trainer = fit(trainrun, workers=2)
+    trainer = fit(trainrun, workers=2, fold=fold)
     for verb in ("validate", "test"):
         expected, got = getattr(upstream, verb)(), getattr(trainer, verb)()
         assert got.frames == expected.frames > 0
-        assert got.metrics == pytest.approx(expected.metrics, abs=1e-6)
+        assert got.metrics == pytest.approx(expected.metrics, abs=bound)
 
 
 # ---- real scenes -----------------------------------------------------------------------

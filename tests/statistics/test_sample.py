@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from functools import reduce
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cuvis_dist.statistics import PixelSample, from_bytes
+from cuvis_dist.statistics import PixelSample
 
 
 def frame(position, count, channels=3):
@@ -94,15 +93,6 @@ def test_the_mean_of_samples_is_that_of_the_pixels():
     x = torch.randn(100_000, 4, generator=torch.Generator().manual_seed(3))
     sample = PixelSample.measure(x, 2000, uid="a")
     assert (sample.values.mean(0) - x.double().mean(0)).abs().max() < 5 / 2000**0.5
-
-
-def test_pickle_and_arrow_keep_every_bit():
-    one = measured(0, 50, 7)
-    for other in (pickle.loads(pickle.dumps(one)), from_bytes(one.to_bytes())):
-        same(one, other)
-    none = measured(0, 0, 7)
-    same(from_bytes(none.to_bytes()), none)
-    same(none.merge(one), one)
 
 
 def test_unlike_samples_are_refused():

@@ -94,7 +94,7 @@ ALWAYS = {(3, "adamw", "uneven")}
 @pytest.mark.parametrize(
     ("workers", "optimizer", "batches"),
     [
-        pytest.param(*case, marks=() if case in ALWAYS else pytest.mark.long)
+        pytest.param(*case, marks=pytest.mark.kernels if case in ALWAYS else pytest.mark.long)
         for case in itertools.product(READING, OPTIMIZERS, BATCHES)
     ],
 )
