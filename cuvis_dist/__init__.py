@@ -10,13 +10,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cuvis_dist.initialization import StatisticalTrainer
+    from cuvis_dist.initialization.trainer import StatisticalTrainer
     from cuvis_dist.nodes.catalogue import NodeFacts
     from cuvis_dist.nodes.recipe import Recipe
     from cuvis_dist.runs.trainrun import load_trainrun
     from cuvis_dist.runs.two_phase import run_trainrun
     from cuvis_dist.scaling import Scaling
-    from cuvis_dist.training import GradientTrainer
+    from cuvis_dist.training.trainer import GradientTrainer
 
 __all__ = [
     "GradientTrainer",
@@ -29,11 +29,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "GradientTrainer": "training",
+    "GradientTrainer": "training.trainer",
     "NodeFacts": "nodes.catalogue",
     "Recipe": "nodes.recipe",
     "Scaling": "scaling",
-    "StatisticalTrainer": "initialization",
+    "StatisticalTrainer": "initialization.trainer",
     "load_trainrun": "runs.trainrun",
     "run_trainrun": "runs.two_phase",
 }

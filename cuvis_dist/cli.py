@@ -485,7 +485,7 @@ def _plan(arguments: argparse.Namespace, lines: Lines) -> int:
 def _print_plan(
     trainrun: TrainRun, scaling: Scaling, lines: Lines, calibrate: bool = False
 ) -> None:
-    from cuvis_dist.initialization import preview
+    from cuvis_dist.initialization.preview import preview
 
     datamodule = trainrun.datamodule(scaling)
     if calibrate:

@@ -20,7 +20,7 @@ from trouble import TroubledModule
 from cuvis_dist import StatisticalTrainer
 from cuvis_dist.cli import main
 from cuvis_dist.errors import ClusterError
-from cuvis_dist.evaluation import Evaluator
+from cuvis_dist.evaluation.steps import Evaluator
 from cuvis_dist.runs.trainrun import load_trainrun
 
 pytestmark = [

@@ -1,5 +1,4 @@
-"""How is a fitted pipeline calibrated and evaluated on the cluster?"""
+"""How is a fitted pipeline calibrated and evaluated on the cluster?
 
-from cuvis_dist.evaluation.steps import Evaluator, failed_split
-
-__all__ = ["Evaluator", "failed_split"]
+Nothing is imported here: a worker loads no more of the folder than what it runs.
+"""

@@ -18,7 +18,7 @@ from loguru import logger
 
 from cuvis_dist.archive import Archive, open_archive
 from cuvis_dist.errors import DataError
-from cuvis_dist.evaluation import Evaluator
+from cuvis_dist.evaluation.steps import Evaluator
 from cuvis_dist.execution.session import connect, require_resources
 from cuvis_dist.initialization.diagnosis import Finding, diagnose
 from cuvis_dist.initialization.kept import StoredPass, identify

@@ -10,7 +10,7 @@ from cuvis_ai_schemas.enums import ExecutionStage
 from loguru import logger
 
 from cuvis_dist.errors import InputError
-from cuvis_dist.evaluation import Evaluator
+from cuvis_dist.evaluation.steps import Evaluator
 from cuvis_dist.runs.job import job
 from cuvis_dist.runs.record import EvaluateRecord
 from cuvis_dist.runs.trainrun import TrainRun

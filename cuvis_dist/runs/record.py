@@ -18,7 +18,8 @@ from typing import Any, ClassVar
 
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 
-from cuvis_dist.initialization import Finding, PassRecord
+from cuvis_dist.initialization.diagnosis import Finding
+from cuvis_dist.initialization.passes import PassRecord
 from cuvis_dist.storage import Location, OutputFolder, temporary_folder, writing_to
 
 #: What every job leaves once it has ended.

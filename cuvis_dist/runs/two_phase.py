@@ -14,16 +14,18 @@ from cuvis_ai_core.training.post_fit import EmitFn, PostFitCallback, PostFitResu
 from loguru import logger
 
 from cuvis_dist.errors import DataError
-from cuvis_dist.evaluation import Evaluator, failed_split
+from cuvis_dist.evaluation.steps import Evaluator, failed_split
 from cuvis_dist.hashing import hash_files
-from cuvis_dist.initialization import StatisticalTrainer, statistical_nodes
+from cuvis_dist.initialization.plan import statistical_nodes
+from cuvis_dist.initialization.trainer import StatisticalTrainer
 from cuvis_dist.nodes.state import adopt_all, hash_state
 from cuvis_dist.runs.job import Job, job
 from cuvis_dist.runs.record import RunRecord, save_pipeline
 from cuvis_dist.runs.resume import Resume, fingerprint
 from cuvis_dist.runs.trainrun import TrainRun
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.training import GradientTrainer, check_training
+from cuvis_dist.training.configuration import check_training
+from cuvis_dist.training.trainer import GradientTrainer
 from cuvis_dist.waiting import announce
 
 

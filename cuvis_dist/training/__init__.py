@@ -1,6 +1,4 @@
-"""How do the unfrozen nodes learn on many workers?"""
+"""How do the unfrozen nodes learn on many workers?
 
-from cuvis_dist.training.configuration import check_training
-from cuvis_dist.training.trainer import GradientTrainer
-
-__all__ = ["GradientTrainer", "check_training"]
+Nothing is imported here: a worker loads no more of the folder than what it runs.
+"""

@@ -25,7 +25,7 @@ from loguru import logger
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from cuvis_dist.errors import ClusterError, InputError, LostWorkerError
-from cuvis_dist.evaluation import Evaluator
+from cuvis_dist.evaluation.steps import Evaluator
 from cuvis_dist.execution.events import relayed
 from cuvis_dist.execution.failures import raise_cause
 from cuvis_dist.execution.session import connect, require_resources

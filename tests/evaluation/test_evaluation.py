@@ -29,10 +29,10 @@ from torchmetrics.classification import (
 
 from cuvis_dist import Scaling
 from cuvis_dist.errors import DataError
-from cuvis_dist.evaluation import Evaluator, failed_split
 from cuvis_dist.evaluation.cluster import MAX_PARTS, Split, cut_into_parts
 from cuvis_dist.evaluation.merging import merge_pooled, mergeable
 from cuvis_dist.evaluation.parts import EvaluatePart, Part
+from cuvis_dist.evaluation.steps import Evaluator, failed_split
 from cuvis_dist.execution.spread import Order
 
 VAL = ExecutionStage.VAL

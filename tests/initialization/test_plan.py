@@ -12,7 +12,7 @@ from cuvis_ai.node.normalization import MinMaxNormalizer
 from cuvis_ai.node.pretreatments.scaling import MeanCenter
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 
-from cuvis_dist.initialization import make_plan
+from cuvis_dist.initialization.plan import make_plan
 from cuvis_dist.runs.trainrun import load_trainrun
 
 

@@ -14,8 +14,8 @@ from newcomer import Standardizer
 from settings import scaling_of
 
 from cuvis_dist import GradientTrainer, StatisticalTrainer
-from cuvis_dist.initialization import make_plan
 from cuvis_dist.initialization.measuring import Measurer
+from cuvis_dist.initialization.plan import make_plan
 from cuvis_dist.runs.trainrun import load_trainrun
 
 C = 12

@@ -19,7 +19,7 @@ from archives import buffers_sha256, edit
 from cuvis_dist import Scaling
 from cuvis_dist.cli import main
 from cuvis_dist.errors import InputError
-from cuvis_dist.initialization import preview
+from cuvis_dist.initialization.preview import preview
 from cuvis_dist.runs.lock import only_run
 from cuvis_dist.runs.trainrun import load_trainrun
 from cuvis_dist.runs.two_phase import run_trainrun

@@ -15,7 +15,7 @@ from cuvis_ai_core.training.config import (
 from settings import scaling_of
 
 from cuvis_dist.errors import InputError
-from cuvis_dist.training import check_training
+from cuvis_dist.training.configuration import check_training
 
 #: Trained on workers and compared with one process: tests/training/test_trainer.py.
 EQUAL = "equal to one process"
