@@ -45,9 +45,9 @@ def callbacks(trainrun):
     return [Epochs(), *create_callbacks_from_config(trainrun.config.training.callbacks)]
 
 
-def train_upstream(trainrun):
+def train_upstream(trainrun, module=None):
     """Upstream's trainer in this process, on the global batches that the workers are dealt."""
-    config, module = trainrun.config.training, trainrun.datamodule()
+    config, module = trainrun.config.training, module or trainrun.datamodule()
     loader = module.train_dataloader()
     module.train_dataloader = lambda: deal(
         loader, loader.dataset, DealtBatches(loader.batch_sampler, 0, 1, config.seed)
