@@ -84,6 +84,7 @@ def _run_alone(
     trainrun.output.probe()
     with recorded(record), terminable():
         if trainrun.config.training is not None:
+            trainrun.check_trainable()
             check_training(trainrun.config.training, scaling)
         datamodule = trainrun.datamodule(scaling)
         parts = fingerprint(trainrun.config, trainrun.pipeline, datamodule, scaling)

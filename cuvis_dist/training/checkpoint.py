@@ -26,7 +26,7 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger
 from ray import cloudpickle
 from torchmetrics import Metric
 
-from cuvis_dist.nodes.sinks import is_sink
+from cuvis_dist.nodes.sinks import boards_of, continue_boards, is_sink
 from cuvis_dist.nodes.state import adopt_all
 from cuvis_dist.storage import Mirror, relocated
 
@@ -94,6 +94,7 @@ class LastEpoch(Callback):
         path = self.mirror.root / LAST
         if trainer.is_global_zero:
             self._saving["nodes"] = _dumped(self.pipeline)
+            self._saving["boards"] = boards_of(self.pipeline)
             path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         trainer.save_checkpoint(temporary)
@@ -122,6 +123,7 @@ class LastEpoch(Callback):
         """Give the nodes their attributes; the rest follows when the epoch starts."""
         nodes = torch.load(io.BytesIO(state_dict["nodes"]), map_location="cpu", weights_only=False)
         adopt_all(self.pipeline, nodes)
+        continue_boards(self.pipeline, state_dict["boards"])
         self._loaded = state_dict
 
     def _restore_rank(self, pl_module: pl.LightningModule) -> None:

@@ -188,7 +188,10 @@ def _bring_checkpoints(job: Assignment, mirror: Mirror, first: bool) -> None:
         return
     if job.checkpoint is not None and (name := job.output.name_of(job.checkpoint)) is not None:
         mirror.pull(name)
-    folders = {str(job.output.at("lightning_logs"))}
+    training = job.training_config
+    logs = OutputFolder(training.default_root_dir or job.output.location)
+    folders = {str(logs.at("lightning_logs"))}
+    training.default_root_dir = mirror.to_local(training.default_root_dir)
     if (config := job.training_config.callbacks) is not None and config.checkpoint is not None:
         folders.add(config.checkpoint.dirpath)
         config.checkpoint.dirpath = mirror.to_local(config.checkpoint.dirpath)

@@ -40,9 +40,16 @@ from cuvis_dist.execution.session import beside_driver, connect, require_resourc
 from cuvis_dist.nodes.state import adopt_all
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.staging import portable
-from cuvis_dist.storage import Location, Mirror, OutputFolder, is_uri, temporary_folder
+from cuvis_dist.storage import (
+    Location,
+    Mirror,
+    OutputFolder,
+    is_uri,
+    location_of,
+    temporary_folder,
+)
 from cuvis_dist.training.checkpoint import LAST, finished_epochs
-from cuvis_dist.training.configuration import check_training
+from cuvis_dist.training.configuration import check_training, say_devices
 from cuvis_dist.training.rank import Assignment, Outcome, run_rank
 from cuvis_dist.training.watch import Watch
 
@@ -129,6 +136,7 @@ class GradientTrainer(UpstreamGradientTrainer):
             cannot offer what they need.
         """
         check_training(self.training_config, self.scaling)
+        say_devices(self.training_config, self.scaling)
         if not any(parameter.requires_grad for parameter in self.pipeline.parameters()):
             raise InputError(
                 "nothing to train: no node of the pipeline has unfrozen parameters. Name nodes in "
@@ -241,13 +249,13 @@ class GradientTrainer(UpstreamGradientTrainer):
         return outcome
 
     def _with_absolute_paths(self) -> TrainingConfig:
-        """Resolve the checkpoint folder here: a worker has a working directory of its own."""
-        config = self.training_config
-        if config.callbacks is None or config.callbacks.checkpoint is None:
-            return config
-        config = config.model_copy(deep=True)
-        checkpoint = config.callbacks.checkpoint
-        checkpoint.dirpath = self._checkpoint_folder(checkpoint.dirpath)
+        """Resolve folders here: a worker has a working directory of its own."""
+        config = self.training_config.model_copy(deep=True)
+        if config.default_root_dir is not None:
+            config.default_root_dir = str(location_of(config.default_root_dir))
+        if config.callbacks is not None and config.callbacks.checkpoint is not None:
+            checkpoint = config.callbacks.checkpoint
+            checkpoint.dirpath = self._checkpoint_folder(checkpoint.dirpath)
         return config
 
     def _checkpoint_folder(self, folder: str) -> str:
