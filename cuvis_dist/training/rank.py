@@ -51,7 +51,7 @@ from cuvis_dist.nodes.sinks import close_sinks, silence_sinks
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.storage import Mirror, OutputFolder, writing_to
 from cuvis_dist.training.checkpoint import LAST, LastEpoch, continued
-from cuvis_dist.training.dealing import DealtBatches, deal
+from cuvis_dist.training.dealing import Batches, DealtBatches, deal, keeps_own_order
 from cuvis_dist.training.heartbeat import Heartbeat
 from cuvis_dist.training.ingest import CachedFrames, FrameCache, ReadAhead, make_cache
 from cuvis_dist.training.lightning import RankConfig
@@ -101,6 +101,7 @@ class Outcome:
     epochs: int = 0
     metrics: Sequence[Mapping[str, float]] = ()
     callback_states: tuple[dict[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def run_rank(config: dict[str, Any]) -> Outcome | None:
@@ -168,6 +169,7 @@ def _carry_out(job: Assignment, rank: int, heartbeat: Heartbeat, mirror: Mirror)
             move_data_to_device(mirror.to_output(callback.state_dict()), "cpu")
             for callback in job.callbacks
         ),
+        tuple(module.datamodule.notes),
     )
 
 
@@ -242,23 +244,6 @@ class RankTrainer(UpstreamGradientTrainer):
         if trainer.testing:
             loader = trainer.test_dataloaders
         return loader.batch_sampler
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        """Run a step; before an epoch's first one, make sure that all ranks have as many."""
-        if batch_idx == 0:
-            with self.heartbeat.doing("counting steps"):
-                mine = torch.tensor(len(self._dealt.weights), device=self.device)
-                steps = self.all_gather(mine).flatten().tolist()
-            if len(set(steps)) > 1:
-                counts = ", ".join(f"rank {rank} {n}" for rank, n in enumerate(steps))
-                raise InputError(
-                    f"the workers have unequal numbers of batches in epoch "
-                    f"{self.current_epoch + 1} ({counts}): the train loader of "
-                    f"{type(self.datamodule.module).__name__} is another one in each process. It "
-                    "must list the same batches everywhere under the same seed; cuvis_dist deals "
-                    "them"
-                )
-        return super().training_step(batch, batch_idx)
 
     def _run_step(self, batch: Any, batch_idx: int, **kwargs: Any) -> torch.Tensor:
         """Run upstream's step with this worker's share of the loss and of what is logged."""
@@ -352,6 +337,9 @@ class DealtDataModule(pl.LightningDataModule):
         self.config, self.scaling = job.training_config, job.scaling
         self.rank, self.world_size = rank, world_size
         self._caches: dict[str, FrameCache] = {}
+        #: What the driver shall say, once each.
+        self.notes: list[str] = []
+        self._parted = False
         self._run = ray.train.get_context().get_experiment_name()
 
     def setup(self, stage: str | None = None) -> None:
@@ -360,13 +348,19 @@ class DealtDataModule(pl.LightningDataModule):
     def _loader(self, split: str, limit: int | float | None = None) -> DataLoader | ReadAhead:
         loader, frames = open_split(self.module, split)
         batches = DealtBatches(
-            loader.batch_sampler,  # type: ignore[arg-type]
+            loader,
             self.rank,
             self.world_size,
-            self.config.seed,
             whole=split != "train",
             limit=limit,
+            share=partial(self._share, split),
         )
+        if split == "train" and keeps_own_order(loader):
+            self.notes.append(
+                f"the train loader of {type(self.module).__name__} keeps a random state of its "
+                "own: frames come in the order that rank 0 draws, which is not upstream's where "
+                "phase 1 draws from the same state"
+            )
         if self.trainer is not None:  # a fit that goes on asks for its epoch before it says so
             batches.set_epoch(self.trainer.current_epoch)
         if limit and not len(batches):
@@ -380,6 +374,42 @@ class DealtDataModule(pl.LightningDataModule):
         if not ahead:
             return dealt
         return ReadAhead(dealt, ahead, partial(self.heartbeat.doing, STARTING))
+
+    def _share(self, split: str, batches: Batches) -> Batches:
+        """Return rank 0's batches, and go on from rank 0's random state as it has drawn them.
+
+        Raises
+        ------
+        InputError
+            If the ranks have unequal numbers of batches.
+        """
+        if self.world_size == 1:
+            return batches
+        with self.heartbeat.doing("agreeing on the order"):
+            mine = len(batches), torch.get_rng_state().numpy().tobytes()
+            everyones: list[Any] = [None] * self.world_size
+            torch.distributed.all_gather_object(everyones, mine)
+            steps, states = zip(*everyones, strict=True)
+            epoch = self.trainer.current_epoch + 1 if self.trainer else 1
+            if len(set(steps)) > 1:
+                counts = ", ".join(f"rank {rank} {n}" for rank, n in enumerate(steps))
+                raise InputError(
+                    f"the workers have unequal numbers of batches in epoch {epoch} ({counts}): "
+                    f"the {split} loader of {type(self.module).__name__} is another one in each "
+                    "process. It must list the same batches everywhere under the same seed; "
+                    "cuvis_dist deals them"
+                )
+            if len(set(states)) > 1 and not self._parted:
+                self._parted = True
+                self.notes.append(
+                    f"the workers' random states differ from epoch {epoch} on: something draws "
+                    "random numbers for each frame. All workers go on from rank 0's state, and "
+                    "from then on the order of frames is not upstream's"
+                )
+            shared = [batches]
+            torch.distributed.broadcast_object_list(shared)
+        torch.set_rng_state(torch.frombuffer(bytearray(states[0]), dtype=torch.uint8))
+        return shared[0]
 
     def _cached(self, split: str, frames: Dataset, processes: int) -> Dataset:
         """Keep the frames of a split as the scaling says, over all of its loaders."""

@@ -241,6 +241,8 @@ class GradientTrainer(UpstreamGradientTrainer):
         outcome: Outcome | None = result.return_value
         if outcome is None:
             raise ClusterError(f"the workers ended {verb} without a result")
+        for note in outcome.notes:
+            logger.warning(note)
         adopt_all(self.pipeline, outcome.nodes)
         for callback, state in zip(assignment.callbacks, outcome.callback_states, strict=True):
             if isinstance(callback, ModelCheckpoint):  # else it would take over less of it
