@@ -10,7 +10,6 @@ from settings import scaling_of
 
 from cuvis_dist import GradientTrainer
 from cuvis_dist.runs.trainrun import load_trainrun
-from cuvis_dist.training.dealing import DealtBatches, deal
 
 
 class Epochs(pl.Callback):
@@ -45,19 +44,14 @@ def callbacks(trainrun):
     return [Epochs(), *create_callbacks_from_config(trainrun.config.training.callbacks)]
 
 
-def train_upstream(trainrun):
-    """Upstream's trainer in this process, on the global batches that the workers are dealt."""
-    config, module = trainrun.config.training, trainrun.datamodule()
-    loader = module.train_dataloader()
-    module.train_dataloader = lambda: deal(
-        loader, loader.dataset, DealtBatches(loader.batch_sampler, 0, 1, config.seed)
-    )
+def train_upstream(trainrun, module=None):
+    """Upstream's trainer in this process, on its own loader or that of another data module."""
     trainer = UpstreamGradientTrainer(
         trainrun.pipeline,
-        module,
+        module or trainrun.datamodule(),
         trainrun.loss_nodes,
         trainrun.metric_nodes,
-        config.model_copy(update={"default_root_dir": str(trainrun.output_dir)}),
+        trainrun.config.training.model_copy(update={"default_root_dir": str(trainrun.output_dir)}),
         callbacks=callbacks(trainrun),
     )
     trainer.fit()

@@ -7,6 +7,10 @@ the trainer logs are those of all frames.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
+from cuvis_ai.node.monitor import TensorBoardMonitorNode
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_schemas.enums import NodeCategory
@@ -40,10 +44,31 @@ def silence_sinks(pipeline: CuvisPipeline) -> None:
 
 
 def close_sinks(pipeline: CuvisPipeline) -> None:
-    """Close what sinks have open, so that they can travel back to the driver."""
+    """Close what sinks have open, so that they can travel to another process and go on there."""
     for node in pipeline.nodes():
         if is_sink(node):
             node.cleanup()
+    continue_boards(pipeline, boards_of(pipeline))
+
+
+def boards_of(pipeline: CuvisPipeline) -> dict[str, Path]:
+    """Return the folder of each TensorBoard node that has opened one, by the node's name."""
+    return {
+        node.name: node.log_dir
+        for node in pipeline.nodes()
+        if isinstance(node, TensorBoardMonitorNode) and node.log_dir is not None
+    }
+
+
+def continue_boards(pipeline: CuvisPipeline, folders: Mapping[str, Path]) -> None:
+    """Let TensorBoard nodes go on in these folders, by node: one run has one folder.
+
+    A node opens a folder of its own in every process, beside those that are there; in upstream's
+    one process training and evaluation share it.
+    """
+    for node in pipeline.nodes():
+        if node.name in folders:
+            upstream.log_to(node, folders[node.name])
 
 
 def _never(stage: object) -> bool:

@@ -39,8 +39,9 @@ def fingerprint(
     Sets up the data module for all three splits, and reads no frame.
     """
     structure = pipeline.serialize().model_dump(mode="json", include={"nodes", "connections"})
+    where = {"output_dir": True, "tags": True, "training": {"default_root_dir": True}}
     parts: dict[str, Any] = {
-        "trainrun": config.model_dump(mode="json", exclude={"output_dir", "tags"}),
+        "trainrun": config.model_dump(mode="json", exclude=where),
         "pipeline": structure,
         "measuring": scaling.measuring.model_dump(mode="json"),
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import pytorch_lightning as pl
 import yaml
@@ -23,12 +23,10 @@ from cuvis_dist.archive import setup_error
 from cuvis_dist.errors import CuvisDistError, InputError, one_line
 from cuvis_dist.hashing import hash_settings
 from cuvis_dist.nodes import upstream
+from cuvis_dist.runs.places import check_places, moved
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.staging import fetched_when_opened, localize
-from cuvis_dist.storage import Location, OutputFolder, location_of, temporary_folder
-
-#: Folders that a run makes in its output folder.
-_FOLDERS = ("trained_models", "checkpoints", "lightning_logs", "resume")
+from cuvis_dist.storage import Location, OutputFolder, temporary_folder
 
 
 @dataclass
@@ -93,6 +91,21 @@ class TrainRun:
     def saved_pipeline(self) -> Location:
         """Where the result goes."""
         return self.output.at(f"{self.result_name}.yaml")
+
+    def check_trainable(self) -> None:
+        """Refuse a training block that has nothing to train with.
+
+        Raises
+        ------
+        InputError
+            If no loss nodes are named.
+        """
+        if self.config.training is not None and not self.config.loss_nodes:
+            raise InputError(
+                f"trainrun {self.path} has a training block but no loss_nodes, so there is "
+                "nothing to train; name the nodes whose losses are summed, or run phase 1 alone "
+                "(cuvis-dist init)"
+            )
 
     def initialization_only(self) -> TrainRun:
         """Return this trainrun without phase 2; its result does not replace a trained one."""
@@ -170,7 +183,10 @@ class TrainRun:
         local = localize(data, scaling or Scaling(), base_dir)
         config = self.config.model_copy(update={"data": local})
         try:
-            with fetched_when_opened():
+            with (
+                fetched_when_opened(),
+                upstream.manifests_counted_once(installed_plugins_dirs()),
+            ):
                 if fitting:
                     return upstream.create_datamodule(config, self.plugins_dirs, base_dir=base_dir)
                 return upstream.build_datamodule(local, self.plugins_dirs, base_dir)
@@ -207,6 +223,7 @@ def load_trainrun(
     overrides = [*overrides, *([f"output_dir={output_dir}"] if output_dir else [])]
     try:
         config = _read_config(path, list(overrides))
+        config = moved(config, _own_output_dir(path, overrides, config))
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()
@@ -214,7 +231,7 @@ def load_trainrun(
         raise InputError(f"trainrun {path} is not valid: {problems}") from error
     except Exception as error:
         raise InputError(f"trainrun {path} cannot be read: {one_line(error)}") from error
-    dirs = upstream.discover_plugins_dirs(path, [*installed_plugins_dirs(), *plugins_dirs])
+    dirs = upstream.discover_plugins_dirs(path, [*plugins_dirs, *installed_plugins_dirs()])
     if saved is not None:
         pipeline, weights = _load_saved(saved)
         config = config.model_copy(update={"pipeline": str(weights.with_name(Path(saved).name))})
@@ -232,12 +249,7 @@ def load_trainrun(
             f"{one_line(error)}"
         ) from error
     _check_names(path, config, pipeline, ["unfreeze_nodes", "loss_nodes", "metric_nodes"])
-    _check_places(path, config, pipeline)
-    if config.training is not None and not config.loss_nodes:
-        raise InputError(
-            f"trainrun {path} has a training block but no loss_nodes; name the nodes whose "
-            "losses are summed, or remove the block to run phase 1 alone"
-        )
+    check_places(path, config, pipeline)
     return TrainRun(path, config, pipeline, dirs)
 
 
@@ -265,10 +277,23 @@ def _read_config(path: Path, overrides: list[str]) -> TrainRunConfig:
             search_paths=[str(configs_dir)],
             overrides=overrides or None,
         )
-    else:
+    elif overrides:
         merged = OmegaConf.merge(OmegaConf.create(raw or {}), OmegaConf.from_dotlist(overrides))
         values = OmegaConf.to_container(merged, resolve=True)
+    else:  # upstream takes ${...} in it as it stands
+        return TrainRunConfig.load_from_file(path)
     return TrainRunConfig.model_validate(values)
+
+
+def _own_output_dir(path: Path, overrides: Sequence[str], config: TrainRunConfig) -> str:
+    """Return the output folder that the trainrun names where nothing overrides it."""
+    others = [text for text in overrides if text.partition("=")[0].lstrip("+") != "output_dir"]
+    if len(others) == len(overrides):
+        return config.output_dir
+    try:
+        return _read_config(path, others).output_dir
+    except Exception:  # it names none, and asks to be given one
+        return config.output_dir
 
 
 def installed_plugins_dirs() -> list[Path]:
@@ -291,37 +316,3 @@ def _check_names(
                 f"{key} of trainrun {path} names {', '.join(map(repr, unknown))}, which the "
                 f"pipeline {pipeline.name} does not have. Its nodes: {', '.join(sorted(known))}"
             )
-
-
-def _check_places(path: Path, config: TrainRunConfig, pipeline: CuvisPipeline) -> None:
-    """Refuse what would write outside of the output folder."""
-    if "/" in pipeline.name or "\0" in pipeline.name or not pipeline.name:
-        raise InputError(
-            f"the pipeline of trainrun {path} is named {pipeline.name!r}: its files are saved "
-            "under that name, which must be one of a file, without /"
-        )
-    output = OutputFolder(config.output_dir)
-    training = config.training
-    checkpoint = training.callbacks.checkpoint if training and training.callbacks else None
-    filename = PurePath(checkpoint.filename or "") if checkpoint else PurePath()
-    if filename.is_absolute() or ".." in filename.parts:
-        raise InputError(
-            f"training.callbacks.checkpoint.filename of trainrun {path} is {str(filename)!r}, "
-            f"which leads out of {output.at('checkpoints')}"
-        )
-    if training and training.default_root_dir is not None:
-        logs = location_of(training.default_root_dir)
-        if logs != output.location and output.name_of(logs) is None:
-            raise InputError(
-                f"training.default_root_dir of trainrun {path} is {training.default_root_dir}, "
-                f"outside of the output folder {output}; remove it"
-            )
-    if output.local is None:
-        return
-    for name in ("", *_FOLDERS):
-        for entry in (output.local / name).iterdir() if (output.local / name).is_dir() else ():
-            if entry.is_symlink() and not entry.resolve().is_relative_to(output.local):
-                raise InputError(
-                    f"{entry} is a link to {entry.resolve()}, outside of the output folder of "
-                    f"trainrun {path}: remove it, or choose another output_dir"
-                )

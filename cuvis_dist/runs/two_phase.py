@@ -79,6 +79,7 @@ def run_trainrun(
     )
     with job(record, scaling, verbose, locked=trainrun.output) as entered:
         if trainrun.config.training is not None:
+            trainrun.check_trainable()
             check_training(trainrun.config.training, scaling)
         announce("setting up the data")
         datamodule = trainrun.datamodule(scaling)

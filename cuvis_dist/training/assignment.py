@@ -114,6 +114,8 @@ class Outcome:
         What an evaluation found.
     callback_states : tuple of dict
         The states of the assignment's callbacks, in their order.
+    notes : tuple of str
+        What the driver shall say, once each.
     """
 
     nodes: list[Node]
@@ -121,3 +123,4 @@ class Outcome:
     epochs: int
     metrics: Sequence[Mapping[str, float]]
     callback_states: tuple[dict[str, Any], ...]
+    notes: tuple[str, ...] = ()

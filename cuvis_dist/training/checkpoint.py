@@ -27,9 +27,10 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from ray import cloudpickle
 from torchmetrics import Metric
 
-from cuvis_dist.nodes.sinks import is_sink
+from cuvis_dist.nodes.sinks import boards_of, continue_boards, is_sink
 from cuvis_dist.nodes.state import adopt_all
 from cuvis_dist.storage import Mirror, relocated
+from cuvis_dist.training.dealing import DealtBatches
 
 #: The name, in the output folder, of the state that a fit goes on from.
 LAST = "resume/last.ckpt"
@@ -104,17 +105,23 @@ class LastEpoch(Callback):
             # Lightning takes a checkpoint for one of the middle of an epoch: it would count
             # the last epoch's batches as this one's, and leave out its schedulers.
             trainer.fit_loop.restarting = False
-            self._restore_rank(pl_module)
+            self._restore_rank(trainer, pl_module)
             self._loaded = None
         elif trainer.current_epoch:
             self._save(trainer, pl_module)
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        ranks = _gathered({"random": _random_state(), "metrics": _metric_states(pl_module)})
+        own = {
+            "random": _random_state(),
+            "samplers": [generator.get_state() for generator in _generators(trainer)],
+            "metrics": _metric_states(pl_module),
+        }
+        ranks = _gathered(own)
         self._saving = {"ranks": ranks, "folder": str(self.mirror.root)}
         path = self.mirror.root / LAST
         if trainer.is_global_zero:
             self._saving["nodes"] = _dumped(self.pipeline)
+            self._saving["boards"] = boards_of(self.pipeline)
             path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         trainer.save_checkpoint(temporary)
@@ -143,22 +150,35 @@ class LastEpoch(Callback):
         """Give the nodes their attributes; the rest follows when the epoch starts."""
         nodes = torch.load(io.BytesIO(state_dict["nodes"]), map_location="cpu", weights_only=False)
         adopt_all(self.pipeline, nodes)
+        continue_boards(self.pipeline, state_dict["boards"])
         self._loaded = state_dict
 
-    def _restore_rank(self, pl_module: pl.LightningModule) -> None:
+    def _restore_rank(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give this rank the states of metrics and random generators that it had."""
         assert self._loaded is not None
         ranks = self._loaded["ranks"]
-        if len(ranks) != _world_size():
-            return  # other workers than before: nothing here is one rank's own
-        mine = ranks[pl_module.global_rank]
+        same = len(ranks) == _world_size()
+        # Of other workers than before, no metric's state is one rank's own; the order of frames,
+        # and what joint nodes draw, is that of rank 0 on all of them.
+        mine = ranks[pl_module.global_rank if same else 0]
         metrics = dict(_metrics(pl_module))
-        for name, (updates, states) in mine["metrics"].items():
+        for name, (updates, states) in mine["metrics"].items() if same else ():
             metric = metrics[name]
             metric._update_count = updates
             for key, value in states.items():
                 setattr(metric, key, _moved(value, metric.device))
         _set_random_state(mine["random"])
+        for generator, state in zip(_generators(trainer), mine["samplers"], strict=True):
+            generator.set_state(state)
+        # A fit that was not cut off asks for this epoch's iterator now, which draws; Lightning
+        # has done so already, under another random state, and does not when it goes on.
+        iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+
+
+def _generators(trainer: pl.Trainer) -> list[torch.Generator]:
+    """Return the random generators of the train loader itself."""
+    batches = getattr(trainer.train_dataloader, "batch_sampler", None)
+    return batches.generators() if isinstance(batches, DealtBatches) else []
 
 
 class _WholeCheckpoints(TorchCheckpointIO):

@@ -16,6 +16,7 @@ import pytorch_lightning as pl
 import torch
 from cuvis_ai_core.training.config import TrainingConfig, create_callbacks_from_config
 from cuvis_ai_core.training.optimizer_registry import create_optimizer, create_scheduler
+from loguru import logger
 
 from cuvis_dist.errors import InputError, one_line
 from cuvis_dist.scaling import Scaling
@@ -79,15 +80,30 @@ def _silent() -> Iterator[None]:
 
 
 def _devices(config: TrainingConfig, scaling: Scaling) -> str | None:
-    if config.devices in (None, "auto", -1, "-1") or str(config.devices) == str(
-        scaling.resources.train_workers
-    ):
+    """Refuse devices by their ids: which one a worker gets is for Ray to say."""
+    ids = [part.strip() for part in str(config.devices).strip("[] ").split(",") if part.strip()]
+    listed = any(mark in str(config.devices) for mark in ",[")
+    if not listed or ids == [str(number) for number in range(len(ids))]:
         return None
-    workers = scaling.resources.train_workers
     return (
-        f"devices is {config.devices!r}, but {workers} training workers are asked for: how many "
-        "there are, and on which devices, is the scaling's business. Remove devices or set "
-        f"--train-workers {config.devices}"
+        f"devices is {config.devices!r}, which names devices by their ids: Ray decides which one "
+        "each worker gets. Remove devices, and set CUDA_VISIBLE_DEVICES where Ray starts to keep "
+        "it from the others; --train-workers says how many there are"
+    )
+
+
+def say_devices(config: TrainingConfig, scaling: Scaling) -> None:
+    """Say in the log when the number of workers is not what a trainrun calls ``devices``.
+
+    The setting speaks of the processes that upstream would start, mostly one.
+    """
+    workers = scaling.resources.train_workers
+    if config.devices in (None, "auto", -1, "-1") or str(config.devices) == str(workers):
+        return
+    logger.log(
+        "INFO" if str(config.devices) == "1" else "WARNING",
+        f"training.devices is {config.devices!r}, which speaks about one process: the scaling "
+        f"decides, {workers} training workers (--train-workers)",
     )
 
 

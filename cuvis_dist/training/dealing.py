@@ -1,20 +1,42 @@
 """Which frames does each worker get, so that the result is that of one process?
 
-The data module's own batch sampler stays in charge: every worker iterates it under the same
-seed and takes its part. A training batch is cut over the workers; a validation or test batch
-goes to one worker whole, since a metric need not be a mean over frames. Pure functions of
+The data module's own batch sampler stays in charge, and the order is the one in which its loader
+would bring the frames in one process. A training batch is cut over the workers; a validation or
+test batch goes to one worker whole, since a metric need not be a mean over frames. Functions of
 (batches, rank, world size): no Ray, no Lightning.
+
+What upstream's single process draws from torch's random state, after its trainer has seeded it at
+the start of the fit (whatever was drawn before, in phase 1, is so forgotten):
+
+1. the sanity check draws nothing: Lightning puts the random state back after it;
+2. the train loader is asked for its iterator: the base seed of its processes is drawn, one int64,
+   whether it has processes or not. For the first epoch that is before its callbacks are told of
+   the start, for the others after; a loader that keeps its processes draws it once;
+3. with the first batch (of a loader with processes: with the iterator) the sampler draws: a
+   ``RandomSampler`` one int64, the seed of its permutation;
+4. the nodes draw what they draw, step by step;
+5. each validation asks its loader for an iterator: one int64, and its sampler's draws, if any;
+6. from 2. on again, in the next epoch.
+
+:class:`DealtBatches` draws the same at the same points, on every rank. Rank 0 hands its order on
+(``share``), so that ranks agree also where a sampler draws elsewhere. A checkpoint keeps the
+random state at the end of 5., and a fit that goes on asks for a new iterator there: see
+``training/checkpoint.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import copy
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
 import torch
 from pytorch_lightning.utilities.seed import isolate_rng
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+
+Batches = list[list[int]]
+"""The frames of each batch, by their index in the dataset."""
 
 
 def cut(batch: list[int], rank: int, world_size: int) -> tuple[list[int], float]:
@@ -35,16 +57,17 @@ class DealtBatches(Sampler[list[int]]):
 
     Parameters
     ----------
-    batches : iterable of list of int
-        The global batches: the batch sampler of the data module's loader.
+    loader : DataLoader
+        The data module's own, whose batch sampler makes the global batches.
     rank, world_size : int
         Which worker this is, of how many.
-    seed : int
-        Seed of the run; with the epoch it fixes the order on every worker.
     whole : bool
         Deal whole batches in turn (validation, test) instead of cutting each (training).
     limit : int or float or None
         Of the global batches only the first so many (int) or this fraction (float).
+    share : callable, optional
+        Takes the global batches that this rank has drawn and returns rank 0's; called once in
+        every epoch, on every rank.
 
     Attributes
     ----------
@@ -55,26 +78,27 @@ class DealtBatches(Sampler[list[int]]):
     frames : int
         Frames of all global batches of the current epoch.
     generator : torch.Generator
-        For the loader, seeded for the current epoch: its workers then have the same seeds in a
-        run that goes on from this epoch, and the process's own random state is left alone.
+        For this worker's loader, whose processes are seeded from it: from the base seed that the
+        module's own loader would have drawn, and the rank.
     """
 
     def __init__(
         self,
-        batches: Iterable[list[int]],
+        loader: DataLoader,
         rank: int,
         world_size: int,
-        seed: int,
         *,
         whole: bool = False,
         limit: int | float | None = None,
+        share: Callable[[Batches], Batches] | None = None,
     ) -> None:
-        self.batches, self.seed, self.whole, self.limit = batches, seed, whole, limit
-        self.rank, self.world_size = rank, world_size
-        self.epoch = 0
+        self.loader, self.whole, self.limit = loader, whole, limit
+        self.batches: Any = loader.batch_sampler
+        self.rank, self.world_size, self.share = rank, world_size, share
         self.weights: list[float] = []
-        self.frames = 0
+        self.frames = _frames(loader)
         self.generator = torch.Generator()
+        self._begun = False
 
     @property
     def sampler(self) -> DealtBatches:
@@ -82,11 +106,13 @@ class DealtBatches(Sampler[list[int]]):
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next iteration."""
-        self.epoch = epoch
+        """Tell the module's own sampler which epoch begins, as Lightning would."""
+        own = getattr(getattr(self.batches, "sampler", None), "set_epoch", None)
+        if callable(own):
+            own(epoch)
 
     def _size(self) -> int:
-        size = len(self.batches)  # type: ignore[arg-type]
+        size = len(self.batches)
         if self.limit is None:
             return size
         return int(size * self.limit) if isinstance(self.limit, float) else min(size, self.limit)
@@ -97,11 +123,18 @@ class DealtBatches(Sampler[list[int]]):
             return size
         return max(len(range(self.rank, size, self.world_size)), min(size, 1))
 
+    def begin(self) -> None:
+        """Draw the base seed that the module's loader would draw for a new iterator."""
+        if not (self._begun and self.loader.persistent_workers):
+            seed = torch.empty((), dtype=torch.int64).random_(generator=self.loader.generator)
+            self.generator.manual_seed((int(seed) + self.rank) % 2**63)
+        self._begun = True
+
     def __iter__(self) -> Iterator[list[int]]:
-        with isolate_rng(include_cuda=False):
-            torch.manual_seed(self.seed + self.epoch)
-            batches = list(islice(self.batches, self._size()))
-        self.generator.manual_seed((self.seed + self.epoch) * self.world_size + self.rank)
+        """Yield this worker's batches; they are drawn when the first one is asked for."""
+        batches = list(islice(self.batches, self._size()))
+        if self.share is not None:
+            batches = self.share(batches)
         self.frames = sum(map(len, batches))
         if self.whole:
             mine = [(batch, 1.0) for batch in batches[self.rank :: self.world_size]]
@@ -110,7 +143,48 @@ class DealtBatches(Sampler[list[int]]):
         else:
             mine = [cut(batch, self.rank, self.world_size) for batch in batches]
         self.weights = [weight for _, weight in mine]
-        return iter([batch for batch, _ in mine])
+        yield from [batch for batch, _ in mine]
+
+    def generators(self) -> list[torch.Generator]:
+        """Return the generators that the module gave its loader and samplers, each once."""
+        places = (self.loader, self.batches, getattr(self.batches, "sampler", None))
+        found = [getattr(place, "generator", None) for place in places]
+        return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+def _frames(loader: DataLoader) -> int:
+    """Return how many frames an epoch will have, as far as can be said before it is drawn."""
+    batches, dataset = loader.batch_sampler, loader.dataset
+    if not isinstance(batches, BatchSampler):
+        return len(dataset)  # type: ignore[arg-type]
+    frames = len(batches.sampler)  # type: ignore[arg-type]
+    return frames - frames % batches.batch_size if batches.drop_last else frames
+
+
+def keeps_own_order(loader: DataLoader) -> bool:
+    """Whether a loader's order depends on more than the random states that a fit seeds.
+
+    Its batch sampler is copied and asked twice under the same state of Python's, NumPy's and
+    torch's generators; the loader and these states are left as they were.
+    """
+    dataset = loader.dataset
+    try:
+        batches: Any = copy.deepcopy(loader.batch_sampler, {id(dataset): dataset})
+    except Exception:
+        return True  # what cannot be copied holds something that is not ours to see
+    drawn = []
+    for _ in range(2):
+        with isolate_rng(include_cuda=False):
+            drawn.append(list(batches))
+    return drawn[0] != drawn[1]
+
+
+class _DealtLoader(DataLoader):
+    """A loader in :class:`DealtBatches`, which hear of every new iterator."""
+
+    def __iter__(self) -> Any:
+        self.batch_sampler.begin()  # type: ignore[union-attr]
+        return super().__iter__()
 
 
 def deal(
@@ -123,7 +197,7 @@ def deal(
     options: dict[str, Any] = (
         {"prefetch_factor": loader.prefetch_factor} if loader.num_workers else {}
     )
-    return DataLoader(
+    return _DealtLoader(
         dataset,
         batch_sampler=batches,
         collate_fn=loader.collate_fn,

@@ -8,15 +8,17 @@ elsewhere (:mod:`~cuvis_dist.training.read_ahead`).
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytorch_lightning as pl
 import ray.train
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from cuvis_dist.archive import NamedFrames, open_split
 from cuvis_dist.errors import InputError
 from cuvis_dist.training.assignment import Assignment
-from cuvis_dist.training.dealing import DealtBatches, deal
+from cuvis_dist.training.dealing import Batches, DealtBatches, deal, keeps_own_order
 from cuvis_dist.training.frame_cache import CachedFrames, FrameCache, make_cache
 from cuvis_dist.training.heartbeat import Heartbeat
 from cuvis_dist.training.read_ahead import ReadAhead
@@ -39,6 +41,8 @@ class DealtDataModule(pl.LightningDataModule):
         The user's own.
     rank, world_size : int
         Which rank this is, of how many.
+    notes : list of str
+        What the driver shall say, once each.
     """
 
     def __init__(self, assignment: Assignment, heartbeat: Heartbeat) -> None:
@@ -49,6 +53,8 @@ class DealtDataModule(pl.LightningDataModule):
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self._run = context.get_experiment_name()
         self._caches: dict[str, FrameCache] = {}
+        self.notes: list[str] = []
+        self._parted = False
 
     def setup(self, stage: str | None = None) -> None:
         """Do nothing: :func:`~cuvis_dist.archive.open_split` sets the module up per split."""
@@ -65,13 +71,19 @@ class DealtDataModule(pl.LightningDataModule):
         """
         loader, frames = open_split(self.module, split)
         batches = DealtBatches(
-            loader.batch_sampler,  # type: ignore[arg-type]
+            loader,
             self.rank,
             self.world_size,
-            self.config.seed,
             whole=split != "train",
             limit=limit,
+            share=partial(self._share, split),
         )
+        if split == "train" and keeps_own_order(loader):
+            self.notes.append(
+                f"the train loader of {type(self.module).__name__} keeps a random state of its "
+                "own: frames come in the order that rank 0 draws, which is not upstream's where "
+                "phase 1 draws from the same state"
+            )
         if self.trainer is not None:  # a fit that goes on asks for its epoch before it says so
             batches.set_epoch(self.trainer.current_epoch)
         if limit and not len(batches):
@@ -87,6 +99,42 @@ class DealtDataModule(pl.LightningDataModule):
         starting = partial(self.heartbeat.doing, STARTING)
         retries = self.scaling.resources.max_failures
         return ReadAhead(dealt, reading.read_ahead, retries=retries, starting=starting)
+
+    def _share(self, split: str, batches: Batches) -> Batches:
+        """Return rank 0's batches, and go on from rank 0's random state as it has drawn them.
+
+        Raises
+        ------
+        InputError
+            If the ranks have unequal numbers of batches.
+        """
+        if self.world_size == 1:
+            return batches
+        with self.heartbeat.doing("agreeing on the order"):
+            mine = len(batches), torch.get_rng_state().numpy().tobytes()
+            everyones: list[Any] = [None] * self.world_size
+            torch.distributed.all_gather_object(everyones, mine)
+            steps, states = zip(*everyones, strict=True)
+            epoch = self.trainer.current_epoch + 1 if self.trainer else 1
+            if len(set(steps)) > 1:
+                counts = ", ".join(f"rank {rank} {n}" for rank, n in enumerate(steps))
+                raise InputError(
+                    f"the workers have unequal numbers of batches in epoch {epoch} ({counts}): "
+                    f"the {split} loader of {type(self.module).__name__} is another one in each "
+                    "process. It must list the same batches everywhere under the same seed; "
+                    "cuvis_dist deals them"
+                )
+            if len(set(states)) > 1 and not self._parted:
+                self._parted = True
+                self.notes.append(
+                    f"the workers' random states differ from epoch {epoch} on: something draws "
+                    "random numbers for each frame. All workers go on from rank 0's state, and "
+                    "from then on the order of frames is not upstream's"
+                )
+            shared = [batches]
+            torch.distributed.broadcast_object_list(shared)
+        torch.set_rng_state(torch.frombuffer(bytearray(states[0]), dtype=torch.uint8))
+        return shared[0]
 
     def _cached(self, split: str, frames: Dataset, processes: int) -> Dataset:
         """Keep the frames of a split as the scaling says, over all of its loaders.

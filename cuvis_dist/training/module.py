@@ -18,7 +18,6 @@ from cuvis_ai_core.training.evaluation import batch_frames
 from cuvis_ai_core.training.post_fit import PostFitCallback
 from torchmetrics import Metric
 
-from cuvis_dist.errors import InputError
 from cuvis_dist.training.assignment import TrainerParts
 from cuvis_dist.training.checkpoint import LastEpoch
 from cuvis_dist.training.dealing import DealtBatches
@@ -98,26 +97,6 @@ class RankTrainer(UpstreamGradientTrainer):
         return loader.batch_sampler
 
     # ---- steps ---------------------------------------------------------------------------
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        """Run a step; make sure before an epoch's first one that all ranks have as many."""
-        if batch_idx == 0:
-            self._require_equal_steps()
-        return super().training_step(batch, batch_idx)
-
-    def _require_equal_steps(self) -> None:
-        """Raise InputError on every rank if the ranks have unequal numbers of batches."""
-        with self.heartbeat.doing("counting steps"):
-            mine = torch.tensor(len(self._dealt.weights), device=self.device)
-            steps = self.all_gather(mine).flatten().tolist()
-        if len(set(steps)) > 1:
-            counts = ", ".join(f"rank {rank} {n}" for rank, n in enumerate(steps))
-            raise InputError(
-                f"the workers have unequal numbers of batches in epoch {self.current_epoch + 1} "
-                f"({counts}): the train loader of {type(self.datamodule.module).__name__} is "
-                "another one in each process. It must list the same batches everywhere under the "
-                "same seed; cuvis_dist deals them"
-            )
 
     def _run_step(self, batch: Any, batch_idx: int, **kwargs: Any) -> torch.Tensor:
         """Run upstream's step with this rank's share of the loss and of what is logged.

@@ -24,7 +24,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from cuvis_dist.execution.worker import prepare_worker
 from cuvis_dist.nodes.sinks import close_sinks, silence_sinks
-from cuvis_dist.storage import Mirror, mirror_of, writing_to
+from cuvis_dist.storage import Mirror, OutputFolder, mirror_of, writing_to
 from cuvis_dist.training.assignment import Assignment, Outcome
 from cuvis_dist.training.checkpoint import LAST, LastEpoch
 from cuvis_dist.training.heartbeat import Heartbeat
@@ -134,6 +134,7 @@ class _Rank:
                 move_data_to_device(mirror.to_output(callback.state_dict()), "cpu")
                 for callback in self.parts.callbacks
             ),
+            tuple(module.datamodule.notes),
         )
 
     def _bring_checkpoints(self) -> None:
@@ -148,8 +149,11 @@ class _Rank:
             name = output.name_of(assignment.checkpoint)
             if name is not None:
                 mirror.pull(name)
-        folders = {str(output.at("lightning_logs"))}
-        config = self.parts.config.callbacks
+        training = self.parts.config
+        logs = OutputFolder(training.default_root_dir or output.location)
+        folders = {str(logs.at("lightning_logs"))}
+        training.default_root_dir = mirror.to_local(training.default_root_dir)
+        config = training.callbacks
         if config is not None and config.checkpoint is not None:
             folders.add(config.checkpoint.dirpath)
             config.checkpoint.dirpath = mirror.to_local(config.checkpoint.dirpath)

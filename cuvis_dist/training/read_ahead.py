@@ -16,6 +16,7 @@ import ray
 from torch.utils.data import DataLoader
 
 from cuvis_dist.execution.worker import prepare_worker
+from cuvis_dist.training.dealing import DealtBatches
 from cuvis_dist.training.frame_cache import CachedFrames
 
 
@@ -48,6 +49,7 @@ class ReadAhead:
     ) -> None:
         self.dataset, self.collate_fn = loader.dataset, loader.collate_fn
         self.batch_sampler, self.ahead = loader.batch_sampler, ahead
+        self._draws_at_once = loader.num_workers > 0  # as that loader, for its processes
         cached = isinstance(self.dataset, CachedFrames)
         self._cache = self.dataset.cache if cached else None  # type: ignore[attr-defined]
         source = self.dataset.dataset if cached else self.dataset  # type: ignore[attr-defined]
@@ -63,7 +65,13 @@ class ReadAhead:
 
     def __iter__(self) -> Iterator[Any]:
         """Yield the collated batches in order; raises what reading a frame raised."""
-        batches = list(self.batch_sampler or ())
+        if isinstance(self.batch_sampler, DealtBatches):
+            self.batch_sampler.begin()
+        drawn = list(self.batch_sampler or ()) if self._draws_at_once else None
+        return self._batches(drawn)
+
+    def _batches(self, drawn: list[list[int]] | None) -> Iterator[Any]:
+        batches = list(self.batch_sampler or ()) if drawn is None else drawn
         order = (index for batch in batches for index in batch)
         flight: deque[tuple[int, Any, Any]] = deque()
         self._opening = None  # Ray ends processes that were idle

@@ -32,10 +32,10 @@ from cuvis_dist.execution.session import connect, require_resources
 from cuvis_dist.nodes.state import adopt_all
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.staging import portable
-from cuvis_dist.storage import Location, OutputFolder, is_uri, mirror_of
+from cuvis_dist.storage import Location, OutputFolder, is_uri, location_of, mirror_of
 from cuvis_dist.training.assignment import Assignment, Driver, Outcome, TrainerParts
 from cuvis_dist.training.checkpoint import LAST, finished_epochs
-from cuvis_dist.training.configuration import check_training
+from cuvis_dist.training.configuration import check_training, say_devices
 from cuvis_dist.training.group import folder_for_ray, run_group, watched, workers_in_words
 from cuvis_dist.waiting import announce
 
@@ -123,6 +123,7 @@ class GradientTrainer(UpstreamGradientTrainer):
             cannot offer what they need.
         """
         check_training(self.training_config, self.scaling)
+        say_devices(self.training_config, self.scaling)
         if not any(parameter.requires_grad for parameter in self.pipeline.parameters()):
             raise InputError(
                 "nothing to train: no node of the pipeline has unfrozen parameters. Name nodes in "
@@ -201,6 +202,8 @@ class GradientTrainer(UpstreamGradientTrainer):
             outcome = run_group(assignment, storage)
         if outcome is None:
             raise ClusterError(f"the workers ended {verb} without a result")
+        for note in outcome.notes:
+            logger.warning(note)
         adopt_all(self.pipeline, outcome.nodes)
         for callback, state in zip(parts.callbacks, outcome.callback_states, strict=True):
             if isinstance(callback, ModelCheckpoint):  # else it would take over less of it
@@ -228,12 +231,12 @@ class GradientTrainer(UpstreamGradientTrainer):
 
         A worker has a working directory of its own.
         """
-        config = self.training_config
-        if config.callbacks is None or config.callbacks.checkpoint is None:
-            return config
-        config = config.model_copy(deep=True)
-        checkpoint = config.callbacks.checkpoint
-        checkpoint.dirpath = self._checkpoint_folder(checkpoint.dirpath)
+        config = self.training_config.model_copy(deep=True)
+        if config.default_root_dir is not None:
+            config.default_root_dir = str(location_of(config.default_root_dir))
+        if config.callbacks is not None and config.callbacks.checkpoint is not None:
+            checkpoint = config.callbacks.checkpoint
+            checkpoint.dirpath = self._checkpoint_folder(checkpoint.dirpath)
         return config
 
     def _checkpoint_folder(self, folder: str) -> str:

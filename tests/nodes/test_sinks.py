@@ -7,6 +7,7 @@ from cuvis_ai.node.anomaly_visualization import ScoreHeatmapVisualizer
 from cuvis_ai.node.monitor import TensorBoardMonitorNode
 from cuvis_ai_schemas.enums import ExecutionStage
 from gradients import initialized
+from ray import cloudpickle
 
 from cuvis_dist.archive import open_archive
 from cuvis_dist.nodes.sinks import close_sinks, rank_zero_nodes, silence_sinks
@@ -46,3 +47,18 @@ def test_a_silenced_pipeline_computes_and_writes_nothing(shown):
     assert len(list(runs.iterdir())) == 1
     assert set(spoken) - set(silent) == {("heatmap", "artifacts")}
     assert ("metrics_anomaly", "metrics") in silent
+
+
+def test_a_board_goes_on_in_its_folder_in_another_process(shown):
+    pipeline, batch, runs = shown
+    pipeline.forward(batch=batch, stage=ExecutionStage.VAL)
+    close_sinks(pipeline)
+    (folder,) = runs.iterdir()
+    before = {path.name for path in folder.iterdir()}
+    sent = cloudpickle.loads(cloudpickle.dumps(pipeline))
+    sent.forward(batch=batch, stage=ExecutionStage.TEST)
+    close_sinks(sent)
+    assert list(runs.iterdir()) == [folder]
+    assert {path.name for path in folder.iterdir()} > before
+    close_sinks(pipeline)
+    assert sent.serialize().nodes == pipeline.serialize().nodes, "nothing of it is saved"

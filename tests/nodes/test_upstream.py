@@ -8,6 +8,7 @@ import pytest
 import torch
 from cuvis_ai.node.channel_selector import ChannelSelectorBase
 from cuvis_ai.node.conversion import ScoreToLogit
+from cuvis_ai.node.monitor import TensorBoardMonitorNode
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training import GradientTrainer, StatisticalTrainer, evaluation
 from cuvis_ai_core.training.config import TrainingConfig
@@ -21,11 +22,13 @@ PRIVATE = {
     (restore, "_build_pipeline_from_config"): ["trainrun_config", "device", "base_dir"],
     (restore, "_create_datamodule_from_config"): ["trainrun_config", "candidate_dirs", "base_dir"],
     (restore, "_discover_plugins_dirs"): ["pipeline_path", "explicit_dirs"],
+    (restore, "_build_catalog"): ["plugins_dirs"],
     (restore, "_build_data_module"): ["registry", "data_config", "candidate_dirs"],
     (restore, "_resolve_splits_path_in_config"): ["data_config", "base_dir"],
     (CuvisPipeline, "_restore_weights_from_checkpoint"): [
         "self", "weights_path", "strict_weight_loading", "device",
     ],
+    (TensorBoardMonitorNode, "_resolve_log_dir"): ["self"],
     (evaluation, "_pooled_objects"): ["node"],
     (CuvisPipeline, "_gather_node_inputs"): ["self", "node", "port_data", "batch"],
     (StatisticalTrainer, "_require_predecessor_outputs"): ["self", "target_node", "outputs"],

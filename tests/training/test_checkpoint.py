@@ -51,9 +51,7 @@ def fit(path, folder, *overrides, resume=None):
     loader = module.train_dataloader()
 
     def train_dataloader():
-        batches = DealtBatches(loader.batch_sampler, 0, 1, config.seed)
-        batches.set_epoch(module.trainer.current_epoch)
-        return deal(loader, loader.dataset, batches)
+        return deal(loader, loader.dataset, DealtBatches(loader, 0, 1))
 
     module.train_dataloader = train_dataloader
     trainer = Trainer(

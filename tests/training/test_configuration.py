@@ -12,10 +12,11 @@ from cuvis_ai_core.training.config import (
     SchedulerConfig,
     TrainingConfig,
 )
+from loguru import logger
 from settings import scaling_of
 
 from cuvis_dist.errors import InputError
-from cuvis_dist.training.configuration import check_training
+from cuvis_dist.training.configuration import check_training, say_devices
 
 #: Trained on workers and compared with one process: tests/training/test_trainer.py.
 EQUAL = "equal to one process"
@@ -27,6 +28,8 @@ RANK_ZERO = "rank 0 alone"
 EACH = "each process by itself"
 #: Refused by check_training where it cannot work, tested below.
 REFUSED = "refused where it contradicts"
+#: Speaks of one process: the scaling decides, and the log says so. Ids are refused.
+ANSWERED = "the scaling's"
 #: Applied to the global batches when they are dealt: tests/training/test_dealing.py.
 DEALT = "dealt"
 
@@ -39,7 +42,7 @@ DECISIONS = {
         "release_cuda_cache_on_validation": EACH,
         "max_epochs": EQUAL,
         "accelerator": REFUSED,
-        "devices": REFUSED,
+        "devices": ANSWERED,
         "default_root_dir": RANK_ZERO,
         "precision": REFUSED,
         "accumulate_grad_batches": EQUAL,
@@ -110,8 +113,8 @@ def checkpoint(**options):
 
 GPU = {"train_gpus": 1}
 REFUSALS = {
-    "devices of one process": ({"devices": 1}, {"train_workers": 2}, "devices is 1, but 2"),
-    "device ids": ({"devices": "0,1"}, {"train_workers": 2}, "scaling's business"),
+    "device ids": ({"devices": "2,3"}, {"train_workers": 2}, "devices is '2,3'.*by their ids"),
+    "a device id": ({"devices": "[1]"}, GPU, "by their ids.*CUDA_VISIBLE_DEVICES"),
     "a GPU without GPUs": ({"accelerator": "gpu"}, {}, "accelerator is 'gpu'.*--train-gpus"),
     "a CPU with GPUs": ({"accelerator": "cpu"}, GPU, "accelerator is 'cpu'"),
     "a TPU": ({"accelerator": "tpu"}, {}, "other devices are not supported"),
@@ -147,6 +150,9 @@ def test_what_cannot_work_is_refused(case):
     [
         ({}, {}),
         ({"devices": 2}, {"train_workers": 2}),
+        ({"devices": 1}, {"train_workers": 2}),
+        ({"devices": "0,1"}, {"train_workers": 2}),
+        ({"devices": "0,"}, GPU),
         ({"devices": "auto", "accelerator": "auto"}, {"train_workers": 3}),
         ({"devices": -1, "accelerator": "cuda", "precision": "16-mixed"}, GPU),
         ({"precision": "bf16-mixed", "accelerator": "cpu"}, {}),
@@ -156,3 +162,15 @@ def test_what_cannot_work_is_refused(case):
 )
 def test_what_works_is_not_refused(config, scaling):
     check_training(TrainingConfig.model_validate(config), scaling_of(**scaling))
+
+
+@pytest.mark.parametrize(
+    ("devices", "said"), [(1, 1), ("auto", 0), (2, 0), (4, 1), (None, 0), ("0,", 1)]
+)
+def test_devices_are_answered_by_the_scaling(devices, said):
+    lines = []
+    handler = logger.add(lines.append, level="INFO", format="{message}")
+    say_devices(TrainingConfig(devices=devices), scaling_of(train_workers=2))
+    logger.remove(handler)
+    assert len(lines) == said
+    assert all(f"devices is {devices!r}" in line and "2 training workers" in line for line in lines)

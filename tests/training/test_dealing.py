@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+
+import numpy as np
 import pytest
 import torch
+from cuvis_dist.training.ingest import ReadAhead
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, RandomSampler, Sampler, WeightedRandomSampler
 
-from cuvis_dist.training.dealing import DealtBatches, cut, deal
+from cuvis_dist.training.dealing import DealtBatches, cut, deal, keeps_own_order
 
 frames = st.integers(1, 40)
 sizes = st.integers(1, 9)
 worlds = st.integers(1, 6)
 
 
-def shuffled(n, size, drop_last=False):
-    return BatchSampler(RandomSampler(range(n)), size, drop_last)
+def shuffled(n, size, drop_last=False, **options):
+    return DataLoader(range(n), size, shuffle=True, drop_last=drop_last, **options)
+
+
+def drawn(loader, seed=5):
+    """The batches that a loader's sampler makes after so many draws."""
+    torch.manual_seed(seed)
+    return list(loader.batch_sampler)
 
 
 @given(st.integers(1, 30), worlds)
@@ -32,18 +42,19 @@ def test_a_cut_covers_the_batch_and_its_weights_average_to_one(n, world):
 
 
 @given(frames, sizes, worlds, st.integers(0, 3))
-def test_training_uses_every_frame_once_in_the_same_global_batches(n, size, world, epoch):
-    ranks = [DealtBatches(shuffled(n, size), rank, world, seed=5) for rank in range(world)]
-    alone = DealtBatches(shuffled(n, size), 0, 1, seed=5)
-    for dealt in (*ranks, alone):
-        dealt.set_epoch(epoch)
-    batches = [list(dealt) for dealt in ranks]
+def test_training_uses_every_frame_once_in_the_same_global_batches(n, size, world, seed):
+    ranks = [DealtBatches(shuffled(n, size), rank, world) for rank in range(world)]
+    batches = []
+    for dealt in ranks:
+        assert dealt.frames == n
+        torch.manual_seed(seed)
+        batches.append(list(dealt))
     assert len({len(b) for b in batches}) == 1, "a rank would run out of steps"
     used = [
         [i for mine, dealt in zip(batches, ranks, strict=True) if dealt.weights[k] for i in mine[k]]
         for k in range(len(batches[0]))
     ]
-    assert used == list(alone)
+    assert used == drawn(shuffled(n, size), seed)
     assert sorted(i for batch in used for i in batch) == list(range(n))
     assert {dealt.frames for dealt in ranks} == {n}
 
@@ -51,8 +62,7 @@ def test_training_uses_every_frame_once_in_the_same_global_batches(n, size, worl
 @given(frames, sizes, worlds)
 def test_evaluation_deals_whole_batches_once(n, size, world):
     def whole(rank):
-        batches = BatchSampler(SequentialSampler(range(n)), size, False)
-        return DealtBatches(batches, rank, world, seed=0, whole=True)
+        return DealtBatches(DataLoader(range(n), size), rank, world, whole=True)
 
     ranks = [whole(rank) for rank in range(world)]
     mine = [list(dealt) for dealt in ranks]
@@ -61,33 +71,16 @@ def test_evaluation_deals_whole_batches_once(n, size, world):
     counted = [
         b for m, d in zip(mine, ranks, strict=True) for b, w in zip(m, d.weights, strict=True) if w
     ]
-    alone = list(BatchSampler(SequentialSampler(range(n)), size, False))
-    assert sorted(counted) == alone
-
-
-def test_epochs_differ_and_repeat():
-    dealt = DealtBatches(shuffled(20, 4), 0, 2, seed=1)
-    first = list(dealt)
-    dealt.set_epoch(1)
-    second = list(dealt)
-    dealt.set_epoch(0)
-    assert list(dealt) == first != second
-
-
-def test_dealing_leaves_the_process_random_state_alone():
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
-    list(DealtBatches(shuffled(20, 4), 0, 2, seed=1))
-    assert torch.equal(torch.rand(3), expected)
+    assert sorted(counted) == list(DataLoader(range(n), size).batch_sampler)
 
 
 @pytest.mark.parametrize(("limit", "steps"), [(None, 5), (2, 2), (9, 5), (0.5, 2), (0, 0)])
 def test_a_limit_counts_global_batches(limit, steps):
-    ranks = [
-        DealtBatches(shuffled(20, 4), rank, 2, seed=1, whole=True, limit=limit) for rank in (0, 1)
-    ]
-    counted = sum(sum(1 for w in d.weights if w) for d in ranks if list(d) is not None)
+    ranks = [DealtBatches(shuffled(20, 4), rank, 2, whole=True, limit=limit) for rank in (0, 1)]
+    for dealt in ranks:
+        torch.manual_seed(1)
+        list(dealt)
+    counted = sum(sum(1 for w in d.weights if w) for d in ranks)
     assert counted == steps
 
 
@@ -96,5 +89,130 @@ def test_the_loader_keeps_what_its_module_chose():
         return {"x": torch.stack(items)}
 
     loader = DataLoader(torch.arange(6), batch_size=4, collate_fn=collate, num_workers=0)
-    dealt = deal(loader, loader.dataset, DealtBatches(loader.batch_sampler, 1, 2, seed=0))
+    dealt = deal(loader, loader.dataset, DealtBatches(loader, 1, 2))
     assert [batch["x"].tolist() for batch in dealt] == [[2, 3], [5]]
+
+
+class ByEpoch(Sampler):
+    """Shuffles by a seed of its own and the epoch, as samplers for many processes do."""
+
+    epoch = 0
+
+    def __len__(self):
+        return 7
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.epoch)
+        return iter(torch.randperm(7, generator=generator).tolist())
+
+
+class Drifting(ByEpoch):
+    """Keeps a NumPy generator."""
+
+    def __init__(self):
+        self.generator = np.random.default_rng(3)
+
+    def __iter__(self):
+        return iter(self.generator.permutation(7).tolist())
+
+
+def seeded(**options):
+    return shuffled(7, 2, generator=torch.Generator().manual_seed(8), **options)
+
+
+KINDS = {
+    "shuffled": lambda: shuffled(7, 2),
+    "shuffled, the last left out": lambda: shuffled(7, 2, drop_last=True),
+    "in order": lambda: DataLoader(range(7), 3),
+    "with processes": lambda: shuffled(7, 2, num_workers=1),
+    "with processes that stay": lambda: shuffled(7, 2, num_workers=1, persistent_workers=True),
+    "with replacement": lambda: DataLoader(
+        range(7), 2, sampler=RandomSampler(range(7), replacement=True, num_samples=40)
+    ),
+    "weighted": lambda: DataLoader(
+        range(7), 2, sampler=WeightedRandomSampler([1.0, 2, 3, 4, 5, 6, 7], 9)
+    ),
+    "a generator of its own": seeded,
+    "one, with processes": lambda: seeded(num_workers=1),
+    "by epoch": lambda: DataLoader(range(7), 2, sampler=ByEpoch()),
+    "a NumPy generator of its own": lambda: DataLoader(range(7), 2, sampler=Drifting()),
+}
+
+
+def three_epochs(loader, batches):
+    """As Lightning iterates: iterator, hooks, batches with draws between them, validation."""
+    torch.manual_seed(42)
+    validation = DataLoader(range(3))
+    order = []
+    for epoch in range(3):
+        if hasattr(batches.sampler, "set_epoch"):
+            batches.sampler.set_epoch(epoch)
+        iterator = iter(loader)
+        torch.rand(1)
+        for batch in iterator:
+            torch.rand(2)
+            order.append(batch.tolist())
+        iter(validation)
+    return order, torch.rand(4).tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("read_ahead", [False, True])
+def test_the_order_is_that_of_the_modules_own_loader(kind, read_ahead, request):
+    """And so is the random state that is left."""
+    theirs = KINDS[kind]()
+    expected = three_epochs(theirs, theirs.batch_sampler)
+    mine = KINDS[kind]()
+    batches = DealtBatches(mine, 0, 1)
+    loader = deal(mine, mine.dataset, batches)
+    if read_ahead:
+        request.getfixturevalue("ray_session")
+        loader = ReadAhead(loader, 2)
+    assert three_epochs(loader, batches) == expected
+
+
+def test_kept_processes_do_not_change_the_order():
+    theirs = KINDS["with processes"]()
+    expected = three_epochs(theirs, theirs.batch_sampler)
+    mine = KINDS["with processes"]()
+    batches = DealtBatches(mine, 0, 1)
+    loader = deal(mine, mine.dataset, batches, keep_workers=True)
+    assert three_epochs(loader, batches) == expected
+
+
+def test_ranks_follow_rank_zero():
+    loaders = [seeded(), shuffled(7, 2)]
+    shared = []
+
+    def share(batches):
+        shared.append(batches)
+        return shared[0]
+
+    ranks = [DealtBatches(loader, i, 2, share=share) for i, loader in enumerate(loaders)]
+    first, second = (list(dealt) for dealt in ranks)
+    assert [a + b for a, b in zip(first, second, strict=True)][:3] == shared[0][:3]
+    assert shared[0] != shared[1]
+
+
+def test_processes_of_ranks_have_seeds_of_their_own():
+    seeds = set()
+    for rank in range(3):
+        torch.manual_seed(0)
+        dealt = DealtBatches(shuffled(7, 2), rank, 3)
+        dealt.begin()
+        seeds.add(dealt.generator.initial_seed())
+    assert len(seeds) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loader_that_keeps_a_random_state_is_known(kind):
+    loader = KINDS[kind]()
+    state = torch.get_rng_state()
+    before = drawn(copy.deepcopy(loader))
+    torch.set_rng_state(state)
+    assert keeps_own_order(loader) == ("own" in kind or kind == "one, with processes")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert drawn(loader) == before, "it was asked, and not moved"
