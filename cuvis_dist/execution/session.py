@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-import ray.data
 from loguru import logger
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -37,8 +36,7 @@ def connect(scaling: Scaling, verbose: bool = False) -> bool:
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if not verbose:
-        for name in ("ray.data", "ray.train"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger("ray.train").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     options: dict[str, Any] = {
         "log_to_driver": verbose,

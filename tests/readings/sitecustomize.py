@@ -1,7 +1,7 @@
 """Notes every frame file that a process opens, and makes it wait a moment.
 
-For processes that have the file to write to in an environment variable. Another one names a file
-that this process cannot see, as if it lay on other machines.
+For processes that have the file to write to in an environment variable. Another one names files,
+with commas between them, that this process cannot see, as if they lay on other machines.
 """
 
 import os
@@ -10,7 +10,7 @@ import time
 
 _log = os.environ.get("CUVIS_DIST_READINGS")
 _seconds = float(os.environ.get("CUVIS_DIST_READING_SECONDS", "0.1"))
-_absent = os.environ.get("CUVIS_DIST_ABSENT")
+_absent = os.environ.get("CUVIS_DIST_ABSENT", "").split(",")
 
 
 def _note(event, arguments):
@@ -20,7 +20,7 @@ def _note(event, arguments):
         os.write(file, f"{name}\n".encode())
         os.close(file)
         time.sleep(_seconds)
-        if name == _absent:
+        if name in _absent:
             raise FileNotFoundError(2, "No such file or directory", str(arguments[0]))
 
 

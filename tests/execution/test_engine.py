@@ -1,0 +1,91 @@
+"""Every shard's rows come back once, in order where that is wanted, whatever happens to workers."""
+
+from __future__ import annotations
+
+import pytest
+from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from fragile import FragileModule
+from shards import WRONG, Dying, Failing, Frames, shards_of
+
+from cuvis_dist.archive import open_archive
+from cuvis_dist.errors import CuvisDistError, InputError, LostWorkerError
+from cuvis_dist.execution.engine import RayEngine
+from cuvis_dist.execution.failures import raise_cause
+from cuvis_dist.execution.pool import Workers
+from cuvis_dist.execution.spread import Order, compute_shard, spread
+from cuvis_dist.initialization.shards import GatherShard
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def engine(most: int | None = 2, failures: int = 3) -> RayEngine:
+    return RayEngine(Workers(cpus=1, gpus=0, most=most, failures=failures))
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("most", [1, 2, None])
+@pytest.mark.parametrize("staged", [None, "s3://bucket/recording.cu3s"])
+def test_every_row_comes_once(ordered, most, staged):
+    rows = list(spread(shards_of(17, staged), Frames(ordered), engine(most)))
+    got = [row.payload for row in rows]
+    expected = [(ordinal, half) for ordinal in range(17) for half in (0, 1)]
+    assert (got if ordered else sorted(got)) == expected
+    assert all(row.node and row.peak and not row.again for row in rows)
+
+
+def test_who_stops_listening_gets_every_row_the_next_time():
+    """Tasks that nobody waits for any more disturb no later ones."""
+    one = engine()
+    for listened in range(12):
+        rows = spread(shards_of(12), Frames(ordered=False, seconds=0.002), one)
+        for _ in range(listened):
+            next(rows)
+        rows.close()
+        assert len(list(spread(shards_of(12), Frames(True, 0.002), one))) == 24
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "text"),
+    [
+        (WRONG, InputError, r"^it cannot be so$"),
+        (KeyError("mine"), CuvisDistError, r"^a worker failed: KeyError: 'mine'$"),
+    ],
+)
+def test_an_error_ends_the_rows_and_takes_back_those_of_its_shard(error, raised, text):
+    rows = spread(shards_of(5), Failing(error, at=3), engine())
+    assert [next(rows).ordinal for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(raised, match=text):
+        next(rows)
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_worker_may_be_lost_as_often_as_the_setting_says(tmp_path, failures):
+    dying = Dying(tmp_path, times=failures)
+    rows = list(spread(shards_of(3), dying, engine(failures=failures)))
+    assert sorted(row.ordinal for row in rows) == [0, 1, 2]
+    assert {row.ordinal for row in rows if row.again} >= {1}
+
+
+@pytest.mark.parametrize("failures", [0, 1])
+def test_and_no_more_often(tmp_path, failures):
+    dying = Dying(tmp_path, times=failures + 1)
+    with pytest.raises(LostWorkerError, match="the test lost a worker"), raise_cause("the test"):
+        list(spread(shards_of(3), dying, engine(failures=failures)))
+    assert len(list(tmp_path.iterdir())) == failures + 1
+
+
+def test_a_function_needs_no_engine(tmp_path):
+    """Given the archive itself it computes the same rows in this process."""
+    pipeline, archive = CuvisPipeline("empty"), open_archive(FragileModule(tmp_path), "train")
+    one = engine()
+    there = list(
+        spread(archive.shards(5), GatherShard(one.make_order(pipeline, archive), None), one)
+    )
+    order = Order(archive, pipeline, threads=1, skip=False, on_gpu=False, elsewhere=False)
+    function = GatherShard(order, None)
+    here = [row for shard in archive.shards(5) for row in compute_shard(function, shard)]
+    assert [row.ordinal for row in here] == [row.ordinal for row in there]
+    for mine, other in zip(here, there, strict=True):
+        (name, batch), (their_name, their_batch) = mine.payload, other.payload
+        assert name == their_name
+        assert batch["cube"].equal(their_batch["cube"])
