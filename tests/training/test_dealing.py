@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from cuvis_dist.training.ingest import ReadAhead
+from cuvis_dist.training.read_ahead import ReadAhead
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, RandomSampler, Sampler, WeightedRandomSampler

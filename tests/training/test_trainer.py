@@ -250,8 +250,8 @@ def test_monitors_write_on_rank_zero_alone(demo_trainrun, tmp_path):
     assert_frozen_as_before(trainrun, before)
 
     written, losses = [], {}
-    for run in sorted((tmp_path / "runs").iterdir()):
-        (file,) = run.iterdir()  # one event file
+    (run,) = (tmp_path / "runs").iterdir()  # one folder for all of it, as upstream's
+    for file in sorted(run.iterdir()):  # event files are named by their time
         events = EventAccumulator(str(file)).Reload()
         tags = events.Tags()
         steps = {tag: [event.step for event in events.Scalars(tag)] for tag in tags["scalars"]}
