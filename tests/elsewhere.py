@@ -23,7 +23,7 @@ from scoring import scoring_pipeline
 
 from cuvis_dist import StatisticalTrainer
 from cuvis_dist.errors import CuvisDistError
-from cuvis_dist.evaluation import evaluate
+from cuvis_dist.evaluation.steps import Evaluator
 from cuvis_dist.nodes.state import hash_state
 from cuvis_dist.runs.trainrun import load_trainrun
 from cuvis_dist.scaling import Scaling
@@ -59,14 +59,9 @@ def results(trainrun: Path, scaling: Scaling, bands: int = 12) -> dict[str, Any]
     trainer = fitted("measured", run.pipeline)
     got["evaluated"] = trainer.validate().metrics | trainer.test().metrics
     changing = scoring_pipeline(before=PercentileNormalizer(bands, name="normalizer"))
-    got["in order"] = evaluate(
-        changing,
-        run.datamodule(),
-        ExecutionStage.TEST,
-        metric_nodes=default_metric_nodes(changing),
-        emit=lambda event: None,
-        scaling=scaling,
-    ).metrics
+    evaluator = Evaluator(changing, run.datamodule(), scaling, lambda event: None)
+    in_order = evaluator.evaluate(ExecutionStage.TEST, default_metric_nodes(changing))
+    got["in order"] = in_order.metrics
     got["changed"] = hash_state(changing.nodes())
     return got
 

@@ -7,12 +7,12 @@ import copy
 import numpy as np
 import pytest
 import torch
-from cuvis_dist.training.read_ahead import ReadAhead
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, RandomSampler, Sampler, WeightedRandomSampler
 
 from cuvis_dist.training.dealing import DealtBatches, cut, deal, keeps_own_order
+from cuvis_dist.training.read_ahead import ReadAhead
 
 frames = st.integers(1, 40)
 sizes = st.integers(1, 9)
