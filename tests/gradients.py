@@ -14,7 +14,7 @@ from cuvis_dist.training.dealing import DealtBatches, deal
 
 
 class Epochs(pl.Callback):
-    """Keeps every value that callbacks can monitor, epoch by epoch."""
+    """A callback that keeps every value that callbacks can monitor, epoch by epoch."""
 
     def __init__(self):
         self.values = []
@@ -33,7 +33,7 @@ class Epochs(pl.Callback):
 
 
 def initialized(path, folder, *overrides):
-    """A trainrun after phase 1, its nodes unfrozen, its checkpoints in ``folder``."""
+    """Return a trainrun after phase 1, its nodes unfrozen, its checkpoints in ``folder``."""
     trainrun = load_trainrun(path, [f"output_dir={folder}", *overrides])
     UpstreamStatisticalTrainer(trainrun.pipeline, trainrun.datamodule()).fit()
     trainrun.pipeline.unfreeze_nodes_by_name(trainrun.config.unfreeze_nodes)
@@ -46,7 +46,7 @@ def callbacks(trainrun):
 
 
 def train_upstream(trainrun):
-    """Upstream's trainer in this process, on the global batches that the workers are dealt."""
+    """Train by upstream in this process, on the global batches that the workers are dealt."""
     config, module = trainrun.config.training, trainrun.datamodule()
     loader = module.train_dataloader()
     module.train_dataloader = lambda: deal(
@@ -65,7 +65,7 @@ def train_upstream(trainrun):
 
 
 def train(trainrun, workers, module=None, scaling=None, **options):
-    """Ours, on ``workers`` workers, with the trainrun's data module or another."""
+    """Train by ours on ``workers`` workers, with the trainrun's data module or another."""
     trainer = GradientTrainer(
         trainrun.pipeline,
         module or trainrun.datamodule(),

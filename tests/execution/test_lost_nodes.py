@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,9 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 from archives import ROOT, assert_same_state
-from commands import READINGS, kept_files, one_process, record, train_files
+from commands import kept_files, one_process, record, train_files
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from heads import BIN, cluster
+from readings import counting
 
 from cuvis_dist import Scaling, StatisticalTrainer
 from cuvis_dist.initialization.kept import PASSES
@@ -38,12 +38,7 @@ class Nodes:
         log = self.folder / f"readings_{len(self.logs)}.log"
         log.touch()
         self.logs.append(log)
-        own = {
-            "CUVIS_DIST_READINGS": str(log),
-            "CUVIS_DIST_READING_SECONDS": str(self.seconds),
-            "PYTHONPATH": f"{READINGS}{os.pathsep}{os.environ['PYTHONPATH']}",
-        }
-        return self.cluster.join(**(own | environment))
+        return self.cluster.join(**(counting(log, seconds=self.seconds) | environment))
 
     def read(self, number: int, names) -> list[str]:
         """Which of the frames a node has read, in order."""

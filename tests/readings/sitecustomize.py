@@ -1,7 +1,8 @@
-"""Notes every frame file that a process opens, and makes it wait a moment.
+"""Which frame files does this process open? Each is a line of a log, and takes a moment.
 
-For processes that have the file to write to in an environment variable. Another one names a file
-that this process cannot see, as if it lay on other machines.
+Python imports this file when it starts, where its folder is on the path; a process without the
+variable that names the log is left alone. Another variable names a file that this process cannot
+see, as if it lay on other machines. The tests set them by ``readings.counting``.
 """
 
 import os
