@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbose, in_session = arguments.verbose, _in_ray()
     # Ray's logs come between the lines, and would be rewritten with them.
     with Lines(rewriting=False if verbose else None) as lines:
-        print(f"cuvis-dist {version('cuvis-dist')}: {shlex.join(argv)}", file=lines.stream)
+        # The command alone: an address in its options may carry a secret, before it is refused.
+        print(f"cuvis-dist {version('cuvis-dist')}: {_what(arguments, argv)}", file=lines.stream)
         try:
             _quiet(verbose, lines)
             return arguments.command(arguments, lines)
@@ -63,6 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:
             if not in_session:
                 _leave_ray(lines)
+
+
+def _what(arguments: argparse.Namespace, argv: Sequence[str]) -> str:
+    """Return the command and the files that it is about."""
+    files = (getattr(arguments, name, None) for name in ("pipeline", "trainrun"))
+    return shlex.join([argv[0], *(str(file) for file in files if file)])
 
 
 def _in_ray() -> bool:

@@ -16,12 +16,11 @@ from pathlib import Path
 import yaml
 from gradients import train_upstream
 from ray import cloudpickle
+from readings import counted, counting
 
 from cuvis_dist import Scaling, StatisticalTrainer
 from cuvis_dist.nodes.state import hash_state
 from cuvis_dist.runs.trainrun import load_trainrun
-
-READINGS = Path(__file__).parent / "readings"
 
 
 class Command:
@@ -33,8 +32,7 @@ class Command:
         self.log = folder / "readings.log"
         self.log.touch()
         self.environment = os.environ | {
-            "CUVIS_DIST_READINGS": str(self.log),
-            "PYTHONPATH": f"{READINGS}{os.pathsep}{os.environ['PYTHONPATH']}",
+            **counting(self.log),
             **environment,
         }
 
@@ -45,7 +43,7 @@ class Command:
 
         Returns exit code, what it printed, and what it read.
         """
-        before = Counter(self.log.read_text().split())
+        before = counted(self.log)
         said = self.folder / f"stderr_{time.monotonic_ns()}"
 
         def happened() -> bool:
@@ -68,11 +66,11 @@ class Command:
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # what a killed driver leaves
-        return code, said.read_text(), Counter(self.log.read_text().split()) - before
+        return code, said.read_text(), counted(self.log) - before
 
 
 def kept_files(path: Path, files: Sequence) -> set:
-    """Names of the files in a stored pass, each of which is a shard."""
+    """Return the names of the files in a stored pass, each of which is a shard."""
     _, measured = cloudpickle.loads(path.read_bytes()[32:])
     return {name for ordinal, name in enumerate(files) if ordinal in measured.tree}
 
@@ -82,7 +80,7 @@ def record(output: Path) -> dict:
 
 
 def train_files(trainrun: Path) -> list[str]:
-    """Names of the files of the train split, in order."""
+    """Return the names of the files of the train split, in order."""
     splits = yaml.safe_load(trainrun.read_text())["data"]["splits"]
     return [
         f"{Path(selector['source']).stem}_{index:03d}.npz"
@@ -92,7 +90,7 @@ def train_files(trainrun: Path) -> list[str]:
 
 
 def one_process(trainrun: Path, folder: Path):
-    """The same trainrun with phase 1 on one worker here, and phase 2 by upstream."""
+    """Run the same trainrun with phase 1 on one worker here, and phase 2 by upstream."""
     run = load_trainrun(trainrun, [f"output_dir={folder}"])
     scaling = Scaling(resources={"workers": 1})
     StatisticalTrainer(run.pipeline, run.datamodule(), scaling=scaling).fit()

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ os.environ.update(CREDENTIALS)
 
 @pytest.fixture(scope="session")
 def session_log(tmp_path_factory):
-    """Where the stand-in SDK of every process notes the contexts that it makes."""
+    """Return the file in which the stand-in SDK of every process notes the contexts it makes."""
     path = tmp_path_factory.mktemp("sdk") / "contexts.log"
     path.touch()
     os.environ["CUVIS_STANDIN_LOG"] = str(path)
@@ -35,7 +36,7 @@ def session_log(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def ray_session(session_log):
-    """Three CPUs on this machine, whatever it has."""
+    """Start Ray with three CPUs on this machine, whatever it has."""
     import ray
 
     from cuvis_dist.execution.session import connect
@@ -48,14 +49,14 @@ def ray_session(session_log):
 
 @pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
-    """The endpoint of an S3 server with a bucket named ``bucket``."""
+    """Yield the endpoint of an S3 server with a bucket named ``bucket``."""
     with s3_server() as environment:
         yield environment["AWS_ENDPOINT_URL"]
 
 
 @pytest.fixture(scope="session")
 def demo_trainrun(tmp_path_factory) -> Path:
-    """The demo with small frames; load it anew for every test."""
+    """Return the trainrun of a demo with small frames, which every test loads anew."""
     from cuvis_dist.demo import DemoSettings, write_demo
 
     settings = DemoSettings(frames=22, height=16, width=20, bands=12, recordings=3, max_epochs=3)
@@ -64,7 +65,7 @@ def demo_trainrun(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def demo(demo_trainrun, tmp_path):
-    """A copy of the demo that a test may change; returns its trainrun."""
+    """Return the trainrun of a copy of the demo that a test may change."""
     from archives import edit
 
     folder = tmp_path / "demo"
@@ -76,10 +77,23 @@ def demo(demo_trainrun, tmp_path):
     return path
 
 
+@contextmanager
+def _logged(level: str) -> Iterator[list[str]]:
+    messages: list[str] = []
+    handler = logger.add(lambda entry: messages.append(entry.record["message"]), level=level)
+    yield messages
+    logger.remove(handler)
+
+
+@pytest.fixture
+def said() -> Iterator[list[str]]:
+    """Collect what this process logs during the test."""
+    with _logged("INFO") as messages:
+        yield messages
+
+
 @pytest.fixture
 def warnings() -> Iterator[list[str]]:
-    """What the log says."""
-    said: list[str] = []
-    handler = logger.add(said.append, level="WARNING", format="{message}")
-    yield said
-    logger.remove(handler)
+    """Collect what this process logs as a warning, or as worse, during the test."""
+    with _logged("WARNING") as messages:
+        yield messages

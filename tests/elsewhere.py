@@ -18,8 +18,8 @@ from cuvis_ai.node.normalization import PercentileNormalizer
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training.evaluation import default_metric_nodes
 from cuvis_ai_schemas.enums import ExecutionStage
+from labelled import scoring_pipeline
 from loguru import logger
-from scoring import scoring_pipeline
 
 from cuvis_dist import StatisticalTrainer
 from cuvis_dist.errors import CuvisDistError

@@ -13,7 +13,7 @@ from cuvis_dist.runs.trainrun import load_trainrun
 
 
 class Epochs(pl.Callback):
-    """Keeps every value that callbacks can monitor, epoch by epoch."""
+    """A callback that keeps every value that callbacks can monitor, epoch by epoch."""
 
     def __init__(self):
         self.values = []
@@ -32,7 +32,7 @@ class Epochs(pl.Callback):
 
 
 def initialized(path, folder, *overrides):
-    """A trainrun after phase 1, its nodes unfrozen, its checkpoints in ``folder``."""
+    """Return a trainrun after phase 1, its nodes unfrozen, its checkpoints in ``folder``."""
     trainrun = load_trainrun(path, [f"output_dir={folder}", *overrides])
     UpstreamStatisticalTrainer(trainrun.pipeline, trainrun.datamodule()).fit()
     trainrun.pipeline.unfreeze_nodes_by_name(trainrun.config.unfreeze_nodes)
@@ -59,7 +59,7 @@ def train_upstream(trainrun, module=None):
 
 
 def train(trainrun, workers, module=None, scaling=None, **options):
-    """Ours, on ``workers`` workers, with the trainrun's data module or another."""
+    """Train by ours on ``workers`` workers, with the trainrun's data module or another."""
     trainer = GradientTrainer(
         trainrun.pipeline,
         module or trainrun.datamodule(),

@@ -58,9 +58,9 @@ class Cluster:
     Attributes
     ----------
     address : str
-        Of the dashboard, for jobs.
+        Where the dashboard takes jobs.
     environment : dict
-        Of a process that may use the cluster.
+        The variables of a process that may use the cluster.
     nodes : list of Node
         The head, and those that joined.
     """
@@ -77,7 +77,7 @@ class Cluster:
         self.nodes.append(head)
 
     def _place(self) -> list[str]:
-        """What the next node must have of its own, as if it were another machine."""
+        """Return what the next node must have of its own, as if it were another machine."""
         first = self.port + 6 + 4 * len(self.nodes)
         return [
             f"--node-ip-address=127.0.0.{len(self.nodes) + 1}",
@@ -111,14 +111,14 @@ def cluster(
     Parameters
     ----------
     folder : Path
-        For the token and the logs.
+        Where the token and the logs are written.
     port : int
-        The dashboard's; the cluster takes up to 30 from there, which must lie outside Ray's
-        worker ports (10002 to 19999).
+        The port of the dashboard; the cluster takes up to 30 from there, which must lie outside
+        Ray's worker ports (10002 to 19999).
     cpus : int
-        CPUs of the head.
+        How many CPUs the head has.
     environment : str
-        Variables of every process of the cluster.
+        Variables that every process of the cluster gets.
     """
     token = folder / "token"
     token.touch(mode=0o600)

@@ -13,9 +13,9 @@ import torch
 from archives import edit, relative_difference
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_schemas.enums import ExecutionStage
+from faults import TroubledModule
 from gradients import initialized, train, train_upstream
 from settings import scaling_of
-from trouble import TroubledModule
 
 from cuvis_dist import StatisticalTrainer
 from cuvis_dist.cli import main

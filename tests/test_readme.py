@@ -8,7 +8,7 @@ import torch
 from archives import ROOT, relative_difference
 from cuvis_ai.node.data import CU3SDataNode
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
-from fragile import FragileModule
+from faults import FragileModule
 
 from cuvis_dist import Scaling, StatisticalTrainer
 

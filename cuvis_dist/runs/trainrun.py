@@ -229,6 +229,8 @@ def load_trainrun(
             f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()
         )
         raise InputError(f"trainrun {path} is not valid: {problems}") from error
+    except CuvisDistError:
+        raise
     except Exception as error:
         raise InputError(f"trainrun {path} cannot be read: {one_line(error)}") from error
     dirs = upstream.discover_plugins_dirs(path, [*plugins_dirs, *installed_plugins_dirs()])

@@ -17,8 +17,8 @@ from cuvis_ai_core.training.evaluation import evaluate_split as evaluate_upstrea
 from cuvis_ai_core.training.post_fit import EvaluationStatus, PostFitCallback, TrainHook
 from cuvis_ai_schemas.enums import ExecutionStage
 from cuvis_ai_schemas.execution import Context
-from loguru import logger
-from scoring import LabelledModule, RunningMaximum, scoring_pipeline
+from labelled import LabelledModule, RunningMaximum, scoring_pipeline
+from readings import counted
 from torchmetrics import MaxMetric, MeanMetric, MinMaxMetric, PearsonCorrCoef, SumMetric
 from torchmetrics.classification import (
     BinaryAUROC,
@@ -38,15 +38,6 @@ from cuvis_dist.execution.spread import Order
 VAL = ExecutionStage.VAL
 
 
-@pytest.fixture
-def said():
-    """Collect what is logged at info."""
-    lines: list[str] = []
-    sink = logger.add(lambda message: lines.append(message.record["message"]), level="INFO")
-    yield lines
-    logger.remove(sink)
-
-
 def in_one_process(pipeline, module, stage=VAL):
     """Upstream's own evaluation of the same pipeline, which it changes."""
     return evaluate_upstream(
@@ -63,7 +54,7 @@ def on_workers(pipeline, module, workers=2, emit=lambda event: None, **options):
 
 
 def readings(folder):
-    return Counter(map(int, (folder / "read.log").read_text().split()))
+    return counted(folder / "read.log")
 
 
 def once():

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import READINGS
 from elsewhere import results
 from heads import cluster
+from readings import counting
 
 from cuvis_dist import Scaling
 
@@ -40,12 +39,7 @@ def on_two_nodes(folder: Path, absent: Sequence[Sequence[str]], script: str, *op
         for number, files in enumerate(absent):
             log = folder / f"readings_{number}.log"
             log.touch()
-            started.join(
-                CUVIS_DIST_READINGS=str(log),
-                CUVIS_DIST_READING_SECONDS="0",
-                CUVIS_DIST_ABSENT=",".join(files),
-                PYTHONPATH=f"{READINGS}{os.pathsep}{os.environ['PYTHONPATH']}",
-            )
+            started.join(CUVIS_DIST_ABSENT=",".join(files), **counting(log, seconds=0))
         started.wait()
         done = subprocess.run(
             [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
-from fragile import FragileModule
+from faults import FragileModule
 from shards import WRONG, Dying, Failing, Frames, shards_of
 
 from cuvis_dist.archive import open_archive

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,9 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 from archives import ROOT, assert_same_state
-from commands import READINGS, kept_files, one_process, record, train_files
+from commands import kept_files, one_process, record, train_files
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from heads import BIN, cluster
+from readings import counting
 
 from cuvis_dist import Scaling, StatisticalTrainer
 from cuvis_dist.initialization.kept import PASSES
@@ -38,12 +38,7 @@ class Nodes:
         log = self.folder / f"readings_{len(self.logs)}.log"
         log.touch()
         self.logs.append(log)
-        own = {
-            "CUVIS_DIST_READINGS": str(log),
-            "CUVIS_DIST_READING_SECONDS": str(self.seconds),
-            "PYTHONPATH": f"{READINGS}{os.pathsep}{os.environ['PYTHONPATH']}",
-        }
-        return self.cluster.join(**(own | environment))
+        return self.cluster.join(**(counting(log, seconds=self.seconds) | environment))
 
     def read(self, number: int, names) -> list[str]:
         """Which of the frames a node has read, in order."""
@@ -132,12 +127,16 @@ def test_a_node_is_lost_in_the_middle_of_training(ray_session, demo_trainrun, tm
         run = nodes.command("run", demo_trainrun, "--output-dir", output, "--train-workers", 2)
         wait_for(last.exists, run)  # an epoch is over
         started.nodes[2].kill()
-        time.sleep(5)
+        said = ""
+        while "Training goes on from the end of epoch" not in said:
+            line = run.stdout.readline()
+            assert line, said
+            said += line
         assert run.poll() is None, "it waits for a node"
         started.join()
-        said, _ = run.communicate(timeout=400)
+        said += run.stdout.read()
+        run.wait(60)
     assert run.returncode == 0, said
-    assert "Training goes on from the end of epoch" in said
     ended = record(output)
     initialized, expected = one_process(demo_trainrun, tmp_path / "one")
     assert ended["initialized"] == initialized
@@ -170,11 +169,14 @@ def test_the_driver_of_a_job_is_killed_and_the_job_submitted_again(
 
         job = submit()
         wait_for(lambda: path.exists() and len(kept_files(path, files)) >= 4, job)
+        workers = workers_of(nodes.cluster)
+        assert workers
         driver_of(nodes.cluster).send_signal(signal.SIGKILL)
         said, _ = job.communicate(timeout=120)
         assert job.returncode != 0, said
         kept = kept_files(path, files)
-        time.sleep(2)  # what was in flight
+        _, alive = psutil.wait_procs(workers, timeout=60)
+        assert not alive, "workers of the killed driver go on reading"
         before = nodes.readings(files)
 
         job = submit()
@@ -185,6 +187,18 @@ def test_the_driver_of_a_job_is_killed_and_the_job_submitted_again(
     for name in files:
         assert readings[name] == 2 - (name in kept), name
     assert record(output)["initialized"] == initialized_here(demo_trainrun, tmp_path / "one")
+
+
+def workers_of(started) -> list[psutil.Process]:
+    """The processes that work for a driver, on any node of this cluster, but for Ray's own."""
+    own, found = ("Agent", "Actor", "IDLE"), []
+    for node in started.nodes:
+        for process in psutil.Process(node.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                name = process.cmdline()[0] if process.cmdline() else ""
+                if name.startswith("ray::") and not any(part in name for part in own):
+                    found.append(process)
+    return found
 
 
 def driver_of(started) -> psutil.Process:

@@ -10,8 +10,8 @@ import pytest
 import ray
 import torch
 from archives import assert_same_state
-from fragile import serve_integers
 from gradients import initialized, train, train_upstream
+from integers import serve_integers
 from ray import cloudpickle
 from settings import scaling_of
 

@@ -15,7 +15,8 @@ from cuvis_ai.node.normalization import MinMaxNormalizer
 from cuvis_ai_core.pipeline.factory import PipelineBuilder
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_schemas.pipeline import PipelineConfig
-from fragile import CountedCubes, FragileCubes, FragileModule, wrap_train
+from faults import FragileCubes, FragileModule
+from readings import CountedCubes, counted, wrap_train
 
 from cuvis_dist import Scaling, StatisticalTrainer
 from cuvis_dist.errors import CuvisDistError
@@ -40,7 +41,7 @@ def fit(folder, fragile, fold):
     scaling = Scaling(resources={"workers": 2}, measuring={"shard_frames": 2, "fold": fold})
     trainer = StatisticalTrainer(pipeline, FragileModule(folder, fragile), scaling=scaling)
     trainer.fit()
-    readings = Counter(map(int, (folder / "read.log").read_text().split()))
+    readings = counted(folder / "read.log")
     return pipeline, trainer, readings
 
 
@@ -119,7 +120,7 @@ def test_readings_of_well_known_pipelines(demo_trainrun, tmp_path, pipeline, pas
     )
     trainer.fit()
     assert len(trainer.records) == passes
-    readings = Counter(map(int, log.read_text().split()))
+    readings = counted(log)
     frames = 10 if pipeline == "guide" else 12
     assert readings == Counter(dict.fromkeys(range(frames), passes))
     assert all(record.frames == frames for record in trainer.records)

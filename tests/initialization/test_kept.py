@@ -12,7 +12,8 @@ from cuvis_ai.node.data import CU3SDataNode
 from cuvis_ai.node.normalization import MinMaxNormalizer
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training.post_fit import TrainHook
-from fragile import CountedCubes, FragileCubes, FragileModule, wrap_train
+from faults import FragileCubes, FragileModule
+from readings import CountedCubes, wrap_train
 from settings import scaling_of
 
 from cuvis_dist import Scaling, StatisticalTrainer

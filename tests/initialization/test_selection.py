@@ -12,7 +12,7 @@ from cuvis_ai.node.anomaly.rx_detector import RXGlobal
 from cuvis_ai.node.data import CU3SDataNode
 from cuvis_ai.node.normalization import MinMaxNormalizer
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
-from fragile import FragileModule
+from faults import FragileModule
 from settings import scaling_of
 
 from cuvis_dist import Scaling, StatisticalTrainer
@@ -36,12 +36,9 @@ EDGES = [
 
 
 @pytest.fixture
-def copied(demo_trainrun, tmp_path):
+def copied(demo):
     """``universe`` of a copy of the demo archive of which a test may change a frame."""
-    import shutil
-
-    shutil.copytree(demo_trainrun.parent / "archive", tmp_path / "archive")
-    return tmp_path / "archive" / "universe.csv"
+    return demo.parent / "archive" / "universe.csv"
 
 
 def fit(folder, universe, nodes=NODES, edges=EDGES, **scaling):

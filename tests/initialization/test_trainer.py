@@ -104,7 +104,8 @@ def test_same_bits_for_any_number_of_workers(demo_trainrun, fold):
 
 def test_same_bits_and_sample_whichever_shard_ends_first(demo_trainrun, tmp_path):
     """Frames that take a while, other ones each time, let shards overtake each other."""
-    from fragile import SlowCubes, wrap_train
+    from faults import SlowCubes
+    from readings import wrap_train
 
     universe = demo_trainrun.parent / "archive" / "universe.csv"
     nodes = [
@@ -472,17 +473,11 @@ def test_cu3s_recordings_on_ray_open_once_per_worker(tmp_path, session_log):
 
 
 @pytest.fixture
-def spoiled(demo_trainrun, tmp_path):
-    """A copy of the demo archive of which a test may spoil a frame."""
-    import shutil
-
-    folder = tmp_path / "demo"
-    shutil.copytree(demo_trainrun.parent, folder)
-    universe = folder / "archive" / "universe.csv"
-    trainrun = load_trainrun(folder / "trainrun.yaml", [f"data.params.universe_csv={universe}"])
-    victim = folder / "archive" / "recording_01_001.npz"
+def spoiled(demo):
+    """A copy of the demo's trainrun, and a frame of its archive that a test may spoil."""
+    victim = demo.parent / "archive" / "recording_01_001.npz"
     assert victim.exists()
-    return trainrun, victim
+    return load_trainrun(demo), victim
 
 
 def rewrite(path, change):

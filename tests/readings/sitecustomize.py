@@ -1,7 +1,9 @@
-"""Notes every frame file that a process opens, and makes it wait a moment.
+"""Which frame files does this process open? Each is a line of a log, and takes a moment.
 
-For processes that have the file to write to in an environment variable. Another one names files,
-with commas between them, that this process cannot see, as if they lay on other machines.
+Python imports this file when it starts, where its folder is on the path; a process without the
+variable that names the log is left alone. Another variable names files, with commas between
+them, that this process cannot see, as if they lay on other machines. The tests set them by
+``readings.counting``.
 """
 
 import os

@@ -79,7 +79,8 @@ def test_it_goes_on_from_a_bucket_on_another_machine(demo_trainrun, tmp_path):
         patch.chdir(working)
         command = Command(
             tmp_path, "run", demo_trainrun, *options, "--output-dir", output,
-            "--workers", 2, "--train-workers", 2, "--no-fold", TMPDIR=str(local),
+            "--workers", 2, "--train-workers", 2, "--no-fold",
+            TMPDIR=str(local), RAY_TMPDIR="/tmp",  # paths of Ray's sockets must be short
         )  # fmt: skip
         local.mkdir()
         code, said, _ = command.run(until="epoch 3/5: 10/10", number=signal.SIGKILL)

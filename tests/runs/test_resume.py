@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-
-import pytest
 import yaml
-from loguru import logger
 from settings import scaling_of
 
 from cuvis_dist.runs.resume import Resume, fingerprint
@@ -16,13 +12,6 @@ from cuvis_dist.runs.trainrun import load_trainrun
 def parts(path, *overrides, **scaling):
     run = load_trainrun(path, overrides)
     return fingerprint(run.config, run.pipeline, run.datamodule(), scaling_of(**scaling))
-
-
-@pytest.fixture
-def demo(demo_trainrun, tmp_path):
-    folder = tmp_path / "demo"
-    shutil.copytree(demo_trainrun.parent, folder)
-    return folder / "trainrun.yaml"
 
 
 def changed(before, after):
@@ -55,24 +44,17 @@ def test_other_frames_are_seen(demo):
     assert "trainrun" not in changed(before, parts(demo, *every))
 
 
-def test_another_run_starts_anew_and_says_why(tmp_path):
-    said: list[str] = []
-    handler = logger.add(said.append, level="WARNING", format="{message}")
-    try:
-        run = Resume(tmp_path, {"trainrun": "a", "pipeline": "b"})
-        run.begin()
-        run.save_initialized(nodes=[1, 2])
-        same = Resume(tmp_path, {"trainrun": "a", "pipeline": "b"})
-        assert same.load_initialized() == {"nodes": [1, 2]}
-        assert same.finished() is None
-        assert said == []
-        other = Resume(tmp_path, {"trainrun": "a", "pipeline": "c"})
-        assert other.load_initialized() is None
-        assert said[0].strip() == (
-            f"starting anew: an earlier run in {tmp_path} had another pipeline"
-        )
-    finally:
-        logger.remove(handler)
+def test_another_run_starts_anew_and_says_why(tmp_path, warnings):
+    run = Resume(tmp_path, {"trainrun": "a", "pipeline": "b"})
+    run.begin()
+    run.save_initialized(nodes=[1, 2])
+    same = Resume(tmp_path, {"trainrun": "a", "pipeline": "b"})
+    assert same.load_initialized() == {"nodes": [1, 2]}
+    assert same.finished() is None
+    assert warnings == []
+    other = Resume(tmp_path, {"trainrun": "a", "pipeline": "c"})
+    assert other.load_initialized() is None
+    assert warnings[0] == (f"starting anew: an earlier run in {tmp_path} had another pipeline")
 
 
 def test_a_restart_forgets(tmp_path):

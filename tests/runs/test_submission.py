@@ -33,16 +33,10 @@ def write_trainrun(folder, demo_trainrun, results, change=lambda run: None):
     return folder
 
 
-def test_a_dry_run_tells_plan_and_resources_and_reads_one_frame(demo_trainrun, tmp_path):
-    folder = tmp_path / "demo"
-    shutil.copytree(demo_trainrun.parent, folder)
-    run = yaml.safe_load((folder / "trainrun.yaml").read_text())
-    run["data"]["params"]["universe_csv"] = str(folder / "archive" / "universe.csv")
-    run["output_dir"] = str(tmp_path / "results")
-    (folder / "trainrun.yaml").write_text(yaml.safe_dump(run))
-    for path in (folder / "archive").glob("recording_0[12]_*.npz"):
+def test_a_dry_run_tells_plan_and_resources_and_reads_one_frame(demo):
+    for path in (demo.parent / "archive").glob("recording_0[12]_*.npz"):
         path.write_bytes(b"not to be read")  # of recording_00 the data module reads its shape
-    job = [folder / "trainrun.yaml", "--dry-run", "--workers", "5", "--train-workers", "2"]
+    job = [demo, "--dry-run", "--workers", "5", "--train-workers", "2"]
     job += ["--train-gpus", "1"]
     for command in (["-c", NO_RAY, "run", *job], ["-m", "jobs.two_phase", *job]):
         done = subprocess.run(
@@ -53,7 +47,7 @@ def test_a_dry_run_tells_plan_and_resources_and_reads_one_frame(demo_trainrun, t
         assert "pass 2: reads" in done.stdout
         assert "phase 1  5 workers, 1 CPUs each" in done.stdout
         assert "phase 2  2 workers, 1 CPUs and 1 GPUs each; at most 3 epochs" in done.stdout
-    assert not (tmp_path / "results").exists()
+    assert not (demo.parent / "results").exists()
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,13 @@ import pytest
 import torch
 import yaml
 from archives import ROOT
-from commands import READINGS
 from cuvis_ai.node.normalization import PercentileNormalizer
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training import StatisticalTrainer as UpstreamStatisticalTrainer
 from cuvis_ai_core.training.evaluation import evaluate_split
 from cuvis_ai_schemas.enums import ExecutionStage
-from scoring import LabelledModule, Trail, scoring_pipeline
+from labelled import LabelledModule, Trail, scoring_pipeline
+from readings import counting
 from torch.utils.data import DataLoader, Dataset
 
 from cuvis_dist import Scaling
@@ -430,8 +430,7 @@ def test_a_stopped_job_goes_on_where_it_was_in_a_bucket(saved, demo_trainrun, tm
         environment = os.environ | secrets | {
             "AWS_REGION": "eu-central-1",
             "AWS_ENDPOINT_URL": endpoint,
-            "CUVIS_DIST_READINGS": str(tmp_path / "readings.log"),
-            "PYTHONPATH": f"{READINGS}{os.pathsep}{ROOT}{os.pathsep}{os.environ['PYTHONPATH']}",
+            **counting(tmp_path / "readings.log", ROOT),
         }  # fmt: skip
         store = S3FileSystem(
             access_key="test", secret_key="test", allow_bucket_creation=True,

@@ -133,15 +133,16 @@ def test_what_is_read_is_not_evicted(cache, store, monkeypatch):
 
 
 def test_waits_for_room_that_another_reader_holds(cache, store):
-    released = threading.Event()
+    full = threading.Event()
 
     def hold():
         with again(cache).held([store(0), store(1), store(2)]):
-            released.wait(0.5)
+            full.set()
+            time.sleep(0.5)
 
     thread = threading.Thread(target=hold)
     thread.start()
-    time.sleep(0.1)
+    assert full.wait(60)
     assert content(cache, store(3)) == bytes([3]) * 1000
     thread.join()
 
@@ -192,9 +193,10 @@ def half_way(cache, source, flag):
 
 def test_a_process_killed_while_it_fetches_leaves_nothing_behind(cache, store, tmp_path):
     victim = half_way(cache, store(0), tmp_path / "half")
-    time.sleep(0.2)
-    (part,) = cache.disk.fetching.iterdir()
-    assert part.stat().st_size == 500
+    end = time.monotonic() + 60
+    while [part.stat().st_size for part in cache.disk.fetching.iterdir()] != [500]:
+        assert time.monotonic() < end, "half of the file does not arrive"
+        time.sleep(0.01)
     os.kill(victim.pid, signal.SIGKILL)
     victim.join()
     assert here(cache) == []

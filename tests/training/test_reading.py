@@ -11,8 +11,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from fragile import FragileCubes
-from loguru import logger
+from faults import FragileCubes
+from readings import counted
 from torch.utils.data import DataLoader
 
 from cuvis_dist.archive import Frame, NamedFrames
@@ -41,7 +41,7 @@ def test_a_cache_gives_back_what_was_read_once(tmp_path, on_disk):
     kept = CachedFrames(cubes, FrameCache(10**9, tmp_path if on_disk else None))
     for _ in range(3):
         assert_same_batches(loader(kept), loader(FragileCubes(tmp_path / "..", False)))
-    readings = Counter(map(int, (tmp_path / "read.log").read_text().split()))
+    readings = counted(tmp_path / "read.log")
     assert readings == Counter({index: 1 for batch in BATCHES for index in batch})
     assert not [p for p in tmp_path.iterdir() if p.suffix not in (".frame", ".log")]
 
@@ -79,18 +79,15 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_disk_that_runs_full_keeps_what_it_has(tmp_path, small_disk, monkeypatch):
-    said: list[str] = []
-    handler = logger.add(said.append, level="WARNING", format="{message}")
+def test_a_disk_that_runs_full_keeps_what_it_has(tmp_path, small_disk, monkeypatch, warnings):
     monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
     kept = CachedFrames(FragileCubes(tmp_path, False, bands=50), make_cache("disk", 10**9, "run"))
     first, second = ([kept[index]["cube"] for index in range(12)] for _ in range(2))
-    logger.remove(handler)
     assert all((a == b).all() for a, b in zip(first, second, strict=True))
     read = (tmp_path / "read.log").read_text().split()
     assert 12 < len(read) < 24, "some are kept, the others are read again"
-    assert len(said) == 1
-    assert re.search(r"no more frames are kept in .*No space left on device", said[0])
+    assert len(warnings) == 1
+    assert re.search(r"no more frames are kept in .*No space left on device", warnings[0])
     left = {path.suffix for path in small_disk.rglob("*") if path.is_file()}
     assert left == {".frame"}, "nothing half written is left"
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 from archives import assert_same_state
+from faults import OwnFrames, TroubledModule
 from gradients import initialized, train, train_upstream
+from readings import counted
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from trouble import OwnFrames, TroubledModule
 
 from cuvis_dist.errors import ClusterError, InputError
 
@@ -25,7 +26,7 @@ def test_a_killed_worker_is_replaced_and_training_goes_on(demo_trainrun, tmp_pat
     assert (tmp_path / "happened").exists()
     (line,) = [text for text in warnings if "lost" in text]
     assert "Training goes on from the end of epoch 2 (failure 1, at most 3)" in line
-    read = (tmp_path / "read.log").stat().st_size
+    read = counted(tmp_path / "read.log").total()
     assert read <= 20 + 10 + 10, "epochs before the last checkpoint were read again"
     (board,) = (trainrun.output_dir / "lightning_logs").iterdir()  # one run, each step once
     logged = EventAccumulator(str(board)).Reload().Scalars("val_loss")

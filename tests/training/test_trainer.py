@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import shutil
 from pathlib import Path
 
 import pytest
@@ -222,11 +221,9 @@ def test_unfreezing_alone_and_together(demo, tmp_path, nodes):
     assert_frozen_as_before(trainrun, before)
 
 
-def test_monitors_write_on_rank_zero_alone(demo_trainrun, tmp_path):
+def test_monitors_write_on_rank_zero_alone(demo, tmp_path):
     """Three workers, one TensorBoard node with metrics and pictures."""
-    folder = tmp_path / "demo"
-    shutil.copytree(demo_trainrun.parent, folder)
-    pipeline = yaml.safe_load((folder / "pipeline.yaml").read_text())
+    pipeline = yaml.safe_load((demo.parent / "pipeline.yaml").read_text())
     visualizer = "cuvis_ai.node.anomaly_visualization.ScoreHeatmapVisualizer"
     monitor = "cuvis_ai.node.monitor.TensorBoardMonitorNode"
     pipeline["nodes"] += [
@@ -241,9 +238,9 @@ def test_monitors_write_on_rank_zero_alone(demo_trainrun, tmp_path):
             ("metrics_anomaly.outputs.metrics", "board.inputs.metrics"),
         )
     ]
-    (folder / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
+    (demo.parent / "pipeline.yaml").write_text(yaml.safe_dump(pipeline))
     overrides = "data.batch_size=3", "unfreeze_nodes=[rx_detector]", "training.max_epochs=2"
-    trainrun = initialized(folder / "trainrun.yaml", tmp_path / "out", *overrides)
+    trainrun = initialized(demo, tmp_path / "out", *overrides)
     (board,) = (node for node in trainrun.pipeline.nodes() if node.name == "board")
     before = state(trainrun)
     trainer = train(trainrun, 3, monitors=[board])
@@ -271,14 +268,9 @@ def test_monitors_write_on_rank_zero_alone(demo_trainrun, tmp_path):
 
 
 @pytest.mark.long
-def test_a_frame_that_cannot_be_read_is_named(demo_trainrun, tmp_path):
-    folder = tmp_path / "demo"
-    shutil.copytree(demo_trainrun.parent, folder)
-    universe = folder / "archive" / "universe.csv"
-    trainrun = initialized(
-        folder / "trainrun.yaml", tmp_path, f"data.params.universe_csv={universe}"
-    )
-    (folder / "archive" / "recording_01_001.npz").write_bytes(b"not an npz")
+def test_a_frame_that_cannot_be_read_is_named(demo, tmp_path):
+    trainrun = initialized(demo, tmp_path)
+    (demo.parent / "archive" / "recording_01_001.npz").write_bytes(b"not an npz")
     with pytest.raises(DataError, match=r"recording_01\.cu3s#1 .*recording_01_001\.npz"):
         train(trainrun, 1)
 

@@ -15,7 +15,7 @@ from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_schemas.enums import ExecutionStage, NodeCategory, NodeTag
 from cuvis_ai_schemas.execution import Metric
 from cuvis_ai_schemas.pipeline import PortSpec
-from fragile import FragileCubes
+from faults import FragileCubes
 from torch.utils.data import DataLoader
 from torchmetrics import MaxMetric
 from torchmetrics.classification import BinaryAveragePrecision, BinaryCalibrationError
