@@ -42,8 +42,8 @@ def test_bad_settings_are_found_before_anything_is_loaded():
     )  # fmt: skip
     assert done.stdout == "loaded []\n"
     first, last = done.stderr.splitlines()
-    assert re.fullmatch(r"cuvis-dist [0-9.]+: run 'a trainrun.yaml' --set workers=2", first), (
-        "what was typed is there, as a shell takes it"
+    assert re.fullmatch(r"cuvis-dist [0-9.]+: run 'a trainrun.yaml'", first), (
+        "the command is there, and none of its options, which may carry a secret"
     )
     assert "resources.workers" in last
 
