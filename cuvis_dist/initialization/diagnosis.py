@@ -44,7 +44,7 @@ def diagnose(
     pipeline : CuvisPipeline
         As phase 1 left it.
     records : sequence of PassRecord
-        Of its passes: which nodes it fitted, on how many pixels.
+        Its passes say which nodes it fitted, on how many pixels.
     wavelengths : callable, optional
         Returns the wavelengths in nm (``[C]`` or ``[1, C]``), or None. It is called at most
         once, and only when a band is to be named.

@@ -38,9 +38,9 @@ class StoredPass:
     Parameters
     ----------
     output : OutputFolder
-        Of the run.
+        The output folder of the run.
     number : int
-        Of the pass in its run, from 1.
+        The pass's number in its run, from 1.
     identity : str
         From :func:`identify`. A file of another pass is ignored, with a warning.
     every : float

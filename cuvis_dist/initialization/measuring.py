@@ -96,7 +96,7 @@ class Measurer:
         frame : Frame
             Its identity.
         position : int
-            Of the frame in the archive.
+            The frame's position in the archive.
 
         Returns
         -------

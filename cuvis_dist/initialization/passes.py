@@ -79,7 +79,7 @@ class Measured:
     Parameters
     ----------
     shards : int
-        Of the archive.
+        How many shards the archive has.
     tally : Tally
         Counts what comes back.
 

@@ -58,7 +58,7 @@ class Preview:
     costs : list of Cost
         Pass by pass.
     frames, shards : int
-        Of what each pass reads.
+        How many of them each pass reads.
     frame_bytes : int
         Size of the first frame's tensors, read to find out.
     workers : int

@@ -81,7 +81,7 @@ def job(
     Parameters
     ----------
     record : JobRecord
-        Of this job; its output folder must be one that can be written to.
+        The record of this job; its output folder must be one that can be written to.
     scaling : Scaling
         Its settings.
     verbose : bool

@@ -35,7 +35,7 @@ class Submission:
     command : sequence of str
         Arguments of ``cuvis-dist``, e.g. ``("run", "trainrun.yaml")``.
     address : str
-        Of the head node's dashboard, ``http://host:port``.
+        The head node's dashboard, ``http://host:port``.
     working_dir : Path or None
         Folder to upload and to run in; None: the job's paths are the cluster's.
     """
