@@ -8,50 +8,12 @@ imported: a pipeline that does not use a node should not load it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_schemas.enums import ExecutionStage
 
-
-class Treatment(StrEnum):
-    """How a node treats the frames of a batch."""
-
-    PER_FRAME = "per frame"
-    """Its outputs for a batch are those of each frame alone."""
-    MEAN = "mean"
-    """Its output is a number, the mean of those of each frame alone."""
-    JOINT = "joint"
-    """It needs the whole batch: all frames, in their order."""
-
-
-@dataclass(frozen=True)
-class Batching:
-    """How one node treats the frames of a training batch, and why that is believed.
-
-    Attributes
-    ----------
-    treatment : Treatment
-        Leaving aside batch norms and random numbers, where these two say so:
-    batch_norms : bool
-        Whether batch norms inside the node are all that keeps its frames from being independent.
-    random : bool
-        Whether it draws random numbers from the process's generators.
-    evolves : tuple of ExecutionStage
-        Stages other than training in which running the node changes what it does next.
-    found : bool
-        Whether a probe found this out.
-    """
-
-    treatment: Treatment
-    why: str
-    batch_norms: bool = False
-    random: bool = False
-    evolves: tuple[ExecutionStage, ...] = ()
-    found: bool = False
-
+from cuvis_dist.nodes.treatment import Batching, Treatment, Use
 
 _EVALUATING = (ExecutionStage.VAL, ExecutionStage.TEST)
 _ALONE = Batching(Treatment.PER_FRAME, "treats each frame by itself")
@@ -65,22 +27,6 @@ def _mean(why: str = "is a mean over pixels") -> Batching:
     return Batching(Treatment.MEAN, why)
 
 
-@dataclass(frozen=True)
-class Use:
-    """How a pipeline uses a node.
-
-    Attributes
-    ----------
-    read : frozenset of str
-        Output ports that anything reads.
-    framed : frozenset of str
-        Input ports whose values have rows for each frame.
-    """
-
-    read: frozenset[str]
-    framed: frozenset[str] = frozenset()
-
-
 def known(node: Node, use: Use) -> Batching | None:
     """Return what is written down about a node of exactly this class, or None."""
     fact = _FACTS.get(f"{type(node).__module__}.{type(node).__qualname__}")
@@ -90,6 +36,12 @@ def known(node: Node, use: Use) -> Batching | None:
 def is_classed(node_class: type[Node]) -> bool:
     """Whether something is written down about the class."""
     return f"{node_class.__module__}.{node_class.__qualname__}" in _FACTS
+
+
+def is_always_joint(node_class: type[Node]) -> bool:
+    """Whether the class is written down as joint, whatever its settings."""
+    fact = _FACTS.get(f"{node_class.__module__}.{node_class.__qualname__}")
+    return isinstance(fact, Batching) and fact.treatment is Treatment.JOINT
 
 
 # ---- settings that decide --------------------------------------------------------------
@@ -113,7 +65,7 @@ def _mixer(node: Any, use: Use) -> Batching:
 
 
 def _running(why: str) -> Batching:
-    return _joint(why, evolves=_EVALUATING)
+    return _joint(why, evolves=(*_EVALUATING, ExecutionStage.INFERENCE))
 
 
 _BOUNDS_MOVE = "its bounds move with every frame"
@@ -311,13 +263,16 @@ _CLASSES: dict[str, list[tuple[str, Fact]]] = {
     ],
     "patch_inference": [
         ("ClassMapAccumulator", _joint(_WRITTEN)),
-        ("PatchSampler", _joint("draws patches, how many depends on the frame", random=True)),
+        (
+            "PatchSampler",
+            _joint("draws patches, how many depends on the frame", random=True, ragged=True),
+        ),
     ],
     "pipeline_visualization": [
         ("CubeRGBVisualizer PCAVisualization PipelineComparisonVisualizer", _joint(_SHOWN))
     ],
     "preprocessors": [
-        ("BBoxRoiCropNode", _joint("makes as many crops as a frame has boxes")),
+        ("BBoxRoiCropNode", _joint("makes as many crops as a frame has boxes", ragged=True)),
         ("BandpassByWavelength", _unless_framed("wavelengths")),
         ("ChannelNormalizeNode SaturatedPixelDetector SpatialRotateNode SpectralValidity", _ALONE),
     ],
@@ -355,9 +310,3 @@ _FACTS: dict[str, Fact] = {
     for names, fact in classes
     for name in names.split()
 }
-
-
-def evolves(node: Node, stage: ExecutionStage) -> bool | None:
-    """Whether running the node at ``stage`` changes what it does next; None if nobody knows."""
-    fact = known(node, Use(frozenset(type(node).OUTPUT_SPECS)))
-    return None if fact is None else stage in fact.evolves

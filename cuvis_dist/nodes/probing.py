@@ -25,8 +25,8 @@ from cuvis_ai_core.node.node import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchmetrics import Metric
 
-from cuvis_dist.nodes.batching import Batching, Treatment
 from cuvis_dist.nodes.rows import Rows, frame_of, has_frames, is_ragged, map_rows, rows_of
+from cuvis_dist.nodes.treatment import Batching, Treatment
 
 #: By how much a frame's values may differ alone and in a batch, relative to the largest: kernels
 #: add up in another order for another shape.

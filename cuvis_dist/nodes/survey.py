@@ -8,7 +8,7 @@ one rank finds and all ranks follow.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,10 +19,11 @@ from cuvis_ai_schemas.enums import ExecutionStage, NodeCategory
 from cuvis_ai_schemas.execution import Context
 
 from cuvis_dist.nodes import upstream
-from cuvis_dist.nodes.batching import Batching, Treatment, Use, known
+from cuvis_dist.nodes.batching import known
 from cuvis_dist.nodes.probing import Seen, evolves_when_run, left_alone, probe
-from cuvis_dist.nodes.rows import Rows, bytes_per_frame, has_frames, is_ragged, rows_of
+from cuvis_dist.nodes.rows import RAGGED, Rows, bytes_per_frame, has_frames, is_ragged, rows_of
 from cuvis_dist.nodes.sinks import rank_zero_nodes
+from cuvis_dist.nodes.treatment import Batching, Treatment, Use
 
 
 @dataclass(frozen=True)
@@ -77,15 +78,15 @@ def training_survey(
 
 
 def evolving_nodes(
-    pipeline: CuvisPipeline, batch: Mapping[str, Any] | None, stage: ExecutionStage
+    pipeline: CuvisPipeline, frames: Callable[[], dict[str, Any]] | None, stage: ExecutionStage
 ) -> list[str]:
     """Return the nodes for which the order of batches matters at ``stage``, by name.
 
     Parameters
     ----------
-    batch : mapping or None
-        Some frames, on which nodes that nobody described are run; without them, such nodes
-        count as not evolving.
+    frames : callable or None
+        Returns a batch, on which nodes that nobody described are run, and is called where there
+        are such; without it, they count as not evolving.
     """
     found, unknown = [], []
     for node in _running(pipeline, stage):
@@ -94,22 +95,48 @@ def evolving_nodes(
             unknown.append(node)
         elif stage in fact.evolves:
             found.append(node.name)
-    if unknown and batch is not None:
+    if unknown and frames is not None:
+        batch = frames()
         with left_alone():
-            for node, seen in _walk(pipeline, dict(batch), dict(batch), Context(stage=stage)):
+            for node, seen in _walk(pipeline, batch, batch, Context(stage=stage)):
                 if node in unknown and evolves_when_run(node, seen.two | seen.more):
                     found.append(node.name)
     return found
 
 
-def needs_survey(pipeline: CuvisPipeline, loss_nodes: Collection[Node]) -> bool:
-    """Whether frames are needed to know how the pipeline trains on many ranks."""
+def obvious_plans(
+    pipeline: CuvisPipeline, loss_nodes: Collection[Node]
+) -> dict[str, NodePlan] | None:
+    """Return what :func:`training_survey` would find, where no frames are needed to know it.
+
+    That is where all nodes are known to treat each frame by itself, and all losses, which no
+    node reads, to be means; None otherwise.
+    """
+    plans = {}
+    for node in _running(pipeline, ExecutionStage.TRAIN):
+        uses = _Uses.of(pipeline, node, loss_nodes)
+        fact = known(node, uses.use)
+        expected = Treatment.MEAN if uses.is_loss else Treatment.PER_FRAME
+        if fact is None or fact.treatment is not expected or fact.batch_norms or fact.random:
+            return None
+        if uses.is_loss and uses.by_nodes:
+            return None
+        plans[node.name] = NodePlan(fact)
+    return plans
+
+
+def outline(pipeline: CuvisPipeline, loss_nodes: Collection[Node]) -> dict[str, str]:
+    """Return what is known of each node without frames, by name: before anything is fitted."""
+    found = {}
     for node in _running(pipeline, ExecutionStage.TRAIN):
         fact = known(node, _Uses.of(pipeline, node, loss_nodes).use)
-        expected = Treatment.MEAN if node in loss_nodes else Treatment.PER_FRAME
-        if fact is None or fact.treatment is not expected or fact.batch_norms or fact.random:
-            return True
-    return False
+        found[node.name] = str(NodePlan(fact)) if fact else "tried on the first frames"
+    return found
+
+
+def gathered_bytes(plans: Mapping[str, NodePlan], frames: int) -> dict[str, int]:
+    """Return what comes together in a step for each joint node, for a batch of ``frames``."""
+    return {name: plan.gathered * frames for name, plan in plans.items() if plan.gathered}
 
 
 # ---- one node --------------------------------------------------------------------------
@@ -154,7 +181,7 @@ def _plan(node: Node, seen: _Seen, uses: _Uses) -> NodePlan:
     return NodePlan(
         batching,
         {port: seen.rows[port] for port in framed},
-        {} if uses.is_loss else seen.output_rows(),
+        {} if uses.is_loss else seen.outputs,
         alike=uses.is_loss and not uses.by_nodes,
         gathered=sum(bytes_per_frame(seen.two[port], seen.rows[port]) for port in framed),
     )
@@ -171,7 +198,7 @@ def _must_be_joint(
     A value whose rows do not follow the frames stays whole on every rank, and so does what is
     computed from it. A loss that is added up, or read by a node too, must be the batch's.
     """
-    outputs = seen.output_rows().values()
+    outputs = seen.outputs.values()
     if any(is_ragged(rows) for rows in outputs) or (ragged and framed):
         return True
     if batching.treatment is Treatment.MEAN:
@@ -194,15 +221,7 @@ def _only_shows(node: Node) -> bool:
 class _Seen(Seen):
     """What a node receives, and what it gives."""
 
-    outputs_two: dict[str, Any] = field(default_factory=dict)
-    outputs_one: dict[str, Any] = field(default_factory=dict)
-
-    def output_rows(self) -> dict[str, Rows]:
-        return {
-            port: rows_of(value, self.outputs_one[port])
-            for port, value in self.outputs_two.items()
-            if port in self.outputs_one
-        }
+    outputs: dict[str, Rows] = field(default_factory=dict)
 
 
 def _running(pipeline: CuvisPipeline, stage: ExecutionStage) -> list[Node]:
@@ -226,20 +245,42 @@ def _walk(
         for source, port, _ in upstream.edges_into(pipeline, node)
     }
     values: tuple[dict, dict] = ({}, {})
+    ragged: set[tuple[str, str]] = set()
     for index, node in enumerate(nodes):
         inputs = [
             upstream.inputs_of(pipeline, node, given, batch)
             for given, batch in zip(values, (two, one), strict=True)
         ]
         outputs = _run_copy(node, inputs, context)
-        rows = {port: rows_of(value, inputs[1].get(port)) for port, value in inputs[0].items()}
-        yield node, _Seen(inputs[0], inputs[1], rows, {"context": context}, *outputs)
+        edges = upstream.edges_into(pipeline, node)
+        whole = {to for source, port, to in edges if (source.name, port) in ragged}
+        rows = _rows(inputs, whole)
+        out = _rows(outputs, set(outputs[0]) if whole or _is_ragged(node) else set())
+        ragged |= {(node.name, port) for port, each in out.items() if is_ragged(each)}
+        yield node, _Seen(inputs[0], inputs[1], rows, {"context": context}, out)
         for given, produced in zip(values, outputs, strict=True):
             for port, value in produced.items():
                 if last.get((node.name, port), -1) > index:
                     given[node.name, port] = value
             for key in [key for key in given if last[key] <= index]:
                 del given[key]
+
+
+def _rows(values: list[dict[str, Any]], whole: Collection[str]) -> dict[str, Rows]:
+    """Return the rows of each port, given its values for two frames and for one.
+
+    Ports in ``whole`` have rows that do not follow the frames, even if they do so here.
+    """
+    two, one = values
+    found = {port: rows_of(two[port], one[port]) for port in two if port in one}
+    return {
+        port: RAGGED if port in whole and has_frames(rows) else rows for port, rows in found.items()
+    }
+
+
+def _is_ragged(node: Node) -> bool:
+    fact = known(node, Use(frozenset()))
+    return fact is not None and fact.ragged
 
 
 def _run_copy(node: Node, inputs: list[dict[str, Any]], context: Context) -> list[dict[str, Any]]:

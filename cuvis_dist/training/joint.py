@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,10 +22,10 @@ from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 
 from cuvis_dist.errors import InputError
-from cuvis_dist.nodes.batching import Treatment
 from cuvis_dist.nodes.probing import random_states, set_random_states
 from cuvis_dist.nodes.rows import Rows, map_rows
 from cuvis_dist.nodes.survey import NodePlan
+from cuvis_dist.nodes.treatment import Treatment
 from cuvis_dist.training.batchnorm import batch_norms, synchronized
 from cuvis_dist.training.gathering import Cut, gather, gather_list
 
@@ -62,7 +62,7 @@ class JointStep:
                 stack.enter_context(_replaced(node, _weighed(node, cut.weight)))
             stack.enter_context(synchronized(self._norms, cut))
             if self._random:
-                stack.enter_context(same_random_state(cut))
+                share_random_state(cut)
             yield
 
 
@@ -98,7 +98,7 @@ def _whole(node: Node, plan: NodePlan, cut: Cut) -> Forward:
     def whole(**inputs: Any) -> dict[str, Any]:
         outputs = forward(**_gathered(node, inputs, plan, cut))
         return {
-            port: _cut_back(value, plan.outputs.get(port, 0), cut)
+            port: _cut_back(node, value, plan.outputs.get(port, 0), cut)
             for port, value in outputs.items()
         }
 
@@ -111,11 +111,7 @@ def _gathered(node: Node, inputs: dict[str, Any], plan: NodePlan, cut: Cut) -> d
     held = max(1, cut.mine)
 
     def find(value: Any, each: int) -> Any:
-        if len(value) != held * each:
-            raise InputError(
-                f"{node.name} was given {len(value)} rows for {held} frames, where "
-                f"{each} per frame were expected: the rows of its inputs do not follow the frames"
-            )
+        _require_rows(node, value, held, each)
         found.append((value, each))
         return value
 
@@ -142,24 +138,45 @@ def _tensor(value: Any) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
 
 
-def _cut_back(value: Any, rows: Rows, cut: Cut) -> Any:
-    return map_rows(value, rows, lambda part, each: part[cut.rows(each)])
+def _cut_back(node: Node, value: Any, rows: Rows, cut: Cut) -> Any:
+    frames = sum(cut.sizes)
+
+    def own(part: Any, each: int) -> Any:
+        _require_rows(node, part, frames, each)
+        return part[cut.rows(each)]
+
+    return map_rows(value, rows, own)
 
 
-@contextmanager
-def same_random_state(cut: Cut) -> Iterator[None]:
-    """Let all ranks draw the numbers that rank 0 draws; the others then go on where they were."""
+def _require_rows(node: Node, value: Any, frames: int, each: int) -> None:
+    if len(value) != frames * each:
+        raise InputError(
+            f"{node.name} has a value with {len(value)} rows for {frames} frames, where {each} "
+            "per frame were found before training: they cannot be told apart by frames"
+        )
+
+
+def share_random_state(cut: Cut) -> None:
+    """Let all ranks go on from rank 0's random state."""
     states = [random_states() if cut.rank == 0 else None]
-    before = random_states()
     dist.broadcast_object_list(states, src=_first_of(cut), group=cut.group)
-    assert states[0] is not None
-    set_random_states(states[0])
-    try:
-        yield
-    finally:
-        if cut.rank != 0:
-            set_random_states(before)
+    if cut.rank != 0:
+        set_random_states(cast(tuple, states[0]))
 
 
 def _first_of(cut: Cut) -> int:
     return 0 if cut.group is None else dist.get_global_rank(cut.group, 0)
+
+
+def agreed(find: Callable[[], Any], cut: Cut) -> Any:
+    """Return what ``find`` returns on rank 0, on every rank; raise what it raises."""
+    answer: list[Any] = [None]
+    if cut.rank == 0:
+        try:
+            answer = [find()]
+        except Exception as error:
+            answer = [error]
+    dist.broadcast_object_list(answer, src=_first_of(cut), group=cut.group)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    return answer[0]
