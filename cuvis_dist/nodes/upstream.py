@@ -51,6 +51,7 @@ __all__ = [
     "create_datamodule",  # its data module, from the same plugins and splits
     "discover_plugins_dirs",  # the same search order for plugin manifests
     "edges_into",
+    "inputs_of",
     "log_to",
     "manifests_counted_once",
     "node_inputs",
@@ -167,6 +168,16 @@ def edges_into(pipeline: CuvisPipeline, node: Node) -> list[tuple[Node, str, str
         (source, edge["from_port"], edge["to_port"])
         for source, _, edge in pipeline._graph.in_edges(node, data=True)
     ]
+
+
+def inputs_of(
+    pipeline: CuvisPipeline, node: Node, outputs: dict[tuple[str, str], Any], batch: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what ``node`` receives, given the outputs of the nodes before it.
+
+    Private: ``pipeline._gather_node_inputs``, which decides what comes from the batch.
+    """
+    return pipeline._gather_node_inputs(node, outputs, batch)
 
 
 @torch.no_grad()

@@ -1,0 +1,118 @@
+"""What do the ranks find out about a pipeline before they train it, and agree on?
+
+Rank 0 lets two frames run through copies of the nodes, where that is needed to know how each node
+treats the frames of a batch, and tells the others. Frames are read for this from the head of the
+split, under random states of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from cuvis_ai_core.node.node import Node
+from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from cuvis_ai_schemas.enums import ExecutionStage
+from torch.utils.data import Dataset
+
+from cuvis_dist.nodes.probing import left_alone
+from cuvis_dist.nodes.survey import NodePlan, evolving_nodes, obvious_plans, training_survey
+from cuvis_dist.nodes.treatment import Treatment
+from cuvis_dist.training.gathering import Cut
+from cuvis_dist.training.joint import agreed
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Head:
+    """The first frames of a split.
+
+    Attributes
+    ----------
+    dataset : Dataset
+        Of the split.
+    collate : callable
+        Makes a batch of a list of its items.
+    device : torch.device
+        Where batches belong.
+    """
+
+    dataset: Dataset
+    collate: Callable[[list[Any]], Batch]
+    device: torch.device
+
+    def frames(self, count: int) -> Batch:
+        """Return a batch of the first frames, fewer if there are fewer."""
+        count = min(count, len(self.dataset))  # type: ignore[arg-type]
+        with left_alone():
+            batch = self.collate([self.dataset[index] for index in range(count)])
+        return _moved(batch, self.device)
+
+    def two_and_one(self) -> tuple[Batch, Batch]:
+        """Return batches of two unlike frames and of the first of them.
+
+        Where the split has one frame only, or the second is of another size, the second is the
+        first one upside down.
+        """
+        one = self.frames(1)
+        try:
+            two = self.frames(2)
+        except RuntimeError:  # frames of unlike sizes do not stack
+            two = one
+        if _length(two) == _length(one):
+            two = _with_mirrored(one)
+        return two, one
+
+
+def agree_on_training(
+    pipeline: CuvisPipeline, loss_nodes: Collection[Node], head: Head, cut: Cut
+) -> dict[str, NodePlan]:
+    """Return how each node runs in a training step, by name; the same on all ranks.
+
+    Raises
+    ------
+    DataError
+        If a frame that is needed to know it cannot be read.
+    """
+    plans = obvious_plans(pipeline, loss_nodes)
+    if plans is not None:
+        return plans
+    return agreed(lambda: training_survey(pipeline, *head.two_and_one(), loss_nodes), cut)
+
+
+def agree_on_order(
+    pipeline: CuvisPipeline, stage: ExecutionStage, head: Head, cut: Cut
+) -> list[str]:
+    """Return the nodes for which the order of batches matters at ``stage``; on all ranks alike."""
+    return agreed(lambda: evolving_nodes(pipeline, lambda: head.frames(1), stage), cut)
+
+
+def described(plans: dict[str, NodePlan]) -> list[str]:
+    """Return what to say about the nodes that are not per frame, or were tried out."""
+    return [
+        f"{name}: {plan}"
+        for name, plan in plans.items()
+        if plan.batching.found or plan.batching.treatment is not Treatment.PER_FRAME
+    ]
+
+
+def _length(batch: Batch) -> int:
+    return max(
+        (len(v) for v in batch.values() if isinstance(v, torch.Tensor) and v.ndim), default=0
+    )
+
+
+def _with_mirrored(one: Batch) -> Batch:
+    def two(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.ndim:
+            return torch.cat([value, value.flip(1) if value.ndim > 2 else value])
+        return [*value, *value] if isinstance(value, list) else value
+
+    return {name: two(value) for name, value in one.items()}
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
