@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
+import torch
 import torch.distributed
-from readings import Wrapped, note
-from torch.utils.data import DataLoader, Dataset, Subset
+from readings import CountedCubes, Wrapped, note
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 
 def happens_now(marker: Path) -> bool:
@@ -144,3 +145,51 @@ class OwnFrames(TroubledModule):
         return DataLoader(
             Subset(loader.dataset, frames), batch_size=2, collate_fn=loader.collate_fn
         )
+
+
+class Augmented(Wrapped):
+    """Frames that draw a random number each, as an augmentation does."""
+
+    def __getitem__(self, index):
+        torch.rand(1)
+        return self.dataset[index]
+
+
+class AugmentedModule(TroubledModule):
+    """A module whose train frames draw random numbers when they are read."""
+
+    def __init__(self, module):
+        pl.LightningDataModule.__init__(self)
+        self.module = module
+
+    def train_dataloader(self):
+        loader = self.module.train_dataloader()
+        return DataLoader(Augmented(loader.dataset), 3, shuffle=True, collate_fn=loader.collate_fn)
+
+
+class Unseeded(Sampler):
+    """Another order in every process and epoch, from a generator that nobody seeds."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.random = np.random.default_rng()
+
+    def __len__(self):
+        return self.size
+
+    def __iter__(self):
+        return iter(self.random.permutation(self.size).tolist())
+
+
+class UnseededModule(TroubledModule):
+    """A module that draws its order elsewhere, and notes the frames that are read."""
+
+    def __init__(self, module, folder: Path):
+        pl.LightningDataModule.__init__(self)
+        self.module, self.folder = module, folder
+
+    def train_dataloader(self):
+        loader = self.module.train_dataloader()
+        cubes = CountedCubes(loader.dataset, self.folder / "read.log")
+        sampler = Unseeded(len(cubes))
+        return DataLoader(cubes, 5, sampler=sampler, collate_fn=loader.collate_fn)

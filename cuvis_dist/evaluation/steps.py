@@ -52,6 +52,24 @@ _POST_FIT_STAGES = (ExecutionStage.INFERENCE, ExecutionStage.VAL, ExecutionStage
 
 
 @dataclass(frozen=True)
+class AfterFit:
+    """Where a fit has ended, which sinks are told, and how it ran.
+
+    Attributes
+    ----------
+    epoch, global_step : int
+        Of the batches that are evaluated, as upstream counts them: an epoch that no training
+        used, and a step past the last one.
+    release_cuda_cache : bool
+        Whether unused GPU memory is given back before each step.
+    """
+
+    epoch: int = 0
+    global_step: int = 0
+    release_cuda_cache: bool = False
+
+
+@dataclass(frozen=True)
 class Evaluator:
     """Calibrates and evaluates one pipeline on one data module, on the workers of the cluster.
 
@@ -73,7 +91,7 @@ class Evaluator:
     emit: EmitFn
 
     def post_fit(
-        self, metric_nodes: Sequence[Node] | None = None, release_cuda_cache: bool = False
+        self, metric_nodes: Sequence[Node] | None = None, after: AfterFit | None = None
     ) -> PostFitResult:
         """Calibrate the deciders on val, evaluate val and test; the pipeline takes over the result.
 
@@ -81,6 +99,8 @@ class Evaluator:
         ----------
         metric_nodes : sequence of Node, optional
             Which metrics are reported; by default those of all metric nodes.
+        after : AfterFit, optional
+            The fit that has ended; by default one of no steps.
 
         Returns
         -------
@@ -97,7 +117,7 @@ class Evaluator:
         else:  # it mostly waits for the workers, and leaves them the CPUs and GPUs
             cpus, gpus = 0.0, 0.0
         announce("waiting for a worker to calibrate and evaluate")
-        steps = _PostFit([node.name for node in nodes], release_cuda_cache, bool(reason))
+        steps = _PostFit([node.name for node in nodes], after or AfterFit(), bool(reason))
         result, fitted = on_worker(
             _post_fit,
             self.pipeline,
@@ -226,10 +246,10 @@ class _NamedSplits:
 
 @dataclass(frozen=True)
 class _PostFit:
-    """Names of the metric nodes, and whether everything happens in this one process (``here``)."""
+    """Metric nodes by name, the fit that has ended, and whether this process does everything."""
 
     metric_nodes: list[str]
-    release_cuda_cache: bool
+    after: AfterFit
     here: bool
 
 
@@ -243,14 +263,20 @@ def _post_fit(
     prepare_worker(int(scaling.resources.cpus_per_worker))
     nodes = _nodes(pipeline, steps.metric_nodes)
     callback = PostFitCallback(
-        emit=emit, metric_nodes=nodes, release_cuda_cache=steps.release_cuda_cache
+        emit=emit, metric_nodes=nodes, release_cuda_cache=steps.after.release_cuda_cache
     )
     if steps.here:
         pipeline.to("cuda" if scaling.resources.train_gpus else "cpu")
     spread = ClusterPipeline(pipeline, nodes, scaling)
     computing: Any = pipeline if steps.here else spread
     with closing(spread):
-        result = callback.run(computing, _NamedSplits(datamodule, steps.here), restore=False)
+        result = callback.run(
+            computing,
+            _NamedSplits(datamodule, steps.here),
+            restore=False,
+            epoch=steps.after.epoch,
+            global_step=steps.after.global_step,
+        )
     pipeline.cpu()
     return result, list(pipeline.nodes())
 

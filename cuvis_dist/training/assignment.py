@@ -108,8 +108,8 @@ class Outcome:
         The pipeline's nodes, with the state that they have now.
     checkpoint : CheckpointRestored or None
         The best checkpoint of a fit, as far as it was restored.
-    epochs : int
-        Epochs that a fit has completed.
+    epochs, steps : int
+        Epochs that a fit has completed, and steps of its optimizers.
     metrics : sequence of mapping
         What an evaluation found.
     callback_states : tuple of dict
@@ -121,6 +121,7 @@ class Outcome:
     nodes: list[Node]
     checkpoint: CheckpointRestored | None
     epochs: int
+    steps: int
     metrics: Sequence[Mapping[str, float]]
     callback_states: tuple[dict[str, Any], ...]
     notes: tuple[str, ...] = ()

@@ -187,6 +187,40 @@ class _DealtLoader(DataLoader):
         return super().__iter__()
 
 
+class WatchedFrames(Dataset):
+    """A dataset that tells, once, if reading a frame draws from torch's random state.
+
+    Parameters
+    ----------
+    frames : Dataset
+        It is read in this process; what is read in others leaves this one's state alone.
+    drawing : callable
+        It is called after the first frame, if reading that drew.
+    """
+
+    def __init__(self, frames: Dataset, drawing: Callable[[], None]) -> None:
+        self.frames, self.drawing = frames, drawing
+        self._seen = False
+
+    def __len__(self) -> int:
+        return len(self.frames)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        """Read a frame."""
+        if self._seen:
+            return self.frames[index]
+        before = torch.get_rng_state()
+        item = self.frames[index]
+        self._seen = True
+        if not torch.equal(before, torch.get_rng_state()):
+            self.drawing()
+        return item
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tell nothing in another process."""
+        return self.__dict__ | {"_seen": True, "drawing": None}
+
+
 def deal(
     loader: DataLoader, dataset: Dataset, batches: DealtBatches, keep_workers: bool = False
 ) -> DataLoader:

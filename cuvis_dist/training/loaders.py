@@ -18,7 +18,13 @@ from torch.utils.data import DataLoader, Dataset
 from cuvis_dist.archive import NamedFrames, open_split
 from cuvis_dist.errors import InputError
 from cuvis_dist.training.assignment import Assignment
-from cuvis_dist.training.dealing import Batches, DealtBatches, deal, keeps_own_order
+from cuvis_dist.training.dealing import (
+    Batches,
+    DealtBatches,
+    WatchedFrames,
+    deal,
+    keeps_own_order,
+)
 from cuvis_dist.training.frame_cache import CachedFrames, FrameCache, make_cache
 from cuvis_dist.training.heartbeat import Heartbeat
 from cuvis_dist.training.read_ahead import ReadAhead
@@ -76,7 +82,7 @@ class DealtDataModule(pl.LightningDataModule):
             self.world_size,
             whole=split != "train",
             limit=limit,
-            share=partial(self._share, split),
+            share=partial(self._agree, split),
         )
         if split == "train" and keeps_own_order(loader):
             self.notes.append(
@@ -92,7 +98,10 @@ class DealtDataModule(pl.LightningDataModule):
                 f"{len(loader)} batches of the {split} split"
             )
         reading = self.scaling.reading
-        dataset = self._cached(split, NamedFrames(loader.dataset, frames), loader.num_workers)
+        named: Dataset = NamedFrames(loader.dataset, frames)
+        if self.world_size > 1:
+            named = WatchedFrames(named, self._note_parting)
+        dataset = self._cached(split, named, loader.num_workers)
         dealt = deal(loader, dataset, batches, keep_workers=reading.cache == "memory")
         if not reading.read_ahead:
             return dealt
@@ -100,7 +109,7 @@ class DealtDataModule(pl.LightningDataModule):
         retries = self.scaling.resources.max_failures
         return ReadAhead(dealt, reading.read_ahead, retries=retries, starting=starting)
 
-    def _share(self, split: str, batches: Batches) -> Batches:
+    def _agree(self, split: str, batches: Batches) -> Batches:
         """Return rank 0's batches, and go on from rank 0's random state as it has drawn them.
 
         Raises
@@ -124,17 +133,22 @@ class DealtDataModule(pl.LightningDataModule):
                     "process. It must list the same batches everywhere under the same seed; "
                     "cuvis_dist deals them"
                 )
-            if len(set(states)) > 1 and not self._parted:
-                self._parted = True
-                self.notes.append(
-                    f"the workers' random states differ from epoch {epoch} on: something draws "
-                    "random numbers for each frame. All workers go on from rank 0's state, and "
-                    "from then on the order of frames is not upstream's"
-                )
+            if len(set(states)) > 1:
+                self._note_parting()
             shared = [batches]
             torch.distributed.broadcast_object_list(shared)
         torch.set_rng_state(torch.frombuffer(bytearray(states[0]), dtype=torch.uint8))
         return shared[0]
+
+    def _note_parting(self) -> None:
+        """Have it said once that later epochs have another order than upstream's."""
+        if not self._parted:
+            self._parted = True
+            self.notes.append(
+                f"the frames of {type(self.module).__name__}, or nodes, draw random numbers for "
+                f"each frame, and each of {self.world_size} workers for its own: after the first "
+                "epoch the order of frames is rank 0's, and not upstream's"
+            )
 
     def _cached(self, split: str, frames: Dataset, processes: int) -> Dataset:
         """Keep the frames of a split as the scaling says, over all of its loaders.

@@ -128,6 +128,7 @@ class _Rank:
             list(pipeline.nodes()),
             best,
             module.trainer.current_epoch,
+            module.trainer.global_step,
             [dict(row) for row in metrics],
             # best scores are where they were computed, and the driver may have no GPU
             tuple(

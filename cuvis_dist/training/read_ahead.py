@@ -20,7 +20,7 @@ from cuvis_dist.training.dealing import DealtBatches
 from cuvis_dist.training.frame_cache import CachedFrames
 
 
-class ReadAhead:
+class ReadAhead(DataLoader):
     """A loader whose frames are read by Ray tasks, on any CPU of the cluster.
 
     In flight are the frames of the next batch and ``ahead`` more, so that a slow learner stops
@@ -47,8 +47,10 @@ class ReadAhead:
         retries: int = 3,
         starting: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
-        self.dataset, self.collate_fn = loader.dataset, loader.collate_fn
-        self.batch_sampler, self.ahead = loader.batch_sampler, ahead
+        super().__init__(
+            loader.dataset, batch_sampler=loader.batch_sampler, collate_fn=loader.collate_fn
+        )
+        self.ahead = ahead
         self._draws_at_once = loader.num_workers > 0  # as that loader, for its processes
         cached = isinstance(self.dataset, CachedFrames)
         self._cache = self.dataset.cache if cached else None  # type: ignore[attr-defined]
@@ -60,10 +62,7 @@ class ReadAhead:
         self._open: Any = ray.remote(**options)(_open)
         self._opening: Any = None
 
-    def __len__(self) -> int:
-        return len(self.batch_sampler)  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Any:
         """Yield the collated batches in order; raises what reading a frame raised."""
         if isinstance(self.batch_sampler, DealtBatches):
             self.batch_sampler.begin()

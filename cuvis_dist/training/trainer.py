@@ -25,7 +25,7 @@ from loguru import logger
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from cuvis_dist.errors import ClusterError, InputError, LostWorkerError
-from cuvis_dist.evaluation.steps import Evaluator
+from cuvis_dist.evaluation.steps import AfterFit, Evaluator
 from cuvis_dist.execution.events import relayed
 from cuvis_dist.execution.failures import raise_cause
 from cuvis_dist.execution.session import connect, require_resources
@@ -139,7 +139,11 @@ class GradientTrainer(UpstreamGradientTrainer):
         emit = given.emit if given else self.emit
         evaluated = Evaluator(self.pipeline, self.datamodule, self.scaling, emit).post_fit(
             given.metric_nodes if given else None,
-            self.training_config.release_cuda_cache_on_validation,
+            AfterFit(
+                result.epochs,
+                result.steps + 1,
+                self.training_config.release_cuda_cache_on_validation,
+            ),
         )
         self.outcome = PostFitResult(
             result.checkpoint, evaluated.calibration, evaluated.evaluations

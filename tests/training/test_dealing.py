@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -11,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, RandomSampler, Sampler, WeightedRandomSampler
 
-from cuvis_dist.training.dealing import DealtBatches, cut, deal, keeps_own_order
+from cuvis_dist.training.dealing import (
+    DealtBatches,
+    WatchedFrames,
+    cut,
+    deal,
+    keeps_own_order,
+)
 from cuvis_dist.training.read_ahead import ReadAhead
 
 frames = st.integers(1, 40)
@@ -216,3 +223,21 @@ def test_a_loader_that_keeps_a_random_state_is_known(kind):
     assert keeps_own_order(loader) == ("own" in kind or kind == "one, with processes")
     assert torch.equal(torch.get_rng_state(), state)
     assert drawn(loader) == before, "it was asked, and not moved"
+
+
+class Drawing(torch.utils.data.Dataset):
+    def __init__(self, draws):
+        self.draws = draws
+
+    def __getitem__(self, index):
+        return torch.rand(1) if self.draws else index
+
+
+@pytest.mark.parametrize("draws", [False, True])
+def test_frames_that_draw_are_noticed_once(draws):
+    told = []
+    frames = WatchedFrames(Drawing(draws), lambda: told.append(True))
+    assert pickle.loads(pickle.dumps(frames))[0] is not None
+    for index in range(3):
+        frames[index]
+    assert told == [True] * draws

@@ -256,7 +256,7 @@ def test_monitors_write_on_rank_zero_alone(demo, tmp_path):
         written.append(steps)
         if "train/loss" in tags["scalars"]:
             losses = {event.step: event.value for event in events.Scalars("train/loss")}
-    training, _evaluation = written  # the second by the post-fit steps, in one process
+    training, evaluation = written  # the second by the post-fit steps, in one process
     steps = 2 * 4
     assert training["train/loss"] == list(range(steps))
     # The loss of a step is that of all its frames.
@@ -265,6 +265,7 @@ def test_monitors_write_on_rank_zero_alone(demo, tmp_path):
     # Of the two validation batches of an epoch rank 0 has the first; also one before training.
     assert training["val/score_heatmap_img00"] == [0, 4, 8]
     assert training["val/iou"] == [0, 4, 8]
+    assert evaluation["val/iou"] == evaluation["test/iou"] == [steps + 1] * 2
 
 
 @pytest.mark.long
