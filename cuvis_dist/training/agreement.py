@@ -36,20 +36,16 @@ class Head:
         Of the split.
     collate : callable
         Makes a batch of a list of its items.
-    device : torch.device
-        Where batches belong.
     """
 
     dataset: Dataset
     collate: Callable[[list[Any]], Batch]
-    device: torch.device
 
     def frames(self, count: int) -> Batch:
         """Return a batch of the first frames, fewer if there are fewer."""
         count = min(count, len(self.dataset))  # type: ignore[arg-type]
         with left_alone():
-            batch = self.collate([self.dataset[index] for index in range(count)])
-        return _moved(batch, self.device)
+            return self.collate([self.dataset[index] for index in range(count)])
 
     def two_and_one(self) -> tuple[Batch, Batch]:
         """Return batches of two unlike frames and of the first of them.
@@ -68,9 +64,14 @@ class Head:
 
 
 def agree_on_training(
-    pipeline: CuvisPipeline, loss_nodes: Collection[Node], head: Head, cut: Cut
+    pipeline: CuvisPipeline, loss_nodes: Collection[Node], head: Callable[[], Head], cut: Cut
 ) -> dict[str, NodePlan]:
     """Return how each node runs in a training step, by name; the same on all ranks.
+
+    Parameters
+    ----------
+    head : callable
+        Returns the head of the train split; it is called where frames are needed to know it.
 
     Raises
     ------
@@ -80,14 +81,14 @@ def agree_on_training(
     plans = obvious_plans(pipeline, loss_nodes)
     if plans is not None:
         return plans
-    return agreed(lambda: training_survey(pipeline, *head.two_and_one(), loss_nodes), cut)
+    return agreed(lambda: training_survey(pipeline, *head().two_and_one(), loss_nodes), cut)
 
 
 def agree_on_order(
-    pipeline: CuvisPipeline, stage: ExecutionStage, head: Head, cut: Cut
+    pipeline: CuvisPipeline, stage: ExecutionStage, head: Callable[[], Head], cut: Cut
 ) -> list[str]:
     """Return the nodes for which the order of batches matters at ``stage``; on all ranks alike."""
-    return agreed(lambda: evolving_nodes(pipeline, lambda: head.frames(1), stage), cut)
+    return agreed(lambda: evolving_nodes(pipeline, lambda: head().frames(1), stage), cut)
 
 
 def described(plans: dict[str, NodePlan]) -> list[str]:
@@ -112,7 +113,3 @@ def _with_mirrored(one: Batch) -> Batch:
         return [*value, *value] if isinstance(value, list) else value
 
     return {name: two(value) for name, value in one.items()}
-
-
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}

@@ -13,6 +13,7 @@ from cuvis_ai_core.training.config import TrainingConfig
 from cuvis_ai_core.training.post_fit import CheckpointRestored, EmitFn
 from pytorch_lightning import Callback
 
+from cuvis_dist.nodes.survey import NodePlan
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.storage import OutputFolder
 
@@ -116,6 +117,8 @@ class Outcome:
         The states of the assignment's callbacks, in their order.
     notes : tuple of str
         What the driver shall say, once each.
+    plans : dict of str to NodePlan
+        How each node ran in a training step, by name; empty for one rank.
     """
 
     nodes: list[Node]
@@ -124,4 +127,5 @@ class Outcome:
     steps: int
     metrics: Sequence[Mapping[str, float]]
     callback_states: tuple[dict[str, Any], ...]
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
+    plans: dict[str, NodePlan]

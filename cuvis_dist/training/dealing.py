@@ -63,6 +63,9 @@ class DealtBatches(Sampler[list[int]]):
         Which worker this is, of how many.
     whole : bool
         Deal whole batches in turn (validation, test) instead of cutting each (training).
+    in_order : bool
+        Give every whole batch to every worker, for nodes that each batch changes; it counts on
+        the first worker alone.
     limit : int or float or None
         Of the global batches only the first so many (int) or this fraction (float).
     share : callable, optional
@@ -75,8 +78,10 @@ class DealtBatches(Sampler[list[int]]):
         Weight of each of the worker's batches of the current epoch in a sum over workers that
         counts every frame once: see :func:`cut`; for whole batches 1, or 0 for one that only
         keeps the worker in step.
+    sizes : list of int
+        Frames of each global batch of the current epoch.
     frames : int
-        Frames of all global batches of the current epoch.
+        Frames of all of them.
     generator : torch.Generator
         For this worker's loader, whose processes are seeded from it: from the base seed that the
         module's own loader would have drawn, and the rank.
@@ -89,13 +94,15 @@ class DealtBatches(Sampler[list[int]]):
         world_size: int,
         *,
         whole: bool = False,
+        in_order: bool = False,
         limit: int | float | None = None,
         share: Callable[[Batches], Batches] | None = None,
     ) -> None:
-        self.loader, self.whole, self.limit = loader, whole, limit
+        self.loader, self.whole, self.in_order, self.limit = loader, whole, in_order, limit
         self.batches: Any = loader.batch_sampler
         self.rank, self.world_size, self.share = rank, world_size, share
         self.weights: list[float] = []
+        self.sizes: list[int] = []
         self.frames = _frames(loader)
         self.generator = torch.Generator()
         self._begun = False
@@ -119,7 +126,7 @@ class DealtBatches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         size = self._size()
-        if not self.whole:
+        if not self.whole or self.in_order:
             return size
         return max(len(range(self.rank, size, self.world_size)), min(size, 1))
 
@@ -135,8 +142,11 @@ class DealtBatches(Sampler[list[int]]):
         batches = list(islice(self.batches, self._size()))
         if self.share is not None:
             batches = self.share(batches)
-        self.frames = sum(map(len, batches))
-        if self.whole:
+        self.sizes = [len(batch) for batch in batches]
+        self.frames = sum(self.sizes)
+        if self.in_order:
+            mine = [(batch, float(self.rank == 0)) for batch in batches]
+        elif self.whole:
             mine = [(batch, 1.0) for batch in batches[self.rank :: self.world_size]]
             if not mine and batches:
                 mine = [(batches[0], 0.0)]

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cuvis_dist.archive import NamedFrames, open_split
 from cuvis_dist.errors import InputError
+from cuvis_dist.training.agreement import Head
 from cuvis_dist.training.assignment import Assignment
 from cuvis_dist.training.dealing import (
     Batches,
@@ -49,6 +50,9 @@ class DealtDataModule(pl.LightningDataModule):
         Which rank this is, of how many.
     notes : list of str
         What the driver shall say, once each.
+    in_order : set of str
+        Splits whose every batch every rank runs: see
+        :class:`~cuvis_dist.training.dealing.DealtBatches`.
     """
 
     def __init__(self, assignment: Assignment, heartbeat: Heartbeat) -> None:
@@ -60,6 +64,7 @@ class DealtDataModule(pl.LightningDataModule):
         self._run = context.get_experiment_name()
         self._caches: dict[str, FrameCache] = {}
         self.notes: list[str] = []
+        self.in_order: set[str] = set()
         self._parted = False
 
     def setup(self, stage: str | None = None) -> None:
@@ -81,6 +86,7 @@ class DealtDataModule(pl.LightningDataModule):
             self.rank,
             self.world_size,
             whole=split != "train",
+            in_order=split in self.in_order,
             limit=limit,
             share=partial(self._agree, split),
         )
@@ -139,6 +145,17 @@ class DealtDataModule(pl.LightningDataModule):
             torch.distributed.broadcast_object_list(shared)
         torch.set_rng_state(torch.frombuffer(bytearray(states[0]), dtype=torch.uint8))
         return shared[0]
+
+    def head(self, split: str) -> Head:
+        """Return the first frames of a split.
+
+        Raises
+        ------
+        InputError
+            If the data module cannot serve the split.
+        """
+        loader, frames = open_split(self.module, split)
+        return Head(NamedFrames(loader.dataset, frames), loader.collate_fn)
 
     def _note_parting(self) -> None:
         """Have it said once that later epochs have another order than upstream's."""

@@ -1,14 +1,16 @@
 """How does a step of one rank become its share of the step of a single process?
 
-Different from upstream's trainer are only the weights and the reductions: a rank's loss counts by
-its share of the frames, a logged value is the one of all frames, and a pooled metric is merged
-before it is computed.
+Different from upstream's trainer are only the frames that nodes see and the reductions: a rank's
+mean counts by its share of the frames, a joint node runs on those of all ranks
+(:mod:`~cuvis_dist.training.joint`), a logged value is the one of all frames, and a pooled metric is
+merged before it is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,12 +18,17 @@ import torch
 from cuvis_ai_core.training import GradientTrainer as UpstreamGradientTrainer
 from cuvis_ai_core.training.evaluation import batch_frames
 from cuvis_ai_core.training.post_fit import PostFitCallback
+from cuvis_ai_schemas.enums import ExecutionStage
 from torchmetrics import Metric
 
+from cuvis_dist.nodes.survey import NodePlan
+from cuvis_dist.training.agreement import agree_on_order, agree_on_training
 from cuvis_dist.training.assignment import TrainerParts
 from cuvis_dist.training.checkpoint import LastEpoch
 from cuvis_dist.training.dealing import DealtBatches
+from cuvis_dist.training.gathering import Cut
 from cuvis_dist.training.heartbeat import Heartbeat
+from cuvis_dist.training.joint import JointStep
 from cuvis_dist.training.lightning import RankConfig
 from cuvis_dist.training.loaders import DealtDataModule
 from cuvis_dist.training.reporting import EpochEvents, StepMonitor
@@ -67,13 +74,54 @@ class RankTrainer(UpstreamGradientTrainer):
             callbacks=parts.callbacks,
         )
         self.heartbeat, self.last, self.events = heartbeat, last, events
+        #: How each node runs in a training step, once the ranks have agreed.
+        self.plans: dict[str, NodePlan] = {}
+        self._joint = JointStep(parts.pipeline, self.plans)
         if parts.monitors:  # every rank reduces for them
             told = parts.monitors if datamodule.rank == 0 else []
             self.monitors = [StepMonitor(self._of_all_frames, told)]
-        #: This rank's share in the value of a step, or of a split in evaluation.
+        #: The weight of this rank's values: in evaluation, its batch's share in the split.
         self._share = 1.0
         #: What a training step logs, until its gradients have met.
         self._to_log: list[tuple[str, torch.Tensor, dict[str, Any]]] | None = None
+
+    def fit(self) -> None:
+        """Train, after the ranks have agreed on how each node sees the frames of a step."""
+        data = self.datamodule
+        if data.world_size > 1:
+            with self.heartbeat.doing("agreeing on the nodes"):
+                self.plans = agree_on_training(
+                    self.pipeline, self.loss_nodes, partial(data.head, "train"), self._cut(1)
+                )
+            self._joint = JointStep(self.pipeline, self.plans)
+        self._agree_on_order(ExecutionStage.VAL)
+        super().fit()
+
+    def validate(self, ckpt_path: str | None = None) -> Sequence[Mapping[str, float]]:
+        """Evaluate the validation split; every rank runs all of it where its order matters."""
+        self._agree_on_order(ExecutionStage.VAL)
+        return super().validate(ckpt_path)
+
+    def test(self, ckpt_path: str | None = "best") -> Sequence[Mapping[str, float]]:
+        """Evaluate the test split; every rank runs all of it where its order matters."""
+        self._agree_on_order(ExecutionStage.TEST)
+        return super().test(ckpt_path)
+
+    def _agree_on_order(self, stage: ExecutionStage) -> None:
+        data, split = self.datamodule, stage.value
+        if data.world_size == 1:
+            return
+        with self.heartbeat.doing("agreeing on the nodes"):
+            names = agree_on_order(self.pipeline, stage, partial(data.head, split), self._cut(1))
+        if names:
+            data.in_order.add(split)
+            data.notes.append(
+                f"every worker runs all batches of the {split} split, in order: each of them "
+                f"changes {', '.join(names)}"
+            )
+
+    def _cut(self, frames: int) -> Cut:
+        return Cut.of(frames, self.datamodule.rank, self.datamodule.world_size)
 
     def _build_trainer(self) -> pl.Trainer:
         """Build upstream's trainer, less the post-fit steps, which follow on all workers."""
@@ -113,30 +161,31 @@ class RankTrainer(UpstreamGradientTrainer):
         Returns
         -------
         torch.Tensor
-            Shape ``[]``. In training the loss times the rank's weight
-            (:func:`~cuvis_dist.training.dealing.cut`), so that the mean of the ranks' gradients
-            is the gradient of the global batch; else the loss.
+            Shape ``[]``. In training a loss whose mean over the ranks is that of the global
+            batch (:mod:`~cuvis_dist.training.gathering`), and so with the gradients; else that
+            of the batch.
         """
         dealt = self._dealt
         weight, whole = dealt.weights[batch_idx], dealt.whole
-        self._share = weight * batch_frames(batch) / dealt.frames if whole else weight
+        self._share = weight * batch_frames(batch) / dealt.frames if whole else 1.0
         self._to_log = None if whole else []
+        joint = nullcontext() if whole else self._joint.of(self._cut(dealt.sizes[batch_idx]))
         pooled = [m for m in self.pipeline_modules.modules() if isinstance(m, Metric)]
-        with _not_synchronized(pooled), self.heartbeat.doing(COMPUTING):
+        with _not_synchronized(pooled), self.heartbeat.doing(COMPUTING), joint:
             loss = super()._run_step(batch, batch_idx, **kwargs)
         if whole and not weight:  # the batch is another rank's, and only keeps this one in step
             for metric in pooled:
                 metric.reset()
-        return loss if whole else loss * weight
+        return loss
 
     # ---- values --------------------------------------------------------------------------
 
     def log(self, name: str, value: Any, **kwargs: Any) -> None:
         """Log the value of all workers' frames.
 
-        In a training step the mean over workers of ``value · share`` is that of the global batch.
-        In evaluation the shares of all batches of the split add up to 1. A torchmetrics object
-        synchronizes its own states when Lightning computes it at the end.
+        In a training step the mean over workers is the value of the global batch. In evaluation
+        the shares of all batches of the split add up to 1. A torchmetrics object synchronizes its
+        own states when Lightning computes it at the end.
         """
         if self._to_log is not None and not isinstance(value, Metric):
             share = torch.as_tensor(value, device=self.device).detach() * self._share

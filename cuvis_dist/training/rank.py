@@ -136,6 +136,7 @@ class _Rank:
                 for callback in self.parts.callbacks
             ),
             tuple(module.datamodule.notes),
+            module.plans,
         )
 
     def _bring_checkpoints(self) -> None:

@@ -33,6 +33,7 @@ from cuvis_dist.nodes.state import adopt_all
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.staging import portable
 from cuvis_dist.storage import Location, OutputFolder, is_uri, location_of, mirror_of
+from cuvis_dist.training.agreement import described
 from cuvis_dist.training.assignment import Assignment, Driver, Outcome, TrainerParts
 from cuvis_dist.training.checkpoint import LAST, finished_epochs
 from cuvis_dist.training.configuration import check_training, say_devices
@@ -208,6 +209,8 @@ class GradientTrainer(UpstreamGradientTrainer):
             raise ClusterError(f"the workers ended {verb} without a result")
         for note in outcome.notes:
             logger.warning(note)
+        for line in described(outcome.plans):
+            logger.info(line)
         adopt_all(self.pipeline, outcome.nodes)
         for callback, state in zip(parts.callbacks, outcome.callback_states, strict=True):
             if isinstance(callback, ModelCheckpoint):  # else it would take over less of it
