@@ -16,7 +16,7 @@ sum of all ranks' losses.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -34,11 +34,18 @@ def batch_norms(module: nn.Module) -> list[_BatchNorm]:
 
 
 @contextmanager
-def synchronized(norms: Iterable[_BatchNorm], cut: Cut) -> Iterator[None]:
-    """Let batch norms that are training see the batch that ``cut`` describes."""
+def synchronized(
+    norms: Iterable[_BatchNorm],
+    cut: Cut,
+    waiting: Callable[[], AbstractContextManager] = nullcontext,
+) -> Iterator[None]:
+    """Let batch norms that are training see the batch that ``cut`` describes.
+
+    ``waiting`` returns a context in which the other ranks' moments are waited for.
+    """
     norms = list(norms)
     for norm in norms:
-        norm.forward = _forward_of(norm, cut)  # type: ignore[method-assign, assignment]
+        norm.forward = _forward_of(norm, cut, waiting)  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -46,21 +53,27 @@ def synchronized(norms: Iterable[_BatchNorm], cut: Cut) -> Iterator[None]:
             del norm.forward
 
 
-def _forward_of(norm: _BatchNorm, cut: Cut) -> Callable[[Tensor], Tensor]:
+def _forward_of(
+    norm: _BatchNorm, cut: Cut, waiting: Callable[[], AbstractContextManager]
+) -> Callable[[Tensor], Tensor]:
     def forward(value: Tensor) -> Tensor:
         over_batch = norm.training or (norm.running_mean is None and norm.running_var is None)
         if not over_batch:
             return type(norm).forward(norm, value)
         norm._check_input_dim(value)
-        return _normalize(norm, value, cut)
+        # A rank without frames has a value that only keeps it in step.
+        counted = value if cut.mine else value[:0]
+        with waiting():
+            moments = _merged_moments(counted.detach(), cut)
+        return _normalize(norm, value, cut, moments)
 
     return forward
 
 
-def _normalize(norm: _BatchNorm, value: Tensor, cut: Cut) -> Tensor:
-    # A rank without frames has a value that only keeps it in step.
-    counted = value if cut.mine else value[:0]
-    n, mean, variance = _merged_moments(counted.detach(), cut)
+def _normalize(
+    norm: _BatchNorm, value: Tensor, cut: Cut, moments: tuple[int, Tensor, Tensor]
+) -> Tensor:
+    n, mean, variance = moments
     if n == 1:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got 1 for all workers' "

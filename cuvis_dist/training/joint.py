@@ -12,7 +12,7 @@ of the whole batch is derived in :mod:`~cuvis_dist.training.gathering`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, cast
 
 import numpy as np
@@ -29,6 +29,8 @@ from cuvis_dist.nodes.treatment import Treatment
 from cuvis_dist.training.batchnorm import batch_norms, synchronized
 from cuvis_dist.training.gathering import Cut, gather, gather_list
 
+Forward = Callable[..., dict[str, Any]]
+
 
 class JointStep:
     """Runs training steps of a pipeline as parts of steps of one process.
@@ -39,9 +41,17 @@ class JointStep:
         Its nodes are changed only within :meth:`of`.
     plans : mapping of str to NodePlan
         By node name, the same on all ranks.
+    waiting : callable
+        It returns a context in which other ranks are waited for.
     """
 
-    def __init__(self, pipeline: CuvisPipeline, plans: Mapping[str, NodePlan]) -> None:
+    def __init__(
+        self,
+        pipeline: CuvisPipeline,
+        plans: Mapping[str, NodePlan],
+        waiting: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
+        self._waiting = waiting
         named = {node.name: node for node in pipeline.nodes()}
         chosen = [(named[name], plan) for name, plan in plans.items()]
         self._joint = [(n, p) for n, p in chosen if p.batching.treatment is Treatment.JOINT]
@@ -57,16 +67,27 @@ class JointStep:
             return
         with ExitStack() as stack:
             for node, plan in self._joint:
-                stack.enter_context(_replaced(node, _whole(node, plan, cut)))
+                stack.enter_context(_replaced(node, self._whole(node, plan, cut)))
             for node in self._means:
                 stack.enter_context(_replaced(node, _weighed(node, cut.weight)))
-            stack.enter_context(synchronized(self._norms, cut))
+            stack.enter_context(synchronized(self._norms, cut, self._waiting))
             if self._random:
-                share_random_state(cut)
+                with self._waiting():
+                    share_random_state(cut)
             yield
 
+    def _whole(self, node: Node, plan: NodePlan, cut: Cut) -> Forward:
+        forward = node.forward
 
-Forward = Callable[..., dict[str, Any]]
+        def whole(**inputs: Any) -> dict[str, Any]:
+            with self._waiting():
+                gathered = _gathered(node, inputs, plan, cut)
+            return {
+                port: _cut_back(node, value, plan.outputs.get(port, 0), cut)
+                for port, value in forward(**gathered).items()
+            }
+
+        return whole
 
 
 @contextmanager
@@ -90,19 +111,6 @@ def _weighed(node: Node, weight: float) -> Forward:
         return {port: weight * value for port, value in forward(**inputs).items()}
 
     return weighed
-
-
-def _whole(node: Node, plan: NodePlan, cut: Cut) -> Forward:
-    forward = node.forward
-
-    def whole(**inputs: Any) -> dict[str, Any]:
-        outputs = forward(**_gathered(node, inputs, plan, cut))
-        return {
-            port: _cut_back(node, value, plan.outputs.get(port, 0), cut)
-            for port, value in outputs.items()
-        }
-
-    return whole
 
 
 def _gathered(node: Node, inputs: dict[str, Any], plan: NodePlan, cut: Cut) -> dict[str, Any]:

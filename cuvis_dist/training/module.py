@@ -32,7 +32,7 @@ from cuvis_dist.training.joint import JointStep
 from cuvis_dist.training.lightning import RankConfig
 from cuvis_dist.training.loaders import DealtDataModule
 from cuvis_dist.training.reporting import EpochEvents, StepMonitor
-from cuvis_dist.training.watch import COMPUTING
+from cuvis_dist.training.watch import COMPUTING, GATHERING
 
 
 class RankTrainer(UpstreamGradientTrainer):
@@ -93,7 +93,8 @@ class RankTrainer(UpstreamGradientTrainer):
                 self.plans = agree_on_training(
                     self.pipeline, self.loss_nodes, partial(data.head, "train"), self._cut(1)
                 )
-            self._joint = JointStep(self.pipeline, self.plans)
+            waiting = partial(self.heartbeat.doing, GATHERING)
+            self._joint = JointStep(self.pipeline, self.plans, waiting)
         self._agree_on_order(ExecutionStage.VAL)
         super().fit()
 

@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 
 READING, COMPUTING = "reading frames", "computing a step"
+GATHERING = "waiting for the frames of other ranks"
 #: These take as long as they take: a store has time limits of its own, and a reader may wait for
 #: a free CPU.
 STORING, STARTING = "writing to the output folder", "starting readers"
