@@ -16,6 +16,8 @@ from cuvis_dist.errors import INTERRUPTED, CuvisDistError, InputError, one_line
 from cuvis_dist.runs.lines import Lines
 
 if TYPE_CHECKING:
+    from pytorch_lightning import LightningDataModule
+
     from cuvis_dist.runs.record import RunRecord
     from cuvis_dist.runs.trainrun import TrainRun
     from cuvis_dist.scaling import Scaling
@@ -453,6 +455,7 @@ def _dry_run(trainrun: TrainRun, scaling: Scaling, lines: Lines) -> int:
     else:
         lines.settle()
         print(f"phase 1  none: its result is that of {trainrun.weights}")
+        _print_training(trainrun, trainrun.datamodule(scaling))
     if trainrun.config.training is None:
         print("phase 2  none: phase 1 alone")
     else:
@@ -515,6 +518,16 @@ def _print_plan(
             print("the fits of streamed nodes come on top")
     if not plan.costs:
         print("nothing to fit: the pipeline has no statistical node")
+    if trainrun.config.training is not None:
+        _print_training(trainrun, datamodule)
+
+
+def _print_training(trainrun: TrainRun, datamodule: LightningDataModule) -> None:
+    from cuvis_dist.runs.description import foresee_nodes
+
+    print("training step on several workers:")
+    for name, words in foresee_nodes(trainrun, datamodule).items():
+        print(f"  {name}: {words}")
 
 
 def _submit(arguments: argparse.Namespace, lines: Lines) -> int:

@@ -97,7 +97,8 @@ def rx_covariance(fitted: Fitted) -> Iterator[str]:
     yield from _duplicates(
         covariance, variances, constant | (rounding > (1 - _DUPLICATE) * variances), band
     )
-    yield from _near_singular(covariance, float(node.eps), cached=bool(node.cov_inv.numel()))
+    inverse = _float64(node.cov_inv) if node.cov_inv.numel() else None
+    yield from _near_singular(covariance, float(node.eps), inverse)
 
 
 def components(fitted: Fitted) -> Iterator[str]:
@@ -217,12 +218,14 @@ def _duplicates(
         yield f"duplicate bands (|correlation| above 1 - 1e-6): {_list(named)}. Keep one of each"
 
 
-def _near_singular(covariance: Tensor, eps: float, cached: bool) -> Iterator[str]:
+def _near_singular(covariance: Tensor, eps: float, inverse: Tensor | None) -> Iterator[str]:
     """Compare the condition number with what float32 can invert, ``1 / (C · eps32)``.
 
     Beyond it ``torch.linalg.pinv`` drops directions (those whose eigenvalue is smaller than
     ``C · eps32`` times the largest), and a solution loses all digits but the last few (N. J.
-    Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed. 2002, section 7.1).
+    Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed. 2002, section 7.1). How far
+    the ``inverse`` that the node holds is from one says ``‖I − Σ Σ⁻¹‖``, the largest relative
+    error of a solution (section 14.1 there).
     """
     channels, eigenvalues = len(covariance), torch.linalg.eigvalsh(covariance)
     smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
@@ -231,14 +234,30 @@ def _near_singular(covariance: Tensor, eps: float, cached: bool) -> Iterator[str
         return
     noise = largest * _EPS32 / 2  # smaller eigenvalues are the rounding of the largest
     condition = f"{largest / smallest:.1e}" if smallest > noise else f"above {2 / _EPS32:.1e}"
-    dropped = int((eigenvalues.abs() <= largest / limit).sum()) if cached else 0
+    held = (
+        f" (its inverse {_off(covariance, inverse, largest / limit)})"
+        if inverse is not None
+        else ""
+    )
     enough = 1.1 * (eps + (largest - limit * max(smallest, 0.0)) / (limit - 1))
     yield (
         f"the covariance is nearly singular: its condition number is {condition}, and float32 "
         f"can invert up to {limit:.1e} for {channels} bands"
-        + (f" (the inverse leaves out about {dropped} directions)" if dropped else "")
-        + ". Scores depend on the last float32 digits. Use fewer bands, a PCA first, more "
-        f"pixels, or a larger eps ({enough:.2g} instead of {eps:.2g} would do)"
+        + held
+        + ". Scores depend on the last float32 digits. Use fewer bands (a selection or a PCA "
+        f"before it), more pixels, or a larger eps ({enough:.2g} instead of {eps:.2g} would do)"
+    )
+
+
+def _off(covariance: Tensor, inverse: Tensor, least: float) -> str:
+    """Say how far ``inverse`` is from one; its eigenvalues below ``least`` were left out."""
+    residual = torch.eye(len(covariance), dtype=torch.float64) - covariance @ inverse
+    if not bool(residual.isfinite().all()):
+        return "is not finite"
+    error = float(torch.linalg.matrix_norm(residual, 2))
+    dropped = int((torch.linalg.eigvalsh(covariance).abs() <= least).sum())
+    return f"has a relative error of {error:.2g}" + (
+        f" and leaves out about {dropped} directions" if dropped else ""
     )
 
 

@@ -126,17 +126,26 @@ def obvious_plans(
 
 
 def outline(pipeline: CuvisPipeline, loss_nodes: Collection[Node]) -> dict[str, str]:
-    """Return what is known of each node without frames, by name: before anything is fitted."""
+    """Return what can be said of every node's part in a training step without frames, by name."""
     found = {}
-    for node in _running(pipeline, ExecutionStage.TRAIN):
-        fact = known(node, _Uses.of(pipeline, node, loss_nodes).use)
-        found[node.name] = str(NodePlan(fact)) if fact else "tried on the first frames"
+    running, shown = _running(pipeline, ExecutionStage.TRAIN), rank_zero_nodes(pipeline)
+    for node in upstream.topological_order(pipeline):
+        if node in running:
+            fact = known(node, _Uses.of(pipeline, node, loss_nodes).use)
+            found[node.name] = str(NodePlan(fact)) if fact else "tried on the first frames"
+        elif node in shown:
+            found[node.name] = "on rank 0: shows or writes its part of a batch"
+        else:
+            found[node.name] = "not in a training step"
     return found
 
 
-def gathered_bytes(plans: Mapping[str, NodePlan], frames: int) -> dict[str, int]:
-    """Return what comes together in a step for each joint node, for a batch of ``frames``."""
-    return {name: plan.gathered * frames for name, plan in plans.items() if plan.gathered}
+def fit_on(pipeline: CuvisPipeline, batch: Mapping[str, Any]) -> None:
+    """Fit the statistical nodes that are not fitted yet on one batch, by their own code."""
+    for node in upstream.topological_order(pipeline):
+        if node.requires_initial_fit and not node._statistically_initialized:
+            inputs = upstream.node_inputs(pipeline, node, dict(batch))
+            node.statistical_initialization(iter([inputs]))
 
 
 # ---- one node --------------------------------------------------------------------------

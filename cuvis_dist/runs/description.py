@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytorch_lightning as pl
 from loguru import logger
 
-from cuvis_dist.archive import open_archive
+from cuvis_dist.archive import NamedFrames, open_archive, open_split
 from cuvis_dist.errors import CuvisDistError
 from cuvis_dist.nodes import upstream
 from cuvis_dist.nodes.catalogue import recipe_for
+from cuvis_dist.nodes.survey import outline
 from cuvis_dist.runs.trainrun import TrainRun
+from cuvis_dist.training.agreement import Head, foresee_training
 
 
 def describe(trainrun: TrainRun) -> dict[str, Any]:
@@ -22,6 +25,7 @@ def describe(trainrun: TrainRun) -> dict[str, Any]:
         If the data module cannot be set up.
     """
     datamodule = trainrun.datamodule()
+    treatments = outline(trainrun.pipeline, trainrun.loss_nodes)
     nodes = []
     for node in upstream.topological_order(trainrun.pipeline):
         roles = []
@@ -34,6 +38,7 @@ def describe(trainrun: TrainRun) -> dict[str, Any]:
         ):
             if node.name in getattr(trainrun.config, key):
                 roles.append(role)
+        roles.append(treatments[node.name])
         nodes.append((node.name, type(node).__name__, roles))
     frames: dict[str, int | str] = {}
     for split in ("train", "val", "test"):
@@ -43,3 +48,21 @@ def describe(trainrun: TrainRun) -> dict[str, Any]:
             logger.debug(str(error))
             frames[split] = "none"
     return {"nodes": nodes, "frames": frames}
+
+
+def foresee_nodes(trainrun: TrainRun, datamodule: pl.LightningDataModule) -> dict[str, str]:
+    """Return how each node would take part in a training step; reads two frames if it has to.
+
+    Raises
+    ------
+    InputError
+        If the data module cannot serve the train split.
+    DataError
+        If a frame cannot be read.
+    """
+
+    def head() -> Head:
+        loader, frames = open_split(datamodule, "train")
+        return Head(NamedFrames(loader.dataset, frames), loader.collate_fn)
+
+    return foresee_training(trainrun.pipeline, trainrun.config.loss_nodes, head)

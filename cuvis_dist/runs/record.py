@@ -136,6 +136,9 @@ class RunRecord(JobRecord):
         Frames that phase 1 left out, by uid, each with its reason.
     findings : list of Finding
         What looks bad about the fit of phase 1, node by node.
+    nodes : dict of str to str
+        How each node took part in a training step, by name: per frame, as a mean or jointly, and
+        why; what is known of it where there was none.
     epochs : int
         Epochs that phase 2 completed.
     checkpoint, calibration : dict or None
@@ -160,6 +163,7 @@ class RunRecord(JobRecord):
     initialized: str = ""
     skipped_frames: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    nodes: dict[str, str] = field(default_factory=dict)
     epochs: int = 0
     checkpoint: Any = None
     calibration: Any = None

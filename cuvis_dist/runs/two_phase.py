@@ -19,6 +19,7 @@ from cuvis_dist.hashing import hash_files
 from cuvis_dist.initialization.plan import statistical_nodes
 from cuvis_dist.initialization.trainer import StatisticalTrainer
 from cuvis_dist.nodes.state import adopt_all, hash_state
+from cuvis_dist.nodes.survey import outline
 from cuvis_dist.runs.job import Job, job
 from cuvis_dist.runs.record import RunRecord, save_pipeline
 from cuvis_dist.runs.resume import Resume, fingerprint
@@ -144,6 +145,7 @@ class _Phases:
         elif statistical_nodes(pipeline):
             self._initialize()
         record.initialized = hash_state(pipeline.nodes())
+        record.nodes = outline(pipeline, trainrun.loss_nodes)
 
         with record.timed("training" if trains else "evaluation"):
             result = self._train() if trains else self._post_fit()
@@ -214,6 +216,6 @@ class _Phases:
             output_dir=trainrun.output_dir,
         )
         trainer.fit(resume=True)  # what is there is this run's: see Resume
-        self._record.epochs = trainer.epochs
+        self._record.epochs, self._record.nodes = trainer.epochs, trainer.nodes
         assert trainer.outcome is not None
         return trainer.outcome

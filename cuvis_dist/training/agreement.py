@@ -7,6 +7,7 @@ split, under random states of their own.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,19 @@ import torch
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_schemas.enums import ExecutionStage
+from loguru import logger
 from torch.utils.data import Dataset
 
+from cuvis_dist.errors import one_line
 from cuvis_dist.nodes.probing import left_alone
-from cuvis_dist.nodes.survey import NodePlan, evolving_nodes, obvious_plans, training_survey
+from cuvis_dist.nodes.survey import (
+    NodePlan,
+    evolving_nodes,
+    fit_on,
+    obvious_plans,
+    outline,
+    training_survey,
+)
 from cuvis_dist.nodes.treatment import Treatment
 from cuvis_dist.training.gathering import Cut
 from cuvis_dist.training.joint import agreed
@@ -89,6 +99,46 @@ def agree_on_order(
 ) -> list[str]:
     """Return the nodes for which the order of batches matters at ``stage``; on all ranks alike."""
     return agreed(lambda: evolving_nodes(pipeline, lambda: head().frames(1), stage), cut)
+
+
+def foresee_training(
+    pipeline: CuvisPipeline, loss_nodes: Collection[str], head: Callable[[], Head]
+) -> dict[str, str]:
+    """Return how each node would run in a training step, in words; nodes are left as they are.
+
+    Nodes that phase 1 has yet to fit are fitted, as copies, on the two frames that are tried.
+
+    Parameters
+    ----------
+    loss_nodes : collection of str
+        Names of the nodes whose outputs are added up.
+    head : callable
+        Returns the head of the train split; it is called where frames are needed to know it.
+
+    Raises
+    ------
+    DataError
+        If a frame that is needed to know it cannot be read.
+    """
+    losses = [node for node in pipeline.nodes() if node.name in loss_nodes]
+    plans, words = obvious_plans(pipeline, losses), outline(pipeline, losses)
+    if plans is None:
+        two, one = head().two_and_one()
+        trial = copy.deepcopy(pipeline)
+        losses = [node for node in trial.nodes() if node.name in loss_nodes]
+        try:
+            with left_alone():
+                fit_on(trial, two)
+            plans = training_survey(trial, two, one, losses)
+        except Exception as error:  # what needs more than two frames to be fitted
+            logger.debug(f"not tried before it is fitted: {one_line(error)}")
+            return words
+    return words | in_words(plans)
+
+
+def in_words(plans: dict[str, NodePlan]) -> dict[str, str]:
+    """Return what to say about each node."""
+    return {name: str(plan) for name, plan in plans.items()}
 
 
 def described(plans: dict[str, NodePlan]) -> list[str]:

@@ -30,10 +30,11 @@ from cuvis_dist.execution.events import relayed
 from cuvis_dist.execution.failures import raise_cause
 from cuvis_dist.execution.session import connect, require_resources
 from cuvis_dist.nodes.state import adopt_all
+from cuvis_dist.nodes.survey import outline
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.staging import portable
 from cuvis_dist.storage import Location, OutputFolder, is_uri, location_of, mirror_of
-from cuvis_dist.training.agreement import described
+from cuvis_dist.training.agreement import described, in_words
 from cuvis_dist.training.assignment import Assignment, Driver, Outcome, TrainerParts
 from cuvis_dist.training.checkpoint import LAST, finished_epochs
 from cuvis_dist.training.configuration import check_training, say_devices
@@ -67,6 +68,9 @@ class GradientTrainer(UpstreamGradientTrainer):
         Restored checkpoint, calibration and evaluations of the last :meth:`fit`.
     epochs : int
         Epochs that the last :meth:`fit` completed.
+    nodes : dict of str to str
+        How each node took part in a training step of the last :meth:`fit`, by name: per frame, as
+        a mean or jointly, and why.
 
     Examples
     --------
@@ -99,6 +103,7 @@ class GradientTrainer(UpstreamGradientTrainer):
         self.output = OutputFolder(output_dir)
         self.outcome: PostFitResult | None = None
         self.epochs = 0
+        self.nodes: dict[str, str] = {}
         self._best: CheckpointRestored | None = None
 
     def fit(self, *, resume: bool = False) -> None:
@@ -135,6 +140,7 @@ class GradientTrainer(UpstreamGradientTrainer):
             self.output.remove(LAST)
         result = self._fit()
         self.epochs, self._best = result.epochs, result.checkpoint
+        self.nodes = outline(self.pipeline, self.loss_nodes) | in_words(result.plans)
         self.emit(TrainEvent(TrainHook.CHECKPOINT_RESTORED, checkpoint=result.checkpoint))
         given = next((c for c in self.callbacks if isinstance(c, PostFitCallback)), None)
         emit = given.emit if given else self.emit
