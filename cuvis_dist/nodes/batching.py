@@ -107,6 +107,14 @@ def _gate(node: Any, use: Use) -> Batching:
     return _running("remembers the scores of earlier frames") if node.smooth_k > 1 else _ALONE
 
 
+def _patches(node: Any, use: Use) -> Batching:
+    """A sampler of patches draws them in evaluation, too, unless it takes all that there are."""
+    if node.mode == "eval":
+        return _joint("makes as many patches as a frame has labels", ragged=True)
+    why, stages = "draws patches, how many depends on the frame", _running("").evolves
+    return _joint(why, random=True, ragged=True, evolves=stages)
+
+
 def _unless_framed(*ports: str) -> Callable[[Any, Use], Batching]:
     """Per frame as long as these inputs do not come with the frames."""
 
@@ -263,10 +271,7 @@ _CLASSES: dict[str, list[tuple[str, Fact]]] = {
     ],
     "patch_inference": [
         ("ClassMapAccumulator", _joint(_WRITTEN)),
-        (
-            "PatchSampler",
-            _joint("draws patches, how many depends on the frame", random=True, ragged=True),
-        ),
+        ("PatchSampler", _patches),
     ],
     "pipeline_visualization": [
         ("CubeRGBVisualizer PCAVisualization PipelineComparisonVisualizer", _joint(_SHOWN))
