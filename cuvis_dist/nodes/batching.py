@@ -108,7 +108,7 @@ def _gate(node: Any, use: Use) -> Batching:
 
 
 def _patches(node: Any, use: Use) -> Batching:
-    """A sampler of patches draws them in evaluation, too, unless it takes all that there are."""
+    """Distinguish a sampler that draws patches, in evaluation too, from one that takes all."""
     if node.mode == "eval":
         return _joint("makes as many patches as a frame has labels", ragged=True)
     why, stages = "draws patches, how many depends on the frame", _running("").evolves
