@@ -15,8 +15,9 @@ from loguru import logger
 
 from cuvis_dist.errors import DataError
 from cuvis_dist.evaluation.steps import Evaluator, failed_split
+from cuvis_dist.execution.where import Work, work_on_splits
 from cuvis_dist.hashing import hash_files
-from cuvis_dist.initialization.plan import statistical_nodes
+from cuvis_dist.initialization.plan import make_plan, statistical_nodes
 from cuvis_dist.initialization.trainer import StatisticalTrainer
 from cuvis_dist.nodes.state import adopt_all, hash_state
 from cuvis_dist.runs.job import Job, job
@@ -130,7 +131,7 @@ class _Phases:
         trainrun, record = self.trainrun, self._record
         pipeline, trains = trainrun.pipeline, trainrun.config.training is not None
         with record.timed("start"):
-            self.job.connect(training=True if trains else None)
+            self.job.connect(True if trains else None, self._work)
 
         if earlier := self.resume.load_initialized():
             logger.warning(
@@ -156,6 +157,14 @@ class _Phases:
         record.pipeline = str(save_pipeline(pipeline, trainrun.output, trainrun.result_name))
         if failure := failed_split(result):
             raise DataError(f"the pipeline was saved to {record.pipeline}, but {failure}")
+
+    def _work(self) -> Work:
+        """Return how much there is to do, training apart: the passes, val twice and test."""
+        passes = 0
+        if self.trainrun.weights is None:
+            passes = len(make_plan(self.trainrun.pipeline, self.job.scaling.measuring.fold))
+        times = ({"train": passes} if passes else {}) | {"val": 2, "test": 1}
+        return work_on_splits(self.datamodule, times)
 
     def _initialize(self) -> None:
         """Carry out phase 1, and keep its result for a run that goes on from there."""

@@ -1,0 +1,257 @@
+"""Where does work run: in the driver's process, or on the workers of a Ray cluster?
+
+Workers take longer to start than small work takes. Without a word about workers or a cluster, work
+that one process ends sooner stays here; whoever asks for workers gets them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import pytorch_lightning as pl
+import torch
+from cuvis_ai_core.training.post_fit import EmitFn
+from loguru import logger
+from pytorch_lightning.utilities.seed import isolate_rng
+
+from cuvis_dist.archive import Archive, open_archive
+from cuvis_dist.errors import CuvisDistError, DataError, InputError
+from cuvis_dist.execution.local import LocalEngine, call_here
+from cuvis_dist.execution.pool import Workers
+from cuvis_dist.execution.session import connect, require_resources
+from cuvis_dist.execution.spread import Engine
+from cuvis_dist.execution.worker import on_worker
+from cuvis_dist.scaling import Scaling
+
+T = TypeVar("T")
+
+#: Seconds until Ray and its first workers compute, where the driver would begin at once. Measured
+#: on 2 cores: Ray 4 to 5, a worker's imports 10, and those of the workers of a later phase.
+START_SECONDS = 20.0
+#: Values that one core reads and measures in a second: a frame of 512 x 512 x 61 takes 0.25 s a
+#: pass. And what each frame takes besides, however small it is.
+VALUES_PER_SECOND = 512 * 512 * 61 / 0.25
+FRAME_SECONDS = 0.02
+#: Frames that are tried to find out how large one is.
+_TRIED = 3
+
+
+@dataclass(frozen=True)
+class Work:
+    """How much there is to do.
+
+    Attributes
+    ----------
+    frames : int
+        Frames to read, each as often as it is read.
+    values : int
+        Values of a frame.
+    """
+
+    frames: int
+    values: int
+
+    @property
+    def seconds(self) -> float:
+        """About how long one process takes for it."""
+        return self.frames * (FRAME_SECONDS + self.values / VALUES_PER_SECOND)
+
+    @property
+    def pays_for_workers(self) -> bool:
+        """Whether workers on this machine would end sooner, from their start on."""
+        cores = os.cpu_count() or 1
+        return self.seconds > START_SECONDS + self.seconds / cores
+
+    def __str__(self) -> str:
+        return (
+            f"about {self.seconds:.2g} s for one process, and workers take {START_SECONDS:g} s "
+            "to start"
+        )
+
+
+def work_on(archive: Archive, times: int = 1) -> Work:
+    """Return the work of reading an archive a few times; reads the first frame that can be.
+
+    Where none of the first can be read, a frame counts as large.
+    """
+    frames = len(archive) * times
+    for index in range(min(_TRIED, len(archive))):
+        try:
+            with isolate_rng(include_cuda=False):
+                batch = archive.read(index)
+        except DataError:
+            continue
+        tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
+        return Work(frames, max((value.numel() for value in tensors), default=0))
+    return Work(frames, int(VALUES_PER_SECOND))
+
+
+def work_on_splits(datamodule: pl.LightningDataModule, times: Mapping[str, int]) -> Work:
+    """Return the work of reading each of these splits so often, if the data module serves it."""
+    frames, first = 0, None
+    with isolate_rng(include_cuda=False):
+        for split in times:
+            try:
+                archive = open_archive(datamodule, split)
+            except CuvisDistError:  # whoever needs the split says so
+                continue
+            frames += times[split] * len(archive)
+            first = first or archive
+    return Work(frames, work_on(first).values if first else 0)
+
+
+def settled(scaling: Scaling, what: str, work: Callable[[], Work]) -> Scaling:
+    """Return the settings with the choice made where they leave it open.
+
+    Parameters
+    ----------
+    scaling : Scaling
+        The settings as they were given.
+    what : str
+        What is to be done, for the log.
+    work : callable
+        Returns how much of it there is; called where the answer depends on that.
+
+    Returns
+    -------
+    Scaling
+        With ``resources.workers`` 0 where the work stays here, and ``resources.train_workers`` 0
+        where training does.
+
+    Raises
+    ------
+    InputError
+        If the settings ask for this process and for what it does not do.
+    """
+    _refuse_contradictions(scaling)
+    if _asks_for_ray(scaling):
+        return scaling
+    resources, changes = scaling.resources, dict[str, int]()
+    if trains_here(scaling):
+        changes["train_workers"] = 0
+    if resources.workers is None and not scaling.measuring.gpus:
+        known = work()
+        if not known.pays_for_workers:
+            changes["workers"] = 0
+        place = "on workers" if known.pays_for_workers else "in this process, without Ray"
+        logger.info(f"{what} runs {place}: {known} (--workers says how many)")
+    return scaling.replace(resources=changes) if changes else scaling
+
+
+def trains_here(scaling: Scaling) -> bool:
+    """Whether the driver's process trains: it was asked to, or nothing asks for workers.
+
+    Raises
+    ------
+    InputError
+        If it was asked to, and for what it does not do.
+    """
+    _refuse_contradictions(scaling)
+    resources = scaling.resources
+    if "train_workers" in resources.model_fields_set:
+        return resources.train_workers == 0
+    asks = resources.train_gpus or resources.min_train_workers or scaling.reading.read_ahead
+    return not asks and not _asks_for_ray(scaling)
+
+
+def _asks_for_ray(scaling: Scaling) -> bool:
+    """Whether there is a cluster to use, or GPUs are wanted, which Ray deals out."""
+    ray = sys.modules.get("ray")
+    return bool(
+        scaling.resources.address
+        or os.environ.get("RAY_ADDRESS")
+        or scaling.resources.train_gpus
+        or (ray is not None and ray.is_initialized())
+    )
+
+
+def _refuse_contradictions(scaling: Scaling) -> None:
+    resources = scaling.resources
+    for setting, number, other, value in (
+        ("workers", resources.workers, "measuring.gpus", scaling.measuring.gpus),
+        ("train_workers", resources.train_workers, "resources.train_gpus", resources.train_gpus),
+        (
+            "train_workers",
+            resources.train_workers,
+            "reading.read_ahead",
+            scaling.reading.read_ahead,
+        ),
+    ):
+        if number == 0 and value:
+            raise InputError(
+                f"resources.{setting} is 0, so that this process does the work, without Ray; "
+                f"{other} is {value:g}, which needs workers: ask for 1 or more"
+            )
+
+
+def begin(scaling: Scaling, training: bool | None, verbose: bool = False) -> None:
+    """Join or start the Ray cluster, unless all the work of these settings stays here.
+
+    Parameters
+    ----------
+    scaling : Scaling
+        From :func:`settled`.
+    training : bool or None
+        Whether there is training to do, or else work of phase 1; None asks for no room yet.
+    verbose : bool
+        Show Ray's logs.
+
+    Raises
+    ------
+    ClusterError
+        If the cluster cannot be reached, or one that was started here is too small.
+    """
+    resources = scaling.resources
+    training_there = bool(training) and resources.train_workers > 0
+    if resources.workers == 0 and not training_there:
+        return
+    connect(scaling, verbose)
+    if training is not None:
+        require_resources(scaling, training_there)
+
+
+def engine_for(workers: Workers) -> Engine:
+    """Return what runs functions of shards on these workers, or in this process instead of them."""
+    if workers.here:
+        return LocalEngine(workers.cpus)
+    from cuvis_dist.execution.engine import RayEngine
+
+    return RayEngine(workers)
+
+
+def in_one_process(
+    function: Callable[..., T],
+    *args: object,
+    emit: EmitFn,
+    workers: Workers,
+    cpus: float | None = None,
+    retries: int = 0,
+) -> T:
+    """Run ``function(*args, emit=...)`` in this process or on one worker; return its result.
+
+    Parameters
+    ----------
+    workers : Workers
+        One of these workers runs it, or this process instead of them. Either gives it copies of
+        its arguments.
+    cpus : float, optional
+        What it occupies, if it is not what such a worker does: 0 where it mostly waits for other
+        workers; it then has no GPU either.
+    retries : int
+        How often it may be called again, elsewhere, when its worker is lost.
+
+    Raises
+    ------
+    CuvisDistError
+        What the function raised, when it was one; else as
+        :func:`~cuvis_dist.execution.failures.raise_cause` says.
+    """
+    gpus = workers.gpus if cpus is None else 0.0
+    cpus = workers.cpus if cpus is None else cpus
+    if workers.here:
+        return call_here(function, *args, emit=emit, threads=max(1, int(cpus)))
+    return on_worker(function, *args, emit=emit, cpus=cpus, gpus=gpus, retries=retries)
