@@ -67,9 +67,10 @@ class Work:
         return self.seconds > START_SECONDS + self.seconds / cores
 
     def __str__(self) -> str:
+        readings = f"{self.frames} readings of {self.values / 1e6:.2g} million values"
         return (
-            f"about {self.seconds:.2g} s for one process, and workers take {START_SECONDS:g} s "
-            "to start"
+            f"{readings} take one process about {self.seconds:.2g} s, and workers take "
+            f"{START_SECONDS:g} s to start"
         )
 
 
@@ -104,46 +105,69 @@ def work_on_splits(datamodule: pl.LightningDataModule, times: Mapping[str, int])
     return Work(frames, work_on(first).values if first else 0)
 
 
-def settled(scaling: Scaling, what: str, work: Callable[[], Work]) -> Scaling:
-    """Return the settings with the choice made where they leave it open.
+@dataclass(frozen=True)
+class Choice:
+    """Where work runs.
+
+    Attributes
+    ----------
+    scaling : Scaling
+        The settings with the choice made: ``resources.workers`` is 0 where the work stays here,
+        and ``resources.train_workers`` where training does.
+    why : str
+        Where the work runs, training apart, and why, as the end of a sentence.
+    """
+
+    scaling: Scaling
+    why: str
+
+
+def choose(scaling: Scaling, work: Callable[[], Work]) -> Choice:
+    """Choose where work runs, as far as the settings leave it open.
 
     Parameters
     ----------
     scaling : Scaling
         The settings as they were given.
-    what : str
-        What is to be done, for the log.
     work : callable
-        Returns how much of it there is; called where the answer depends on that.
-
-    Returns
-    -------
-    Scaling
-        With ``resources.workers`` 0 where the work stays here, and ``resources.train_workers`` 0
-        where training does.
+        Returns how much there is to do; called where the answer depends on that.
 
     Raises
     ------
     InputError
         If the settings ask for this process and for what it does not do.
     """
-    _refuse_contradictions(scaling)
-    if _asks_for_ray(scaling):
-        return scaling
-    resources, changes = scaling.resources, dict[str, int]()
     if trains_here(scaling):
-        changes["train_workers"] = 0
-    if resources.workers is None and not scaling.measuring.gpus:
-        known = work()
-        if not known.pays_for_workers:
-            changes["workers"] = 0
-        place = "on workers" if known.pays_for_workers else "in this process, without Ray"
-        logger.info(f"{what} runs {place}: {known} (--workers says how many)")
-    return scaling.replace(resources=changes) if changes else scaling
+        scaling = scaling.replace(resources={"train_workers": 0})
+    workers = scaling.resources.workers
+    if workers == 0:
+        return Choice(scaling, "in this process, without Ray, as workers: 0 says")
+    if reason := _why_ray(scaling):
+        return Choice(scaling, f"on workers, since {reason}")
+    known = work()
+    if known.pays_for_workers:
+        return Choice(scaling, f"on workers: {known}")
+    return Choice(
+        scaling.replace(resources={"workers": 0}),
+        f"in this process, without Ray: {known} (--workers asks for them)",
+    )
+
+
+def settled(scaling: Scaling, what: str, work: Callable[[], Work]) -> Scaling:
+    """Return the settings with the choice made that :func:`choose` makes, and log it.
+
+    Parameters
+    ----------
+    what : str
+        What is to be done, for the log.
+    """
+    choice = choose(scaling, work)
+    logger.info(f"{what} runs {choice.why}")
+    return choice.scaling
 
 
 def trains_here(scaling: Scaling) -> bool:
-    """Whether the driver's process trains: it was asked to, or nothing asks for workers.
+    """Whether this process trains: it was asked to, or nothing asks for workers.
 
     Raises
     ------
@@ -155,18 +179,27 @@ def trains_here(scaling: Scaling) -> bool:
     if "train_workers" in resources.model_fields_set:
         return resources.train_workers == 0
     asks = resources.train_gpus or resources.min_train_workers or scaling.reading.read_ahead
-    return not asks and not _asks_for_ray(scaling)
+    return not asks and _cluster(scaling) is None
 
 
-def _asks_for_ray(scaling: Scaling) -> bool:
-    """Whether there is a cluster to use, or GPUs are wanted, which Ray deals out."""
+def _why_ray(scaling: Scaling) -> str | None:
+    """Return why work other than training needs workers, or None when it is open."""
+    resources = scaling.resources
+    if resources.workers:
+        return "they are asked for"
+    if resources.train_gpus or scaling.measuring.gpus:
+        return "they have GPUs"
+    return _cluster(scaling)
+
+
+def _cluster(scaling: Scaling) -> str | None:
+    """Return why there is a Ray cluster to use, or None when there is none."""
+    if scaling.resources.address or os.environ.get("RAY_ADDRESS"):
+        return "there is a cluster's address"
     ray = sys.modules.get("ray")
-    return bool(
-        scaling.resources.address
-        or os.environ.get("RAY_ADDRESS")
-        or scaling.resources.train_gpus
-        or (ray is not None and ray.is_initialized())
-    )
+    if ray is not None and ray.is_initialized():
+        return "this process has a Ray cluster"
+    return None
 
 
 def _refuse_contradictions(scaling: Scaling) -> None:

@@ -6,6 +6,7 @@ Everything around them is upstream's; only the two trainers are ours.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -113,6 +114,15 @@ def _depends_on(
     return parts
 
 
+def work_of(trainrun: TrainRun, datamodule: pl.LightningDataModule, scaling: Scaling) -> Work:
+    """Return how much a trainrun has to do, training apart: the passes, val twice and test."""
+    passes = 0
+    if trainrun.weights is None:
+        passes = len(make_plan(trainrun.pipeline, scaling.measuring.fold))
+    times = ({"train": passes} if passes else {}) | {"val": 2, "test": 1}
+    return work_on_splits(datamodule, times)
+
+
 @dataclass(frozen=True)
 class _Phases:
     """What is left to do of a trainrun, from the first phase to the saved pipeline."""
@@ -131,7 +141,8 @@ class _Phases:
         trainrun, record = self.trainrun, self._record
         pipeline, trains = trainrun.pipeline, trainrun.config.training is not None
         with record.timed("start"):
-            self.job.connect(True if trains else None, self._work)
+            work = partial(work_of, trainrun, self.datamodule, self.job.scaling)
+            self.job.connect(True if trains else None, work)
 
         if earlier := self.resume.load_initialized():
             logger.warning(
@@ -157,14 +168,6 @@ class _Phases:
         record.pipeline = str(save_pipeline(pipeline, trainrun.output, trainrun.result_name))
         if failure := failed_split(result):
             raise DataError(f"the pipeline was saved to {record.pipeline}, but {failure}")
-
-    def _work(self) -> Work:
-        """Return how much there is to do, training apart: the passes, val twice and test."""
-        passes = 0
-        if self.trainrun.weights is None:
-            passes = len(make_plan(self.trainrun.pipeline, self.job.scaling.measuring.fold))
-        times = ({"train": passes} if passes else {}) | {"val": 2, "test": 1}
-        return work_on_splits(self.datamodule, times)
 
     def _initialize(self) -> None:
         """Carry out phase 1, and keep its result for a run that goes on from there."""
