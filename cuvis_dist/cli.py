@@ -475,10 +475,8 @@ def _dry_run(trainrun: TrainRun, scaling: Scaling, lines: Lines) -> int:
         epochs = trainrun.config.training.max_epochs
         least, most = scaling.resources.least_train_workers, scaling.resources.train_workers
         number = f"{most}" if least == most else f"{least} to {most}"
-        there = f"{number} workers, {each}"
-        print(
-            f"phase 2  {'in this process' if trains_here(scaling) else there}; at most {epochs} epochs"
-        )
+        there = "in this process" if trains_here(scaling) else f"{number} workers, {each}"
+        print(f"phase 2  {there}; at most {epochs} epochs")
     print(f"result   {trainrun.saved_pipeline}")
     return 0
 

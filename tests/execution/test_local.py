@@ -86,9 +86,9 @@ def test_a_function_is_called_on_copies(warnings):
     items, events = [1], []
     assert call_here(_append, items, 2, emit=events.append, threads=1) == [1, 2]
     assert (items, events) == ([1], [2])
-    with pytest.raises(DataError, match="^nothing to append$"):
+    with pytest.raises(DataError, match=r"^nothing to append$"):
         call_here(_append, items, None, emit=events.append, threads=1)
-    with pytest.raises(CuvisDistError, match="append failed: .*'int'.* has no attribute 'append'"):
+    with pytest.raises(CuvisDistError, match=r"append failed: .*'int'.* has no attribute 'append'"):
         call_here(_append, 7, 2, emit=events.append, threads=1)
 
     def sink(event):

@@ -1,4 +1,4 @@
-"""Small work stays in the driver's process; whoever asks for workers gets them. No Ray runs here."""
+"""Small work stays in the driver's process; whoever asks for workers gets them."""
 
 from __future__ import annotations
 
