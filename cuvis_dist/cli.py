@@ -378,7 +378,7 @@ def _evaluate(arguments: argparse.Namespace, lines: Lines) -> int:
     split = arguments.split
     if arguments.dry_run:
         archive = open_archive(trainrun.datamodule(scaling, fitting=False), split)
-        scaling = choose(scaling, lambda: work_on(archive)).scaling
+        scaling = choose(scaling, lambda: work_on(archive, trainrun.pipeline)).scaling
         lines.settle()
         print(f"pipeline {trainrun.config.pipeline}")
         print(f"frames   {len(archive)} of {split}")
@@ -410,7 +410,9 @@ def _score(arguments: argparse.Namespace, lines: Lines) -> int:
     scoring = Scoring(trainrun, arguments.split, arguments.outputs, scaling)
     if arguments.dry_run:
         plan = scoring.plan(arguments.restart)
-        scaling = choose(scaling, lambda: work_on(plan.archive.only(plan.todo))).scaling
+        scaling = choose(
+            scaling, lambda: work_on(plan.archive.only(plan.todo), trainrun.pipeline)
+        ).scaling
         lines.settle()
         print(f"pipeline {trainrun.config.pipeline}")
         done = len(plan.files) - len(plan.todo)

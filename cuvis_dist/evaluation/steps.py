@@ -183,7 +183,7 @@ class Evaluator:
 
     def _settled(self, times: dict[str, int]) -> Scaling:
         """Return the settings with the choice of where these splits are read, so often each."""
-        work = partial(work_on_splits, self.datamodule, times)
+        work = partial(work_on_splits, self.datamodule, self.pipeline, times)
         return settled(self.scaling, f"evaluation of {' and '.join(times)}", work)
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import pytorch_lightning as pl
 import torch
+from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training.post_fit import EmitFn
 from loguru import logger
 from pytorch_lightning.utilities.seed import isolate_rng
@@ -36,6 +37,9 @@ START_SECONDS = 20.0
 #: pass. And what each frame takes besides, however small it is.
 VALUES_PER_SECOND = 512 * 512 * 61 / 0.25
 FRAME_SECONDS = 0.02
+#: Weights of networks that a core gets through in a second: each is used at about 1,000 positions
+#: of a frame, with two operations, of which a core does 5e10. A rough guess: they are many or few.
+WEIGHTS_PER_SECOND = 2.5e7
 #: Frames that are tried to find out how large one is.
 _TRIED = 3
 
@@ -50,15 +54,19 @@ class Work:
         Frames to read, each as often as it is read.
     values : int
         Values of a frame.
+    weights : int
+        Parameters of the nodes that a frame goes through.
     """
 
     frames: int
     values: int
+    weights: int = 0
 
     @property
     def seconds(self) -> float:
         """About how long one process takes for it."""
-        return self.frames * (FRAME_SECONDS + self.values / VALUES_PER_SECOND)
+        measured = self.values / VALUES_PER_SECOND + self.weights / WEIGHTS_PER_SECOND
+        return self.frames * (FRAME_SECONDS + measured)
 
     @property
     def pays_for_workers(self) -> bool:
@@ -68,18 +76,21 @@ class Work:
 
     def __str__(self) -> str:
         readings = f"{self.frames} readings of {self.values / 1e6:.2g} million values"
+        if self.weights > 1e6:
+            readings += f", through nodes with {self.weights / 1e6:.2g} million weights,"
         return (
             f"{readings} take one process about {self.seconds:.2g} s, and workers take "
             f"{START_SECONDS:g} s to start"
         )
 
 
-def work_on(archive: Archive, times: int = 1) -> Work:
-    """Return the work of reading an archive a few times; reads the first frame that can be.
+def work_on(archive: Archive, pipeline: CuvisPipeline, times: int = 1) -> Work:
+    """Return the work of computing an archive a few times; reads the first frame that can be.
 
     Where none of the first can be read, a frame counts as large.
     """
     frames = len(archive) * times
+    weights = sum(p.numel() for node in pipeline.nodes() for p in node.parameters())
     for index in range(min(_TRIED, len(archive))):
         try:
             with isolate_rng(include_cuda=False):
@@ -87,12 +98,14 @@ def work_on(archive: Archive, times: int = 1) -> Work:
         except DataError:
             continue
         tensors = [value for value in batch.values() if isinstance(value, torch.Tensor)]
-        return Work(frames, max((value.numel() for value in tensors), default=0))
-    return Work(frames, int(VALUES_PER_SECOND))
+        return Work(frames, max((value.numel() for value in tensors), default=0), weights)
+    return Work(frames, int(VALUES_PER_SECOND), weights)
 
 
-def work_on_splits(datamodule: pl.LightningDataModule, times: Mapping[str, int]) -> Work:
-    """Return the work of reading each of these splits so often, if the data module serves it."""
+def work_on_splits(
+    datamodule: pl.LightningDataModule, pipeline: CuvisPipeline, times: Mapping[str, int]
+) -> Work:
+    """Return the work of computing these splits so often each, if the data module serves them."""
     frames, first = 0, None
     with isolate_rng(include_cuda=False):
         for split in times:
@@ -102,7 +115,7 @@ def work_on_splits(datamodule: pl.LightningDataModule, times: Mapping[str, int])
                 continue
             frames += times[split] * len(archive)
             first = first or archive
-    return Work(frames, work_on(first).values if first else 0)
+    return replace(work_on(first, pipeline), frames=frames) if first else Work(0, 0)
 
 
 @dataclass(frozen=True)
@@ -240,7 +253,7 @@ def begin(scaling: Scaling, training: bool | None, verbose: bool = False) -> Non
     """
     resources = scaling.resources
     training_there = bool(training) and resources.train_workers > 0
-    if resources.workers == 0 and not training_there:
+    if resources.workers == 0 and not training_there and not resources.train_gpus:
         return
     connect(scaling, verbose)
     if training is not None:

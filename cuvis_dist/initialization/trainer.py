@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -107,8 +108,8 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
             scaling.measuring.sample_fraction,
             scaling.measuring.sample_seed,
         )
-        passes = len(plan)
-        self.scaling = settled(scaling, "the fit of phase 1", lambda: work_on(archive, passes))
+        work = partial(work_on, archive, self.pipeline, len(plan))
+        self.scaling = settled(scaling, "the fit of phase 1", work)
         begin(self.scaling, training=False)
 
         outer_owner = self.pipeline.structure_frozen_by

@@ -57,7 +57,7 @@ def evaluate_saved(
             raise InputError(f"the pipeline {pipeline.name} has no metric node: nothing to report")
         datamodule = trainrun.datamodule(scaling, fitting=False)
         on_gpus = scaling.resources.train_gpus > 0
-        entered.connect(on_gpus, lambda: work_on_splits(datamodule, {split: 1}))
+        entered.connect(on_gpus, lambda: work_on_splits(datamodule, pipeline, {split: 1}))
         evaluator = Evaluator(pipeline, datamodule, entered.scaling, emit or log_event)
         summary = evaluator.evaluate(ExecutionStage(split), nodes)
         logger.info(f"evaluated {summary.frames} frames of {split}")

@@ -133,6 +133,7 @@ class Scoring:
     def _compute(self, plan: ScorePlan, tally: Tally, entered: Job, on_frames: OnFrames) -> None:
         if not plan.todo:
             return
-        entered.connect(training=False, work=lambda: work_on(plan.archive.only(plan.todo)))
+        pipeline, missing = self.trainrun.pipeline, plan.archive.only(plan.todo)
+        entered.connect(training=False, work=lambda: work_on(missing, pipeline))
         announce(f"scoring the first of {len(plan.todo)} frames")
-        compute_scores(self.trainrun.pipeline, plan, entered.scaling, tally, on_frames)
+        compute_scores(pipeline, plan, entered.scaling, tally, on_frames)

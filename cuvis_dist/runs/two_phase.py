@@ -120,7 +120,7 @@ def work_of(trainrun: TrainRun, datamodule: pl.LightningDataModule, scaling: Sca
     if trainrun.weights is None:
         passes = len(make_plan(trainrun.pipeline, scaling.measuring.fold))
     times = ({"train": passes} if passes else {}) | {"val": 2, "test": 1}
-    return work_on_splits(datamodule, times)
+    return work_on_splits(datamodule, trainrun.pipeline, times)
 
 
 @dataclass(frozen=True)

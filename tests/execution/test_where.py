@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from faults import FragileModule
 from settings import scaling_of
 
@@ -58,6 +59,9 @@ def test_much_work_goes_to_workers_and_says_why():
     assert choice.why.startswith(
         "on workers: 100000 readings of 16 million values take one process"
     )
+    network = Work(LITTLE.frames, LITTLE.values, weights=300_000_000)
+    assert places(Scaling(), network) == (False, True)
+    assert "300 million weights" in choose(Scaling(), lambda: network).why
     choice = choose(Scaling(), lambda: LITTLE)
     assert choice.why.startswith("in this process, without Ray: 11 readings")
     assert f"workers take {START_SECONDS:g} s to start" in choice.why
@@ -101,7 +105,7 @@ def test_contradictions_are_refused(settings, other):
 def test_the_first_frame_that_can_be_read_says_how_much_there_is(tmp_path, monkeypatch):
     archive = open_archive(FragileModule(tmp_path), "train")
     before = torch.get_rng_state()
-    assert work_on(archive, 2) == Work(24, 9 * 8 * 5)
+    assert work_on(archive, CuvisPipeline("empty"), 2) == Work(24, 9 * 8 * 5)
     assert torch.equal(torch.get_rng_state(), before)
 
     read, tried = Archive.read, []
@@ -113,5 +117,5 @@ def test_the_first_frame_that_can_be_read_says_how_much_there_is(tmp_path, monke
         return read(self, index)
 
     monkeypatch.setattr(Archive, "read", damaged)
-    assert work_on(archive) == Work(12, 9 * 8 * 5)
+    assert work_on(archive, CuvisPipeline("empty")) == Work(12, 9 * 8 * 5)
     assert tried == [0, 1, 2]
