@@ -75,13 +75,18 @@ class Work:
         return self.seconds > START_SECONDS + self.seconds / cores
 
     def __str__(self) -> str:
-        readings = f"{self.frames} readings of {self.values / 1e6:.2g} million values"
+        readings = f"{self.frames} readings of {_short(self.values / 1e6)} million values"
         if self.weights > 1e6:
-            readings += f", through nodes with {self.weights / 1e6:.2g} million weights,"
+            readings += f", through nodes with {_short(self.weights / 1e6)} million weights,"
         return (
-            f"{readings} take one process about {self.seconds:.2g} s, and workers take "
+            f"{readings} take one process about {_short(self.seconds)} s, and workers take "
             f"{START_SECONDS:g} s to start"
         )
+
+
+def _short(value: float) -> str:
+    """Return a number in two digits, without an exponent."""
+    return f"{float(f'{value:.2g}'):g}"
 
 
 def work_on(archive: Archive, pipeline: CuvisPipeline, times: int = 1) -> Work:
