@@ -289,7 +289,6 @@ def _add_verbose(parser: argparse.ArgumentParser) -> None:
 
 def _quiet(verbose: bool, lines: Lines) -> None:
     """Leave the terminal to progress lines and results unless logs are asked for."""
-    import logging
     import warnings
 
     from loguru import logger
@@ -305,15 +304,24 @@ def _quiet(verbose: bool, lines: Lines) -> None:
         ),
     )
     if not verbose:
-        for name in ("ray", "pytorch_lightning", "lightning_fabric"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        _quiet_libraries()
         warnings.filterwarnings("ignore")
+
+
+def _quiet_libraries() -> None:
+    """Let these packages log errors alone; Lightning sets its own level where it is imported."""
+    import logging
+
+    for name in ("ray", "pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _trainrun(arguments: argparse.Namespace, lines: Lines, saved: str | None = None) -> TrainRun:
     lines.wait("loading cuvis.ai")
     from cuvis_dist.runs.trainrun import load_trainrun
 
+    if not arguments.verbose:
+        _quiet_libraries()
     lines.wait(f"reading {arguments.trainrun}")
     trainrun = load_trainrun(
         arguments.trainrun, arguments.override, arguments.plugins_dir, arguments.output_dir, saved
@@ -365,15 +373,17 @@ def _evaluate(arguments: argparse.Namespace, lines: Lines) -> int:
     scaling = _scaling(arguments)
     trainrun = _trainrun(arguments, lines, arguments.pipeline)
     from cuvis_dist.archive import open_archive
+    from cuvis_dist.execution.where import choose, work_on
     from cuvis_dist.runs.evaluate import evaluate_saved
     from cuvis_dist.runs.progress import ProgressLines
 
     split = arguments.split
     if arguments.dry_run:
-        frames = len(open_archive(trainrun.datamodule(scaling, fitting=False), split))
+        archive = open_archive(trainrun.datamodule(scaling, fitting=False), split)
+        scaling = choose(scaling, lambda: work_on(archive, trainrun.pipeline)).scaling
         lines.settle()
         print(f"pipeline {trainrun.config.pipeline}")
-        print(f"frames   {frames} of {split}")
+        print(f"frames   {len(archive)} of {split}")
         on_gpus = bool(scaling.resources.train_gpus)
         _print_workers(
             scaling,
@@ -395,12 +405,16 @@ def _evaluate(arguments: argparse.Namespace, lines: Lines) -> int:
 def _score(arguments: argparse.Namespace, lines: Lines) -> int:
     scaling = _scaling(arguments)
     trainrun = _trainrun(arguments, lines, arguments.pipeline)
+    from cuvis_dist.execution.where import choose, work_on
     from cuvis_dist.runs.progress import ProgressLines
     from cuvis_dist.runs.score import Scoring
 
     scoring = Scoring(trainrun, arguments.split, arguments.outputs, scaling)
     if arguments.dry_run:
         plan = scoring.plan(arguments.restart)
+        scaling = choose(
+            scaling, lambda: work_on(plan.archive.only(plan.todo), trainrun.pipeline)
+        ).scaling
         lines.settle()
         print(f"pipeline {trainrun.config.pipeline}")
         done = len(plan.files) - len(plan.todo)
@@ -421,13 +435,13 @@ def _score(arguments: argparse.Namespace, lines: Lines) -> int:
 def _print_workers(scaling: Scaling, workers: int | None, gpus: float) -> None:
     on_gpus = f" and {gpus:g} GPUs" if gpus else ""
     each = f"{scaling.resources.cpus_per_worker:g} CPUs{on_gpus} each"
-    print(f"workers  {workers or 'one per CPU of the cluster'}, {each}")
+    there = f"{workers or 'one per CPU of the cluster'}, {each}"
+    print(f"workers  {'none: in this process' if workers == 0 else there}")
 
 
 def _run_and_print(
     arguments: argparse.Namespace, trainrun: TrainRun, scaling: Scaling, lines: Lines
 ) -> RunRecord:
-    lines.wait("loading Ray")
     from cuvis_dist.runs.progress import ProgressLines
     from cuvis_dist.runs.two_phase import run_trainrun
 
@@ -446,12 +460,14 @@ def _run_and_print(
 
 
 def _dry_run(trainrun: TrainRun, scaling: Scaling, lines: Lines) -> int:
+    from cuvis_dist.execution.where import trains_here
+
     each = f"{scaling.resources.cpus_per_worker:g} CPUs each"
     if trainrun.weights is None:
-        _print_plan(trainrun, scaling, lines)
-        print(
-            f"phase 1  {scaling.resources.workers or 'one per CPU of the cluster'} workers, {each}"
-        )
+        scaling = _print_plan(trainrun, scaling, lines)
+        workers = scaling.resources.workers
+        there = f"{workers or 'one per CPU of the cluster'} workers, {each}"
+        print(f"phase 1  {'in this process' if workers == 0 else there}")
     else:
         lines.settle()
         print(f"phase 1  none: its result is that of {trainrun.weights}")
@@ -463,8 +479,9 @@ def _dry_run(trainrun: TrainRun, scaling: Scaling, lines: Lines) -> int:
         each = each.replace(" each", f"{gpus} each")
         epochs = trainrun.config.training.max_epochs
         least, most = scaling.resources.least_train_workers, scaling.resources.train_workers
-        workers = f"{most}" if least == most else f"{least} to {most}"
-        print(f"phase 2  {workers} workers, {each}; at most {epochs} epochs")
+        number = f"{most}" if least == most else f"{least} to {most}"
+        there = "in this process" if trains_here(scaling) else f"{number} workers, {each}"
+        print(f"phase 2  {there}; at most {epochs} epochs")
     print(f"result   {trainrun.saved_pipeline}")
     return 0
 
@@ -494,13 +511,17 @@ def _plan(arguments: argparse.Namespace, lines: Lines) -> int:
 
 def _print_plan(
     trainrun: TrainRun, scaling: Scaling, lines: Lines, calibrate: bool = False
-) -> None:
+) -> Scaling:
+    """Print the passes, and where they run; return the settings with that choice made."""
+    from cuvis_dist.execution.where import choose
     from cuvis_dist.initialization.preview import preview
+    from cuvis_dist.runs.two_phase import work_of
 
     datamodule = trainrun.datamodule(scaling)
     if calibrate:
         lines.wait("trying each pass on a few frames")
     plan = preview(trainrun.pipeline, datamodule, scaling, calibrate)
+    choice = choose(scaling, lambda: work_of(trainrun, datamodule, scaling))
     lines.settle()
     frame, frames = plan.frame_bytes, plan.frames
     print(f"{frames} frames in {plan.shards} shards, {frame / 1e6:.1f} MB a frame")
@@ -518,8 +539,10 @@ def _print_plan(
             print("the fits of streamed nodes come on top")
     if not plan.costs:
         print("nothing to fit: the pipeline has no statistical node")
+    print(f"runs {choice.why}")
     if trainrun.config.training is not None:
         _print_training(trainrun, datamodule)
+    return choice.scaling
 
 
 def _print_training(trainrun: TrainRun, datamodule: LightningDataModule) -> None:

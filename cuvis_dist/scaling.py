@@ -33,16 +33,19 @@ class Resources(_Settings):
     cluster that ``RAY_ADDRESS`` names is joined (as inside ``ray job submit``), or Ray starts on
     this machine."""
 
-    workers: int | None = Field(default=None, ge=1)
-    """How many shards are measured, scored or evaluated at the same time; by default one per CPU
-    of the cluster."""
+    workers: int | None = Field(default=None, ge=0)
+    """How many shards are measured, scored or evaluated at the same time, each by a worker; 0:
+    one, in the process of the command or script itself, without Ray. By default that is chosen
+    where it ends sooner than workers start, else one worker per CPU of the cluster."""
 
     cpus_per_worker: float = Field(default=1, gt=0)
     """CPUs of each worker, of either phase."""
 
-    train_workers: int = Field(default=1, ge=1)
+    train_workers: int = Field(default=1, ge=0)
     """DDP processes of phase 2. ``batch_size`` of a trainrun stays the global batch size: a step's
-    frames are dealt over these processes."""
+    frames are dealt over these processes. 0: the process of the command or script itself trains,
+    without Ray, as it does where this is not set and nothing else asks for workers (a cluster's
+    address, GPUs, ``reading.read_ahead``)."""
 
     min_train_workers: int | None = Field(default=None, ge=1)
     """Train on as few as these while the cluster has no room for ``train_workers``; by default
@@ -218,12 +221,14 @@ class Scaling(_Settings):
     def replace(self, **parts: Mapping[str, Any]) -> Scaling:
         """Return these settings with others in some parts: ``replace(resources={"workers": 1})``.
 
+        What was not set stays so.
+
         Raises
         ------
         ValidationError
             If a setting is unknown, or a value does not fit.
         """
-        values = self.model_dump()
+        values = {part: getattr(self, part).model_dump(exclude_unset=True) for part in PARTS}
         for part, changes in parts.items():
             values[part] |= changes
         return type(self).model_validate(values)

@@ -58,7 +58,7 @@ def train_upstream(trainrun, module=None):
     return trainer
 
 
-def train(trainrun, workers, module=None, scaling=None, **options):
+def train(trainrun, workers, module=None, scaling=None, *, resume=False, **options):
     """Train by ours on ``workers`` workers, with the trainrun's data module or another."""
     trainer = GradientTrainer(
         trainrun.pipeline,
@@ -71,5 +71,5 @@ def train(trainrun, workers, module=None, scaling=None, **options):
         output_dir=trainrun.output_dir,
         **options,
     )
-    trainer.fit()
+    trainer.fit(resume=resume)
     return trainer

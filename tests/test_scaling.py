@@ -128,14 +128,14 @@ def test_a_bad_set_is_bad_input_and_named(setting, words, capsys):
 
 
 def test_a_bad_value_names_where_it_stands(write):
-    path = write("resources: {workers: 0}\nmeasuring: {pixels: few}")
+    path = write("resources: {workers: -1}\nmeasuring: {pixels: few}")
     with pytest.raises(InputError) as refused:
-        Scaling.load(path, ["reading.read_ahead=-1"], {"resources.train_workers": 0})
+        Scaling.load(path, ["reading.read_ahead=-1"], {"resources.train_workers": -2})
     message = str(refused.value)
-    assert f"scaling file {path}: resources.workers is 0" in message
+    assert f"scaling file {path}: resources.workers is -1" in message
     assert f"scaling file {path}: measuring.pixels is 'few'" in message
     assert "--set reading.read_ahead=-1: reading.read_ahead is -1" in message
-    assert "; resources.train_workers is 0" in message
+    assert "; resources.train_workers is -2" in message
 
 
 @pytest.mark.parametrize("text", ["- workers", "fast", "resources: 4", "{", "\0"])

@@ -29,10 +29,10 @@ from cuvis_dist.archive import Archive, open_split
 from cuvis_dist.errors import DataError
 from cuvis_dist.evaluation.merging import merge_pooled
 from cuvis_dist.evaluation.parts import Evaluated, EvaluatePart, Outputs, Part, Port, load
-from cuvis_dist.execution.engine import RayEngine
 from cuvis_dist.execution.failures import raise_cause
 from cuvis_dist.execution.pool import Workers
-from cuvis_dist.execution.spread import Row, spread
+from cuvis_dist.execution.spread import Engine, Row, spread
+from cuvis_dist.execution.where import engine_for
 from cuvis_dist.nodes.state import adopt
 from cuvis_dist.nodes.upstream import edges_into
 from cuvis_dist.scaling import Scaling
@@ -110,7 +110,7 @@ class ClusterPipeline:
         self.pipeline, self.scaling = pipeline, scaling
         self.metric_nodes = tuple(node.name for node in metric_nodes)
         self._outputs: Any = iter(())
-        self._engine: RayEngine | None = None
+        self._engine: Engine | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.pipeline, name)
@@ -162,7 +162,7 @@ class ClusterPipeline:
         # Calibration alone names no ports: upstream gives it all of them, cubes too.
         evaluating = keep_ports is not None
         if self._engine is None:
-            self._engine = RayEngine(Workers.evaluating(self.scaling))
+            self._engine = engine_for(Workers.evaluating(self.scaling))
         compute = EvaluatePart(
             self._engine.make_order(self.pipeline, split.archive),
             batches,
@@ -188,7 +188,7 @@ class ClusterPipeline:
                 merge_pooled(nodes, pooled)
             yield from part.outputs
 
-    def _rows(self, engine: RayEngine, compute: EvaluatePart, split: str) -> Iterator[Row]:
+    def _rows(self, engine: Engine, compute: EvaluatePart, split: str) -> Iterator[Row]:
         """Yield the rows of all parts in order, computed side by side until nodes change."""
         parts = cut_into_parts(len(compute.batches))
         while parts:

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -41,8 +42,9 @@ from loguru import logger
 from cuvis_dist.evaluation.cluster import ClusterPipeline, Split
 from cuvis_dist.evaluation.merging import unmergeable
 from cuvis_dist.execution.failures import raise_cause
-from cuvis_dist.execution.session import connect
-from cuvis_dist.execution.worker import on_worker, prepare_worker
+from cuvis_dist.execution.pool import Workers
+from cuvis_dist.execution.where import begin, in_one_process, settled, work_on_splits
+from cuvis_dist.execution.worker import prepare_worker
 from cuvis_dist.nodes.state import adopt_all
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.staging import fetched_when_opened
@@ -107,26 +109,23 @@ class Evaluator:
         PostFitResult
             Upstream's record. An evaluation that failed is in it, and does not raise.
         """
-        connect(self.scaling)
+        scaling = self._settled({"val": 2, "test": 1})  # val calibrates, too
+        begin(scaling, training=None)
         nodes = metric_nodes if metric_nodes is not None else default_metric_nodes(self.pipeline)
         reason = why_one_worker(self.pipeline, nodes, _POST_FIT_STAGES)
         if reason:
             logger.info(f"calibrated and evaluated on one worker: {reason}")
-            resources = self.scaling.resources
-            cpus, gpus = resources.cpus_per_worker, resources.train_gpus
-        else:  # it mostly waits for the workers, and leaves them the CPUs and GPUs
-            cpus, gpus = 0.0, 0.0
-        announce("waiting for a worker to calibrate and evaluate")
+        announce("calibrating and evaluating")
         steps = _PostFit([node.name for node in nodes], after or AfterFit(), bool(reason))
-        result, fitted = on_worker(
+        result, fitted = in_one_process(
             _post_fit,
             self.pipeline,
             self.datamodule,
             steps,
-            self.scaling,
+            scaling,
             emit=self.emit,
-            cpus=cpus,
-            gpus=gpus,
+            workers=Workers.evaluating(scaling),
+            cpus=None if reason else 0,  # it mostly waits for the workers, and leaves them theirs
         )
         adopt_all(self.pipeline, fitted)
         return result
@@ -155,23 +154,22 @@ class Evaluator:
             If the stop event was set; it is read before each batch, but not while one worker does
             it all.
         """
-        connect(self.scaling)
-        announce(f"waiting for workers to evaluate {stage.value}")
-        resources = self.scaling.resources
+        scaling = self._settled({stage.value: 1})
+        begin(scaling, training=None)
+        announce(f"evaluating {stage.value}")
         if reason := why_one_worker(self.pipeline, metric_nodes, [stage]):
             logger.info(f"{stage.value} is evaluated on one worker: {reason}")
-            return on_worker(
+            return in_one_process(
                 _evaluate,
                 self.pipeline,
                 self.datamodule,
                 stage,
                 [node.name for node in metric_nodes],
-                resources.train_gpus > 0,
+                scaling.resources.train_gpus > 0,
                 emit=self.emit,
-                cpus=resources.cpus_per_worker,
-                gpus=resources.train_gpus,
+                workers=Workers.evaluating(scaling),
             )
-        spread: Any = ClusterPipeline(self.pipeline, metric_nodes, self.scaling)
+        spread: Any = ClusterPipeline(self.pipeline, metric_nodes, scaling)
         split: Any = Split(self.datamodule, stage.value)
         with closing(spread), raise_cause(f"evaluating {stage.value}"):
             return evaluate_split(
@@ -182,6 +180,11 @@ class Evaluator:
                 stop_event=stop_event,
                 on_batch=_progress(stage, self.emit),
             )
+
+    def _settled(self, times: dict[str, int]) -> Scaling:
+        """Return the settings with the choice of where these splits are read, so often each."""
+        work = partial(work_on_splits, self.datamodule, self.pipeline, times)
+        return settled(self.scaling, f"evaluation of {' and '.join(times)}", work)
 
 
 def why_one_worker(

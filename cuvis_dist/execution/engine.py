@@ -69,11 +69,15 @@ class RayEngine:
         """End the processes that only this engine uses."""
         self._pool.close()
 
+    def keep(self, value: Any) -> Any:
+        """Return what functions of shards can fetch ``value`` by, as it is now."""
+        return ray.put(value)
+
     def make_order(self, pipeline: CuvisPipeline, archive: Archive, skip: bool = False) -> Order:
         """Put the pipeline as it is now, and the archive, where every worker can fetch them."""
         return Order(
-            ray.put(archive),
-            ray.put(pipeline),
+            self.keep(archive),
+            self.keep(pipeline),
             threads=math.floor(self.workers.cpus),
             skip=skip,
             on_gpu=self.workers.gpus > 0,

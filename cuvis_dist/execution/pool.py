@@ -27,7 +27,8 @@ class Workers:
     cpus, gpus : float
         What each of them occupies.
     most : int or None
-        How many of them there are at most; None for as many as the cluster has room for.
+        How many of them there are at most; None for as many as the cluster has room for, 0 for
+        none: the driver's process does their work.
     failures : int
         How often Ray repeats work that lost its worker.
     """
@@ -54,6 +55,11 @@ class Workers:
         resources = scaling.resources
         most = resources.train_workers if resources.train_gpus else resources.workers
         return cls(resources.cpus_per_worker, resources.train_gpus, most, resources.max_failures)
+
+    @property
+    def here(self) -> bool:
+        """Whether the driver's process does their work."""
+        return self.most == 0
 
     def nodes(self) -> list[str]:
         """Return the ids of the nodes that can run such a worker."""

@@ -1,8 +1,9 @@
 """What is a function of shards given, and what does it give back?
 
 A pass, an evaluation or scoring is a function that computes one shard and returns rows; an engine
-runs it on all of them (:mod:`~cuvis_dist.execution.engine` does so on Ray). What goes wrong with a
-shard is a row, too, and no exception: an engine could only repeat the work or drop it.
+runs it on all of them: in this process (:mod:`~cuvis_dist.execution.local`), or on Ray
+(:mod:`~cuvis_dist.execution.engine`). What goes wrong with a shard is a row, too, and no exception:
+an engine could only repeat the work or drop it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 
@@ -83,7 +84,7 @@ class Order:
 
     Attributes
     ----------
-    archive, pipeline : ObjectRef or object
+    archive, pipeline : ObjectRef, Snapshot or object
         The archive and the pipeline as they are at the start, or references to them.
     threads : int
         How many threads a worker computes with.
@@ -147,6 +148,18 @@ class ShardFunction(Protocol):
 
 class Engine(Protocol):
     """Runs functions of shards. Every engine gives the same rows."""
+
+    def __enter__(self) -> Self:
+        """Return the engine."""
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Do as :meth:`close`."""
+
+    def close(self) -> None:
+        """End what only this engine uses."""
+
+    def keep(self, value: Any) -> Any:
+        """Return what functions of shards can fetch ``value`` by, as it is now."""
 
     def make_order(self, pipeline: CuvisPipeline, archive: Archive, skip: bool = False) -> Order:
         """Return an order for the pipeline as it is now."""

@@ -15,6 +15,7 @@ import torch
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training.post_fit import EmitFn
 
+from cuvis_dist.execution.copies import Snapshot
 from cuvis_dist.execution.events import relayed
 from cuvis_dist.execution.failures import raise_cause
 from cuvis_dist.nodes.sinks import close_sinks
@@ -57,28 +58,43 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-@functools.lru_cache(maxsize=4)
 def fetch_once(ref: Any) -> Any:
     """Return what a reference stands for, the same object for every task of this process.
 
-    Keeps what an archive holds open (``.cu3s`` sessions) from one shard to the next.
+    Keeps what an archive holds open (``.cu3s`` sessions) from one shard to the next. What is no
+    reference stands for itself.
     """
-    return _fetch(ref)
+    return _fetched(ref) if _is_reference(ref) else ref
 
 
-@functools.lru_cache(maxsize=1)
 def fetch_pipeline(ref: Any) -> Any:
     """:func:`fetch_once` for a pipeline, until :func:`forget_pipeline`."""
-    return _fetch(ref)
+    return _fetched_pipeline(ref) if _is_reference(ref) else ref
 
 
 def forget_pipeline() -> None:
     """Let the next task of this process start from the pipeline as it was put."""
-    fetch_pipeline.cache_clear()
+    _fetched_pipeline.cache_clear()
 
 
-def _fetch(ref: Any) -> Any:
-    return ray.get(ref) if isinstance(ref, ray.ObjectRef) else ref
+def forget_all() -> None:
+    """Let go of everything that was fetched in this process."""
+    _fetched.cache_clear()
+    forget_pipeline()
+
+
+@functools.lru_cache(maxsize=4)
+def _fetched(ref: Any) -> Any:
+    return ref.take() if isinstance(ref, Snapshot) else ray.get(ref)
+
+
+@functools.lru_cache(maxsize=1)
+def _fetched_pipeline(ref: Any) -> Any:
+    return ref.take() if isinstance(ref, Snapshot) else ray.get(ref)
+
+
+def _is_reference(value: Any) -> bool:
+    return isinstance(value, Snapshot | ray.ObjectRef)
 
 
 def places(gpus: float) -> int:
@@ -108,16 +124,34 @@ def on_worker(
     CuvisDistError
         What the function raised, when it was one; else as :func:`raise_cause` says.
     """
-    args = tuple(portable(a) if isinstance(a, pl.LightningDataModule) else a for a in args)
-    remote: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries)(_call_on_worker)
-    with relayed(emit) as worker_emit, raise_cause(function.__name__.replace("_", " ").strip()):
-        threads = max(1, int(cpus))
+    remote: Any = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries)(call_function)
+    with relayed(emit) as worker_emit, raise_cause(in_words(function)):
+        threads, args = max(1, int(cpus)), travelling(args)
         return ray.get(remote.remote(function, args, worker_emit, threads, os.getcwd()))
 
 
-def _call_on_worker(
+def travelling(args: tuple) -> tuple:
+    """Return arguments whose data modules find their files wherever they arrive."""
+    return tuple(portable(a) if isinstance(a, pl.LightningDataModule) else a for a in args)
+
+
+def in_words(function: Callable[..., Any]) -> str:
+    """Return what a function does, for messages."""
+    return function.__name__.replace("_", " ").strip()
+
+
+def call_function(
     function: Callable[..., T], args: tuple, emit: EmitFn, threads: int, directory: str
 ) -> T:
+    """Run ``function(*args, emit=emit)`` in this process; the arguments are its own.
+
+    Parameters
+    ----------
+    threads : int
+        How many threads compute.
+    directory : str
+        The driver's working directory, against which relative paths are meant.
+    """
     prepare_worker(threads)
     if os.path.isdir(directory):
         os.chdir(directory)

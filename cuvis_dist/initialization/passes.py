@@ -18,11 +18,11 @@ from loguru import logger
 
 from cuvis_dist.archive import Archive, Shard
 from cuvis_dist.errors import CuvisDistError, DataError, one_line
-from cuvis_dist.execution.engine import RayEngine
 from cuvis_dist.execution.failures import raise_cause
 from cuvis_dist.execution.pool import Workers
 from cuvis_dist.execution.spread import Row, spread
 from cuvis_dist.execution.tally import Tally
+from cuvis_dist.execution.where import engine_for
 from cuvis_dist.initialization.kept import StoredPass
 from cuvis_dist.initialization.measuring import Partial
 from cuvis_dist.initialization.plan import Fit, Pass
@@ -189,7 +189,7 @@ def _rows(
     """Yield what the workers measured of each shard, as it comes."""
     with (
         raise_cause("the pass over the archive"),
-        RayEngine(Workers.measuring(scaling)) as engine,
+        engine_for(Workers.measuring(scaling)) as engine,
     ):
         order = engine.make_order(pipeline, archive, scaling.measuring.on_error == "skip")
         measure = MeasureShard(order, this_pass.by_key(), scaling)

@@ -20,11 +20,10 @@ from loguru import logger
 
 from cuvis_dist.archive import Archive
 from cuvis_dist.errors import CuvisDistError, InputError, LostWorkerError, one_line
-from cuvis_dist.execution.engine import RayEngine
 from cuvis_dist.execution.pool import Workers
-from cuvis_dist.execution.spread import spread
+from cuvis_dist.execution.spread import Engine, spread
 from cuvis_dist.execution.tally import Tally
-from cuvis_dist.execution.worker import on_worker
+from cuvis_dist.execution.where import engine_for, in_one_process
 from cuvis_dist.initialization.kept import StoredPass
 from cuvis_dist.initialization.measuring import compute_inputs
 from cuvis_dist.initialization.passes import PassRecord
@@ -89,7 +88,8 @@ def stream_pass(
         for failure in count(1):
             try:
                 # The fitting process mostly waits for the readers: it leaves them the CPUs.
-                return on_worker(_fit, *arguments, emit=emit, cpus=0)
+                workers = Workers.measuring(scaling)
+                return in_one_process(_fit, *arguments, emit=emit, workers=workers, cpus=0)
             except LostWorkerError as error:
                 if failure > scaling.resources.max_failures:
                     raise
@@ -128,7 +128,7 @@ def _fit(
     node = next(n for n in pipeline.nodes() if n.name == name)
     tally = Tally(len(archive), scaling.measuring.max_skipped)
 
-    def stream(engine: RayEngine) -> Iterator[dict[str, Any]]:
+    def stream(engine: Engine) -> Iterator[dict[str, Any]]:
         order = engine.make_order(pipeline, archive, scaling.measuring.on_error == "skip")
         gather = GatherShard(order, None if in_order else name)
         for row in spread(archive.shards(scaling.measuring.shard_frames), gather, engine):
@@ -140,7 +140,7 @@ def _fit(
                 yield compute_inputs(pipeline, node, data, frame) if in_order else data
 
     try:
-        with RayEngine(Workers.measuring(scaling)) as engine:
+        with engine_for(Workers.measuring(scaling)) as engine:
             node.statistical_initialization(stream(engine))
     except CuvisDistError:
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
@@ -19,7 +20,7 @@ from loguru import logger
 from cuvis_dist.archive import Archive, open_archive
 from cuvis_dist.errors import DataError
 from cuvis_dist.evaluation.steps import Evaluator
-from cuvis_dist.execution.session import connect, require_resources
+from cuvis_dist.execution.where import begin, settled, work_on
 from cuvis_dist.initialization.diagnosis import Finding, diagnose
 from cuvis_dist.initialization.kept import StoredPass, identify
 from cuvis_dist.initialization.passes import PassRecord, measure_pass
@@ -107,8 +108,9 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
             scaling.measuring.sample_fraction,
             scaling.measuring.sample_seed,
         )
-        connect(scaling)
-        require_resources(scaling, training=False)
+        work = partial(work_on, archive, self.pipeline, len(plan))
+        self.scaling = settled(scaling, "the fit of phase 1", work)
+        begin(self.scaling, training=False)
 
         outer_owner = self.pipeline.structure_frozen_by
         self.pipeline.freeze_structure("StatisticalTrainer.fit")

@@ -11,6 +11,7 @@ from loguru import logger
 
 from cuvis_dist.errors import InputError
 from cuvis_dist.evaluation.steps import Evaluator
+from cuvis_dist.execution.where import work_on_splits
 from cuvis_dist.runs.job import job
 from cuvis_dist.runs.record import EvaluateRecord
 from cuvis_dist.runs.trainrun import TrainRun
@@ -55,8 +56,9 @@ def evaluate_saved(
         if not nodes:
             raise InputError(f"the pipeline {pipeline.name} has no metric node: nothing to report")
         datamodule = trainrun.datamodule(scaling, fitting=False)
-        entered.connect(training=scaling.resources.train_gpus > 0)
-        evaluator = Evaluator(pipeline, datamodule, scaling, emit or log_event)
+        on_gpus = scaling.resources.train_gpus > 0
+        entered.connect(on_gpus, lambda: work_on_splits(datamodule, pipeline, {split: 1}))
+        evaluator = Evaluator(pipeline, datamodule, entered.scaling, emit or log_event)
         summary = evaluator.evaluate(ExecutionStage(split), nodes)
         logger.info(f"evaluated {summary.frames} frames of {split}")
         record.frames, record.metrics = summary.frames, {split: dict(summary.metrics)}

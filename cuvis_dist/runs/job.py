@@ -6,7 +6,7 @@ it what they do themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -15,7 +15,8 @@ from loguru import logger
 
 from cuvis_dist.errors import INTERRUPTED, CuvisDistError, one_line
 from cuvis_dist.execution.failures import out_of_space
-from cuvis_dist.execution.session import connect, require_resources, terminable
+from cuvis_dist.execution.session import terminable
+from cuvis_dist.execution.where import Work, begin, settled
 from cuvis_dist.runs.lock import only_run
 from cuvis_dist.runs.record import JobRecord, now
 from cuvis_dist.scaling import Scaling
@@ -46,24 +47,26 @@ class Job(Generic[R]):
         """Make this the last job of its output folder: an earlier ``result.json`` goes."""
         self.record.write()
 
-    def connect(self, training: bool | None) -> None:
-        """Join or start the Ray cluster, and say when it has not what the workers need.
+    def connect(self, training: bool | None, work: Callable[[], Work]) -> None:
+        """Choose where the work runs; join or start the Ray cluster unless all of it stays here.
 
         Parameters
         ----------
         training : bool or None
-            As :func:`~cuvis_dist.execution.session.require_resources` has it; None asks for
-            nothing yet.
+            As :func:`~cuvis_dist.execution.where.begin` has it.
+        work : callable
+            Returns how much there is to do, training apart.
 
         Raises
         ------
+        InputError
+            If the settings contradict each other.
         ClusterError
             If the cluster cannot be reached, or one that was started here is too small.
         """
+        self.scaling = settled(self.scaling, self.record.job, work)
         with terminable():  # Ray sets a handler of its own
-            connect(self.scaling, self.verbose)
-            if training is not None:
-                require_resources(self.scaling, training)
+            begin(self.scaling, training, self.verbose)
 
     def done(self) -> None:
         """Write down that the job ended well."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cuvis_dist.archive import open_archive
 from cuvis_dist.execution.tally import Tally
+from cuvis_dist.execution.where import work_on
 from cuvis_dist.hashing import hash_files, hash_settings
 from cuvis_dist.runs.job import Job, job
 from cuvis_dist.runs.record import ScoreRecord
@@ -132,6 +133,7 @@ class Scoring:
     def _compute(self, plan: ScorePlan, tally: Tally, entered: Job, on_frames: OnFrames) -> None:
         if not plan.todo:
             return
-        entered.connect(training=False)
-        announce(f"waiting for workers to score the first of {len(plan.todo)} frames")
-        compute_scores(self.trainrun.pipeline, plan, self.scaling, tally, on_frames)
+        pipeline, missing = self.trainrun.pipeline, plan.archive.only(plan.todo)
+        entered.connect(training=False, work=lambda: work_on(missing, pipeline))
+        announce(f"scoring the first of {len(plan.todo)} frames")
+        compute_scores(pipeline, plan, entered.scaling, tally, on_frames)

@@ -6,6 +6,7 @@ Everything around them is upstream's; only the two trainers are ours.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -15,8 +16,9 @@ from loguru import logger
 
 from cuvis_dist.errors import DataError
 from cuvis_dist.evaluation.steps import Evaluator, failed_split
+from cuvis_dist.execution.where import Work, work_on_splits
 from cuvis_dist.hashing import hash_files
-from cuvis_dist.initialization.plan import statistical_nodes
+from cuvis_dist.initialization.plan import make_plan, statistical_nodes
 from cuvis_dist.initialization.trainer import StatisticalTrainer
 from cuvis_dist.nodes.state import adopt_all, hash_state
 from cuvis_dist.nodes.survey import outline
@@ -113,6 +115,15 @@ def _depends_on(
     return parts
 
 
+def work_of(trainrun: TrainRun, datamodule: pl.LightningDataModule, scaling: Scaling) -> Work:
+    """Return how much a trainrun has to do, training apart: the passes, val twice and test."""
+    passes = 0
+    if trainrun.weights is None:
+        passes = len(make_plan(trainrun.pipeline, scaling.measuring.fold))
+    times = ({"train": passes} if passes else {}) | {"val": 2, "test": 1}
+    return work_on_splits(datamodule, trainrun.pipeline, times)
+
+
 @dataclass(frozen=True)
 class _Phases:
     """What is left to do of a trainrun, from the first phase to the saved pipeline."""
@@ -131,7 +142,8 @@ class _Phases:
         trainrun, record = self.trainrun, self._record
         pipeline, trains = trainrun.pipeline, trainrun.config.training is not None
         with record.timed("start"):
-            self.job.connect(training=True if trains else None)
+            work = partial(work_of, trainrun, self.datamodule, self.job.scaling)
+            self.job.connect(True if trains else None, work)
 
         if earlier := self.resume.load_initialized():
             logger.warning(

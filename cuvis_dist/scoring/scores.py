@@ -13,17 +13,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import ray
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from loguru import logger
 
 from cuvis_dist.errors import DataError
-from cuvis_dist.execution.engine import RayEngine
 from cuvis_dist.execution.failures import raise_cause
 from cuvis_dist.execution.pool import Workers
 from cuvis_dist.execution.spread import spread
 from cuvis_dist.execution.tally import Tally
-from cuvis_dist.execution.worker import on_worker
+from cuvis_dist.execution.where import engine_for, in_one_process
 from cuvis_dist.nodes.state import StatefulNodesError
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.scoring.frames import ScoreShard, only_for, score_in_order, tracking
@@ -42,10 +40,10 @@ def compute_scores(
     workers, skip = Workers.measuring(scaling), scaling.measuring.on_error == "skip"
     if reason is None:
         some = plan.archive.only(plan.todo)
-        files = ray.put([plan.files[i] for i in plan.todo])
         try:
-            with raise_cause("scoring"), RayEngine(workers) as engine:
+            with raise_cause("scoring"), engine_for(workers) as engine:
                 order = engine.make_order(pipeline, some, skip)
+                files = engine.keep([plan.files[i] for i in plan.todo])
                 score = ScoreShard(order, files, plan.folder, plan.outputs)
                 for row in spread(some.shards(scaling.measuring.shard_frames), score, engine):
                     tally.add(row)
@@ -57,23 +55,22 @@ def compute_scores(
         f"{reason} changes with every frame: all frames are computed in order, in one process"
     )
     todo = set(plan.todo)
-    files = ray.put([file if i in todo else "" for i, file in enumerate(plan.files)])
+    engine = engine_for(workers)
+    files = engine.keep([file if i in todo else "" for i, file in enumerate(plan.files)])
     # The state of one process goes from frame to frame: no other node is asked.
-    order = RayEngine(workers).make_order(pipeline, plan.archive, skip)
-    order = replace(order, elsewhere=False)
+    order = replace(engine.make_order(pipeline, plan.archive, skip), elsewhere=False)
     tally.clear()
 
     def deliver(done: Any) -> None:
         on_frames(done, len(plan.archive))
 
-    row = on_worker(
+    row = in_one_process(
         score_in_order,
         ScoreShard(order, files, plan.folder, plan.outputs, carries_state=True),
         len(plan.archive),
         scaling.measuring.max_skipped,
         emit=deliver,
-        cpus=scaling.resources.cpus_per_worker,
-        gpus=scaling.measuring.gpus,
+        workers=workers,
         retries=scaling.resources.max_failures,
     )
     tally.add(row)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import pytorch_lightning as pl
 from cuvis_ai_core.node.node import Node
@@ -16,6 +16,7 @@ from pytorch_lightning import Callback
 from cuvis_dist.nodes.survey import NodePlan
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.storage import OutputFolder
+from cuvis_dist.training.watch import Beat
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,19 @@ class TrainerParts:
     callbacks: list[Callback]
 
 
+class WatchOver(Protocol):
+    """How a rank reaches the :class:`~cuvis_dist.training.watch.Watch` over its group."""
+
+    def begin(self, group: str, world_size: int) -> None:
+        """Note that a group of so many ranks has begun."""
+
+    def beat(self, beat: Beat) -> str | None:
+        """Take a rank's beat; return who is stuck, in words, or None."""
+
+    def end(self) -> None:
+        """End this rank, whose main thread may be in a call that does not return."""
+
+
 @dataclass(frozen=True)
 class Driver:
     """How a rank reaches the driver, and what it must know of its process.
@@ -55,8 +69,8 @@ class Driver:
     ----------
     emit : callable
         It takes events of training to the driver.
-    watch : actor handle
-        A :class:`~cuvis_dist.training.watch.Watch`.
+    watch : WatchOver
+        It notices ranks that are stuck.
     directory : str
         The driver's working directory, against which relative paths are meant.
     """
@@ -82,8 +96,6 @@ class Assignment:
         Where checkpoints and logs belong.
     scaling : Scaling
         The settings of the run.
-    driver : Driver
-        The process that gave the assignment.
     """
 
     verb: str
@@ -91,12 +103,36 @@ class Assignment:
     parts: TrainerParts
     output: OutputFolder
     scaling: Scaling
-    driver: Driver
 
     @property
     def on_gpu(self) -> bool:
         """Whether each rank has a GPU, or a part of one."""
         return self.scaling.resources.train_gpus > 0
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Which rank a process is, and what whoever started it knows about its group.
+
+    Attributes
+    ----------
+    rank, world_size : int
+        Which one it is, of how many.
+    run, group : str
+        Names that this training, and this group of ranks, has and no other; where ranks come or
+        go, another group carries on with the training.
+    driver : Driver
+        The process that gave the assignment.
+    lightning : dict
+        Keywords of ``pl.Trainer`` by which ranks find each other.
+    """
+
+    rank: int
+    world_size: int
+    run: str
+    group: str
+    driver: Driver
+    lightning: dict[str, Any]
 
 
 @dataclass(frozen=True)

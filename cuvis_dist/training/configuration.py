@@ -97,7 +97,7 @@ def say_devices(config: TrainingConfig, scaling: Scaling) -> None:
 
     The setting speaks of the processes that upstream would start, mostly one.
     """
-    workers = scaling.resources.train_workers
+    workers = max(1, scaling.resources.train_workers)
     if config.devices in (None, "auto", -1, "-1") or str(config.devices) == str(workers):
         return
     logger.log(
@@ -134,7 +134,7 @@ def _save_on_exception(config: TrainingConfig, scaling: Scaling) -> str | None:
     if (
         checkpoint is None
         or not checkpoint.save_on_exception
-        or scaling.resources.train_workers == 1
+        or scaling.resources.train_workers <= 1
     ):
         return None
     return (

@@ -1,42 +1,77 @@
-"""How does a group of ranks start, and what ends it?"""
+"""How does a group of ranks start on a Ray cluster, and what ends it?"""
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
+import ray.train
+import torch
+from cuvis_ai_core.training.post_fit import EmitFn
 from loguru import logger
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from cuvis_dist.errors import ClusterError, CuvisDistError
-from cuvis_dist.execution.session import beside_driver
+from cuvis_dist.execution.events import relayed
+from cuvis_dist.execution.failures import raise_cause
+from cuvis_dist.execution.session import beside_driver, connect, require_resources
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.storage import OutputFolder, temporary_folder
-from cuvis_dist.training.assignment import Assignment, Outcome
+from cuvis_dist.training.assignment import Assignment, Driver, Outcome, Seat
+from cuvis_dist.training.distributed import lightning_keywords
 from cuvis_dist.training.rank import run_rank
-from cuvis_dist.training.watch import Watch
+from cuvis_dist.training.watch import Beat, Watch
+from cuvis_dist.waiting import announce
 
 
-def run_group(assignment: Assignment, storage: Path) -> Outcome | None:
+def train_on_workers(assignment: Assignment, what: str, emit: EmitFn) -> Outcome:
     """Let a group of workers carry out an assignment; return what rank 0 brings back.
 
     Parameters
     ----------
     assignment : Assignment
         What each of them is to do.
-    storage : Path
-        A folder for Ray Train: see :func:`folder_for_ray`.
+    what : str
+        The same in words, for messages.
+    emit : callable
+        Where the events of rank 0 go.
+
+    Raises
+    ------
+    ClusterError
+        If the cluster cannot offer what they need, or a rank was stuck.
+    CuvisDistError
+        As :func:`~cuvis_dist.execution.failures.raise_cause` says.
     """
+    connect(assignment.scaling)
+    require_resources(assignment.scaling)
+    announce(f"waiting for {workers_in_words(assignment.scaling)} to begin {what}")
+    with (
+        folder_for_ray(assignment.output) as storage,
+        relayed(emit) as remote_emit,
+        watched(what, assignment.scaling.resources.stall_seconds) as watch,
+        raise_cause(what),
+    ):
+        driver = Driver(remote_emit, _RemoteWatch(watch), os.getcwd())
+        outcome = _run_group(assignment, driver, storage)
+    if outcome is None:
+        raise ClusterError(f"the workers ended {assignment.verb} without a result")
+    return outcome
+
+
+def _run_group(assignment: Assignment, driver: Driver, storage: Path) -> Outcome | None:
     gpus = assignment.scaling.resources.train_gpus
     result: Any = TorchTrainer(
-        run_rank,  # type: ignore[arg-type]
-        train_loop_config={"assignment": ray.put(assignment)},
+        _begin_rank,  # type: ignore[arg-type]
+        train_loop_config={"assignment": ray.put(assignment), "driver": driver},
         # nccl refuses two processes on one GPU
         torch_config=TorchConfig("nccl" if gpus >= 1 else "gloo"),
         scaling_config=_scaling_config(assignment.scaling),
@@ -47,6 +82,39 @@ def run_group(assignment: Assignment, storage: Path) -> Outcome | None:
         ),
     ).fit()
     return result.return_value
+
+
+def _begin_rank(config: dict[str, Any]) -> Outcome | None:
+    """Carry out an assignment in a worker that Ray Train has started."""
+    context = ray.train.get_context()
+    group = [uuid.uuid4().hex]
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(group)
+    seat = Seat(
+        context.get_world_rank(),
+        context.get_world_size(),
+        context.get_experiment_name(),
+        group[0],
+        config["driver"],
+        lightning_keywords(),
+    )
+    return run_rank(ray.get(config["assignment"]), seat)
+
+
+class _RemoteWatch:
+    """The watch of a group of ranks, which is an actor."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def begin(self, group: str, world_size: int) -> None:
+        ray.get(self._actor.begin.remote(group, world_size))
+
+    def beat(self, beat: Beat) -> str | None:
+        return ray.get(self._actor.beat.remote(beat))
+
+    def end(self) -> None:
+        os._exit(1)
 
 
 def _scaling_config(scaling: Scaling) -> ScalingConfig:

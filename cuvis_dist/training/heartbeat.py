@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import ray
 from loguru import logger
 from pytorch_lightning.profilers import PassThroughProfiler
 
@@ -22,13 +21,13 @@ class Heartbeat(PassThroughProfiler):
 
     A rank on a GPU that waits for others spins: what it uses then is no sign of life.
 
-    A verdict ends the process: its main thread is in a call that cannot be interrupted. The
+    A verdict ends the rank, as :meth:`~cuvis_dist.training.assignment.WatchOver.end` does. The
     driver asks the watch for the reason.
 
     Parameters
     ----------
-    watch : actor handle
-        A :class:`~cuvis_dist.training.watch.Watch`.
+    watch : WatchOver
+        It takes the beats.
     rank : int
         The rank whose beats these are.
     group : str
@@ -76,7 +75,7 @@ class Heartbeat(PassThroughProfiler):
 
     def __exit__(self, *exc_info: object) -> None:
         self._ended.set()
-        ray.get(self._watch.beat.remote(Beat(self._rank, "", self._steps, 0, 0, self._group)))
+        self._watch.beat(Beat(self._rank, "", self._steps, 0, 0, self._group))
 
     def beat(self) -> Beat:
         """Return what the rank does now, and what it has used so far."""
@@ -88,12 +87,13 @@ class Heartbeat(PassThroughProfiler):
     def _send(self) -> None:
         while not self._ended.wait(self._interval):
             try:
-                verdict = ray.get(self._watch.beat.remote(self.beat()))
-            except ray.exceptions.RayError as error:
+                verdict = self._watch.beat(self.beat())
+            except Exception as error:
                 logger.debug(f"the watch was lost: {error}")
                 return
             if verdict and not self._ended.is_set():
-                os._exit(1)
+                self._watch.end()
+                return
 
 
 def _used() -> tuple[float, int]:

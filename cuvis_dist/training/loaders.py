@@ -11,14 +11,13 @@ from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
-import ray.train
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from cuvis_dist.archive import NamedFrames, open_split
 from cuvis_dist.errors import InputError
 from cuvis_dist.training.agreement import Head
-from cuvis_dist.training.assignment import Assignment
+from cuvis_dist.training.assignment import Assignment, Seat
 from cuvis_dist.training.dealing import (
     Batches,
     DealtBatches,
@@ -39,6 +38,8 @@ class DealtDataModule(pl.LightningDataModule):
     ----------
     assignment : Assignment
         It has the data module, and says how frames are read and kept.
+    seat : Seat
+        Which rank this is.
     heartbeat : Heartbeat
         It tells the watch when readers are waited for.
 
@@ -55,13 +56,12 @@ class DealtDataModule(pl.LightningDataModule):
         :class:`~cuvis_dist.training.dealing.DealtBatches`.
     """
 
-    def __init__(self, assignment: Assignment, heartbeat: Heartbeat) -> None:
+    def __init__(self, assignment: Assignment, seat: Seat, heartbeat: Heartbeat) -> None:
         super().__init__()
         self.module, self.heartbeat = assignment.parts.datamodule, heartbeat
         self.config, self.scaling = assignment.parts.config, assignment.scaling
-        context = ray.train.get_context()
-        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self._run = context.get_experiment_name()
+        self.rank, self.world_size = seat.rank, seat.world_size
+        self._run = seat.run
         self._caches: dict[str, FrameCache] = {}
         self.notes: list[str] = []
         self.in_order: set[str] = set()

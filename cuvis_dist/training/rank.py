@@ -8,16 +8,11 @@ batch (:mod:`~cuvis_dist.training.loaders`), and tells the driver how it goes
 from __future__ import annotations
 
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
-import ray
-import ray.train
-import torch
 from cuvis_ai_core.training.post_fit import CheckpointRestored
 from lightning_fabric.utilities import move_data_to_device
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -25,7 +20,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from cuvis_dist.execution.worker import prepare_worker
 from cuvis_dist.nodes.sinks import close_sinks, silence_sinks
 from cuvis_dist.storage import Mirror, OutputFolder, mirror_of, writing_to
-from cuvis_dist.training.assignment import Assignment, Outcome
+from cuvis_dist.training.assignment import Assignment, Outcome, Seat
 from cuvis_dist.training.checkpoint import LAST, LastEpoch
 from cuvis_dist.training.heartbeat import Heartbeat
 from cuvis_dist.training.lightning import RankConfig
@@ -35,30 +30,22 @@ from cuvis_dist.training.reporting import EpochEvents
 from cuvis_dist.training.watch import STORING
 
 
-def run_rank(config: dict[str, Any]) -> Outcome | None:
-    """Carry out an assignment as one of the ranks; rank 0 returns the outcome.
-
-    Parameters
-    ----------
-    config : dict
-        ``assignment`` is a reference to an :class:`~cuvis_dist.training.assignment.Assignment`.
-    """
-    assignment: Assignment = ray.get(config["assignment"])
-    resources, driver = assignment.scaling.resources, assignment.driver
+def run_rank(assignment: Assignment, seat: Seat) -> Outcome | None:
+    """Carry out an assignment as one of the ranks; rank 0 returns the outcome."""
+    resources, driver = assignment.scaling.resources, seat.driver
     prepare_worker(int(resources.cpus_per_worker))
     if os.path.isdir(driver.directory):
         os.chdir(driver.directory)
-    context = ray.train.get_context()
-    group, rank = _agreed_name(), context.get_world_rank()
-    ray.get(driver.watch.begin.remote(group, context.get_world_size()))
-    heartbeat = Heartbeat(driver.watch, rank, group, resources.stall_seconds, assignment.on_gpu)
+    watch = driver.watch
+    watch.begin(seat.group, seat.world_size)
+    heartbeat = Heartbeat(watch, seat.rank, seat.group, resources.stall_seconds, assignment.on_gpu)
     output = assignment.output
     if assignment.verb == "fit":  # an earlier group may have left it, of more or fewer ranks
         last = str(output.at(LAST)) if output.exists(LAST) else None
         assignment = replace(assignment, checkpoint=last)
     storing = partial(heartbeat.doing, STORING)
     with mirror_of(output, storing) as mirror, writing_to(mirror.root):
-        return _Rank(assignment, rank, heartbeat, mirror).carry_out()
+        return _Rank(assignment, seat, heartbeat, mirror).carry_out()
 
 
 class _Rank:
@@ -68,7 +55,7 @@ class _Rank:
     ----------
     assignment : Assignment
         What it is to do.
-    rank : int
+    seat : Seat
         Which one it is.
     heartbeat : Heartbeat
         It tells the watch what the rank is doing.
@@ -77,10 +64,10 @@ class _Rank:
     """
 
     def __init__(
-        self, assignment: Assignment, rank: int, heartbeat: Heartbeat, mirror: Mirror
+        self, assignment: Assignment, seat: Seat, heartbeat: Heartbeat, mirror: Mirror
     ) -> None:
-        self.assignment, self.parts = assignment, assignment.parts
-        self.is_first = rank == 0
+        self.assignment, self.parts, self.seat = assignment, assignment.parts, seat
+        self.is_first = seat.rank == 0
         self.heartbeat, self.mirror = heartbeat, mirror
 
     def carry_out(self) -> Outcome | None:
@@ -106,11 +93,11 @@ class _Rank:
             last = LastEpoch(self.mirror, self.parts.pipeline, resume_from)
         return RankTrainer(
             self.parts,
-            DealtDataModule(assignment, self.heartbeat),
-            RankConfig.of(self.parts.config, assignment.on_gpu, root, self.heartbeat),
+            DealtDataModule(assignment, self.seat, self.heartbeat),
+            RankConfig.of(self.parts.config, self.seat, assignment.on_gpu, root, self.heartbeat),
             self.heartbeat,
             last=last,
-            events=EpochEvents(assignment.driver.emit) if self.is_first else None,
+            events=EpochEvents(self.seat.driver.emit) if self.is_first else None,
         )
 
     def _outcome(self, module: RankTrainer, metrics: Sequence[Mapping[str, float]]) -> Outcome:
@@ -168,11 +155,3 @@ class _Rank:
         if self.is_first and assignment.verb == "fit":
             for folder in sorted(filter(None, map(output.name_of, folders))):
                 mirror.pull_folder(folder, ".ckpt")
-
-
-def _agreed_name() -> str:
-    """Return a name that this group of ranks has for itself, and no other group."""
-    name = [uuid.uuid4().hex]
-    if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(name)
-    return name[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -24,22 +23,19 @@ from cuvis_ai_core.training.post_fit import (
 from loguru import logger
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from cuvis_dist.errors import ClusterError, InputError, LostWorkerError
+from cuvis_dist.errors import InputError, LostWorkerError
 from cuvis_dist.evaluation.steps import AfterFit, Evaluator
-from cuvis_dist.execution.events import relayed
-from cuvis_dist.execution.failures import raise_cause
-from cuvis_dist.execution.session import connect, require_resources
+from cuvis_dist.execution.where import trains_here
 from cuvis_dist.nodes.state import adopt_all
 from cuvis_dist.nodes.survey import outline
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.staging import portable
 from cuvis_dist.storage import Location, OutputFolder, is_uri, location_of, mirror_of
 from cuvis_dist.training.agreement import described, in_words
-from cuvis_dist.training.assignment import Assignment, Driver, Outcome, TrainerParts
+from cuvis_dist.training.alone import train_here
+from cuvis_dist.training.assignment import Assignment, Outcome, TrainerParts
 from cuvis_dist.training.checkpoint import LAST, finished_epochs
 from cuvis_dist.training.configuration import check_training, say_devices
-from cuvis_dist.training.group import folder_for_ray, run_group, watched, workers_in_words
-from cuvis_dist.waiting import announce
 
 
 class GradientTrainer(UpstreamGradientTrainer):
@@ -196,23 +192,16 @@ class GradientTrainer(UpstreamGradientTrainer):
         raise AssertionError
 
     def _run(self, verb: str, checkpoint: str | None = None) -> Outcome:
-        """Start the workers, let them carry out ``verb``, and take over the nodes' state."""
-        connect(self.scaling)
-        require_resources(self.scaling)
+        """Let workers, or this process, carry out ``verb``, and take over the nodes' state."""
         what = "training" if verb == "fit" else verb
-        announce(f"waiting for {workers_in_words(self.scaling)} to begin {what}")
         parts = self._parts()
-        with (
-            folder_for_ray(self.output) as storage,
-            relayed(self.emit) as emit,
-            watched(what, self.scaling.resources.stall_seconds) as watch,
-            raise_cause(what),
-        ):
-            driver = Driver(emit, watch, os.getcwd())
-            assignment = Assignment(verb, checkpoint, parts, self.output, self.scaling, driver)
-            outcome = run_group(assignment, storage)
-        if outcome is None:
-            raise ClusterError(f"the workers ended {verb} without a result")
+        assignment = Assignment(verb, checkpoint, parts, self.output, self.scaling)
+        if trains_here(self.scaling):
+            outcome = train_here(assignment, what, self.emit)
+        else:  # what it needs of Ray takes seconds to import
+            from cuvis_dist.training.group import train_on_workers
+
+            outcome = train_on_workers(assignment, what, self.emit)
         for note in outcome.notes:
             logger.warning(note)
         for line in described(outcome.plans):

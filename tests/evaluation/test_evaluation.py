@@ -73,7 +73,7 @@ def test_any_number_of_workers_gives_what_one_process_does(tmp_path):
     assert expected.metrics["exact/batch_idx"] == 1, "batches 0, 1 and 2"
 
     results = []
-    for workers in (1, 2, 3, None):
+    for workers in (0, 1, 2, 3, None):
         folder = tmp_path / str(workers)
         folder.mkdir()
         result = on_workers(copy.deepcopy(pipeline), LabelledModule(folder), workers)
@@ -246,8 +246,9 @@ def what(events):
 
 @pytest.mark.kernels
 @pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("workers", [0, 3])
 @pytest.mark.parametrize("normalized", [False, True])
-def test_post_fit_is_upstreams(tmp_path, normalized):
+def test_post_fit_is_upstreams(tmp_path, normalized, workers):
     """Thresholds, metrics with them, statuses, events in order; also behind a running node."""
     (tmp_path / "theirs").mkdir()
     theirs = running() if normalized else scoring_pipeline()
@@ -256,7 +257,7 @@ def test_post_fit_is_upstreams(tmp_path, normalized):
         theirs, LabelledModule(tmp_path / "theirs"), restore=False
     )
     assert expected.calibration.calibrated
-    result, events = calibrated(ours, LabelledModule(tmp_path), 3)
+    result, events = calibrated(ours, LabelledModule(tmp_path), workers)
 
     assert result.calibration == expected.calibration
     assert what(events) == what(expected_events)
@@ -274,12 +275,13 @@ def test_post_fit_is_upstreams(tmp_path, normalized):
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_post_fit_records_what_fails_and_goes_on(tmp_path):
+@pytest.mark.parametrize("workers", [0, 2])
+def test_post_fit_records_what_fails_and_goes_on(tmp_path, workers):
     module = LabelledModule(tmp_path)
     module.val_ds = copy.copy(module.val_ds)
     module.val_ds.damaged = 3
     module.test_dataloader = lambda: LabelledModule(tmp_path).val_dataloader()
-    result, events = calibrated(scoring_pipeline(), module)
+    result, events = calibrated(scoring_pipeline(), module, workers)
     assert not result.calibration.calibrated
     assert "field.cu3s#3 (frames/3.npz)" in result.calibration.phase_detail
     assert result.evaluations["val"].status is EvaluationStatus.FAILED

@@ -9,33 +9,36 @@ from shards import WRONG, Dying, Failing, Frames, shards_of
 
 from cuvis_dist.archive import open_archive
 from cuvis_dist.errors import CuvisDistError, InputError, LostWorkerError
-from cuvis_dist.execution.engine import RayEngine
 from cuvis_dist.execution.failures import raise_cause
 from cuvis_dist.execution.pool import Workers
-from cuvis_dist.execution.spread import Order, compute_shard, spread
+from cuvis_dist.execution.spread import Engine, Order, compute_shard, spread
+from cuvis_dist.execution.where import engine_for
 from cuvis_dist.initialization.shards import GatherShard
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-def engine(most: int | None = 2, failures: int = 3) -> RayEngine:
-    return RayEngine(Workers(cpus=1, gpus=0, most=most, failures=failures))
+def engine(most: int | None = 2, failures: int = 3) -> Engine:
+    """Return an engine with so many workers; 0 computes in this process."""
+    return engine_for(Workers(cpus=1, gpus=0, most=most, failures=failures))
 
 
 @pytest.mark.parametrize("ordered", [True, False])
-@pytest.mark.parametrize("most", [1, 2, None])
+@pytest.mark.parametrize("most", [0, 1, 2, None])
 @pytest.mark.parametrize("staged", [None, "s3://bucket/recording.cu3s"])
 def test_every_row_comes_once(ordered, most, staged):
     rows = list(spread(shards_of(17, staged), Frames(ordered), engine(most)))
     got = [row.payload for row in rows]
     expected = [(ordinal, half) for ordinal in range(17) for half in (0, 1)]
     assert (got if ordered else sorted(got)) == expected
-    assert all(row.node and row.peak and not row.again for row in rows)
+    assert all(bool(row.node) == (most != 0) for row in rows)
+    assert all(row.peak and not row.again for row in rows)
 
 
-def test_who_stops_listening_gets_every_row_the_next_time():
+@pytest.mark.parametrize("most", [0, 2])
+def test_who_stops_listening_gets_every_row_the_next_time(most):
     """Tasks that nobody waits for any more disturb no later ones."""
-    one = engine()
+    one = engine(most)
     for listened in range(12):
         rows = spread(shards_of(12), Frames(ordered=False, seconds=0.002), one)
         for _ in range(listened):
@@ -44,6 +47,7 @@ def test_who_stops_listening_gets_every_row_the_next_time():
         assert len(list(spread(shards_of(12), Frames(True, 0.002), one))) == 24
 
 
+@pytest.mark.parametrize("most", [0, 2])
 @pytest.mark.parametrize(
     ("error", "raised", "text"),
     [
@@ -51,8 +55,8 @@ def test_who_stops_listening_gets_every_row_the_next_time():
         (KeyError("mine"), CuvisDistError, r"^a worker failed: KeyError: 'mine'$"),
     ],
 )
-def test_an_error_ends_the_rows_and_takes_back_those_of_its_shard(error, raised, text):
-    rows = spread(shards_of(5), Failing(error, at=3), engine())
+def test_an_error_ends_the_rows_and_takes_back_those_of_its_shard(error, raised, text, most):
+    rows = spread(shards_of(5), Failing(error, at=3), engine(most))
     assert [next(rows).ordinal for _ in range(3)] == [0, 1, 2]
     with pytest.raises(raised, match=text):
         next(rows)
@@ -74,10 +78,11 @@ def test_and_no_more_often(tmp_path, failures):
     assert len(list(tmp_path.iterdir())) == failures + 1
 
 
-def test_a_function_needs_no_engine(tmp_path):
+@pytest.mark.parametrize("most", [0, 2])
+def test_a_function_needs_no_engine(tmp_path, most):
     """Given the archive itself it computes the same rows in this process."""
     pipeline, archive = CuvisPipeline("empty"), open_archive(FragileModule(tmp_path), "train")
-    one = engine()
+    one = engine(most)
     there = list(
         spread(archive.shards(5), GatherShard(one.make_order(pipeline, archive), None), one)
     )

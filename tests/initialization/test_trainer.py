@@ -95,7 +95,7 @@ def test_folding_reads_twice_and_changes_rounding_alone(demo_trainrun):
 def test_same_bits_for_any_number_of_workers(demo_trainrun, fold):
     """Also where they share the three CPUs, and where one has them all, and so three threads."""
     hashes = set()
-    for workers, cpus in ((1, 1), (2, 1), (3, 1), (5, 0.5), (1, 3)):
+    for workers, cpus in ((0, 1), (1, 1), (2, 1), (3, 1), (5, 0.5), (1, 3), (0, 3)):
         trainrun = load_trainrun(demo_trainrun)
         fit(trainrun, workers=workers, cpus_per_worker=cpus, shard_frames=1, fold=fold)
         hashes.add(buffers_sha256(trainrun.pipeline))

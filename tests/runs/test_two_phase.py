@@ -369,7 +369,7 @@ def test_bad_scaling(capsys, tmp_path, demo_trainrun):
     assert str(scaling) in err
     assert "resources.speed is unknown" in err
     assert "measuring.shard_frames" in err
-    assert main(["run", str(demo_trainrun), "--workers", "0"]) == 2
+    assert main(["run", str(demo_trainrun), "--workers", "-1"]) == 2
     assert "workers" in capsys.readouterr().err
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
-from archives import assert_same_state
+from archives import assert_same_state, buffers_sha256
+from cuvis_ai_core.training.post_fit import TrainHook
 from faults import OwnFrames, TroubledModule
 from gradients import initialized, train, train_upstream
 from readings import counted
@@ -59,6 +62,38 @@ def test_a_stuck_worker_is_named(demo_trainrun, tmp_path):
         train(trainrun, 2, module, {"stall_seconds": 4})
     assert "meanwhile: rank 0" in str(error.value)
     assert (tmp_path / "happened").exists()
+
+
+def test_this_process_is_named_and_interrupted_where_it_is_stuck(demo_trainrun, tmp_path):
+    trainrun = initialized(demo_trainrun, tmp_path, *OVERRIDES)
+    module = TroubledModule(trainrun.datamodule(), tmp_path, "sleep", at=5)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(ClusterError, match=r"training was ended: stuck for 4 s.*: rank 0 reading"):
+        train(trainrun, 0, module, {"stall_seconds": 4})
+    assert (tmp_path / "happened").exists()
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+@pytest.mark.parametrize("later", [0, 1])
+def test_this_process_is_interrupted_and_goes_on(demo_trainrun, tmp_path, later):
+    """What it leaves is what a worker leaves, and the other way round."""
+    expected = initialized(demo_trainrun, tmp_path / "one", *OVERRIDES)
+    train(expected, 0)
+
+    trainrun = initialized(demo_trainrun, tmp_path / "two", *OVERRIDES)
+
+    def interrupt(event):
+        if event.hook is TrainHook.EPOCH_END and event.epochs.current == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(trainrun, 0, emit=interrupt)
+    again = initialized(demo_trainrun, tmp_path / "two", *OVERRIDES)
+    epochs = []
+    train(again, later, resume=True, emit=epochs.append)
+    ended = [e.epochs.current for e in epochs if e.hook is TrainHook.EPOCH_END]
+    assert ended[0] in (2, 3), "epochs that were over were trained again"
+    assert buffers_sha256(again.pipeline) == buffers_sha256(expected.pipeline)
 
 
 @pytest.mark.long

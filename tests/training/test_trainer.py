@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from archives import assert_same_state, edit
+from archives import assert_same_state, buffers_sha256, edit
 from cuvis_ai_core.training.evaluation import evaluate_split
 from cuvis_ai_core.training.post_fit import TrainHook
 from cuvis_ai_schemas.enums import ExecutionStage
@@ -18,6 +18,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cuvis_dist.errors import ClusterError, DataError
+from cuvis_dist.nodes.probing import random_states
 
 pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.slow]
 
@@ -85,9 +86,9 @@ def assert_same_values(trainer, expected):
 
 
 #: How frames are read makes no difference.
-READING = {1: {"cache": "disk", "read_ahead": 2}, 2: {}, 3: {"cache": "memory"}}
+READING = {0: {}, 1: {"cache": "disk", "read_ahead": 2}, 2: {}, 3: {"cache": "memory"}}
 #: In every test run; the others are marked long (two workers are in many tests below).
-ALWAYS = {(3, "adamw", "uneven")}
+ALWAYS = {(0, "adamw", "uneven"), (3, "adamw", "uneven")}
 
 
 @pytest.mark.parametrize(
@@ -137,6 +138,33 @@ def test_equals_one_process_of_upstream(
         (row,) = trainer.test()
         for name, value in summary.metrics.items():
             assert row[name] == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.kernels
+def test_same_bits_in_this_process_and_on_one_worker(demo_trainrun, tmp_path):
+    """Also of what callbacks could monitor, and of the metrics after the fit."""
+    found = []
+    for workers in (0, 1):
+        trainrun = initialized(demo_trainrun, tmp_path / str(workers), "data.batch_size=3")
+        before, events = state(trainrun), []
+        generators = random_states()
+        trainer = train(trainrun, workers, emit=events.append, scaling={"workers": workers})
+        assert random_states() == generators, "the driver's random numbers are others now"
+        assert_frozen_as_before(trainrun, before)
+        evaluations = trainer.outcome.evaluations
+        found.append(
+            (
+                buffers_sha256(trainrun.pipeline),
+                trainer.callbacks[0].values,
+                {split: outcome.metrics for split, outcome in evaluations.items()},
+                [(e.hook, e.epochs, e.split) for e in events if e.hook is not PROGRESS],
+            )
+        )
+    assert found[0] == found[1]
+
+
+#: Sent a few times a second.
+PROGRESS = TrainHook.TRAIN_PROGRESS
 
 
 SETTINGS = {
@@ -268,12 +296,12 @@ def test_monitors_write_on_rank_zero_alone(demo, tmp_path):
     assert evaluation["val/iou"] == evaluation["test/iou"] == [steps + 1] * 2
 
 
-@pytest.mark.long
-def test_a_frame_that_cannot_be_read_is_named(demo, tmp_path):
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.long)])
+def test_a_frame_that_cannot_be_read_is_named(demo, tmp_path, workers):
     trainrun = initialized(demo, tmp_path)
     (demo.parent / "archive" / "recording_01_001.npz").write_bytes(b"not an npz")
     with pytest.raises(DataError, match=r"recording_01\.cu3s#1 .*recording_01_001\.npz"):
-        train(trainrun, 1)
+        train(trainrun, workers)
 
 
 def test_more_workers_than_the_cluster_has_are_refused(demo_trainrun, tmp_path):

@@ -1,0 +1,121 @@
+"""Small work stays in the driver's process; whoever asks for workers gets them."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from faults import FragileModule
+from settings import scaling_of
+
+from cuvis_dist.archive import Archive, open_archive
+from cuvis_dist.errors import DataError, InputError
+from cuvis_dist.execution import where
+from cuvis_dist.execution.where import START_SECONDS, Work, choose, trains_here, work_on
+from cuvis_dist.scaling import Scaling
+
+LITTLE, MUCH = Work(11, 90 * 130 * 61), Work(100_000, 512 * 512 * 61)
+
+
+@pytest.fixture(autouse=True)
+def no_session(monkeypatch):
+    """Let Ray sessions of other tests be none of this process."""
+    monkeypatch.delitem(where.sys.modules, "ray", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+
+
+def places(scaling: Scaling, work: Work = LITTLE) -> tuple[bool, bool]:
+    """Whether the work stays here, and whether training does."""
+    chosen = choose(scaling, lambda: work).scaling
+    assert trains_here(chosen) == (chosen.resources.train_workers == 0)
+    return chosen.resources.workers == 0, trains_here(chosen)
+
+
+@pytest.mark.parametrize(
+    ("settings", "here"),
+    [
+        ({}, (True, True)),
+        ({"cpus_per_worker": 2, "shard_frames": 1}, (True, True)),
+        ({"workers": 1}, (False, True)),
+        ({"train_workers": 1}, (True, False)),
+        ({"workers": 0, "train_workers": 0}, (True, True)),
+        ({"min_train_workers": 1}, (True, False)),
+        ({"read_ahead": 4}, (True, False)),
+        ({"train_gpus": 1}, (False, False)),
+        ({"gpus": 1}, (False, True)),
+        ({"address": "auto"}, (False, False)),
+        ({"address": "auto", "workers": 0}, (True, False)),
+    ],
+)
+def test_settings_that_ask_for_workers(settings, here):
+    assert places(scaling_of(**settings)) == here
+
+
+def test_much_work_goes_to_workers_and_says_why():
+    assert places(Scaling(), MUCH) == (False, True)
+    choice = choose(Scaling(), lambda: MUCH)
+    assert choice.why.startswith(
+        "on workers: 100000 readings of 16 million values take one process"
+    )
+    network = Work(LITTLE.frames, LITTLE.values, weights=300_000_000)
+    assert places(Scaling(), network) == (False, True)
+    assert "300 million weights" in choose(Scaling(), lambda: network).why
+    choice = choose(Scaling(), lambda: LITTLE)
+    assert choice.why.startswith("in this process, without Ray: 11 readings")
+    assert f"workers take {START_SECONDS:g} s to start" in choice.why
+
+
+def test_a_cluster_that_is_there_is_used(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert places(Scaling()) == (False, False)
+
+
+def test_more_processors_pay_sooner(monkeypatch):
+    for cores, least in ((1, None), (2, 2 * START_SECONDS), (8, START_SECONDS * 8 / 7)):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        each = Work(1, MUCH.values).seconds
+        pays = [n for n in range(1, 1000) if Work(n, MUCH.values).pays_for_workers]
+        if least is None:
+            assert not pays
+        else:
+            assert pays[0] * each == pytest.approx(least, abs=each)
+
+
+def test_what_was_not_set_stays_so():
+    chosen = choose(scaling_of(shard_frames=2), lambda: LITTLE).scaling
+    assert chosen.measuring.model_fields_set == {"shard_frames"}
+    assert chosen.resources.model_fields_set == {"workers", "train_workers"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "other"),
+    [
+        ({"workers": 0, "gpus": 1}, "measuring.gpus"),
+        ({"train_workers": 0, "train_gpus": 0.5}, "resources.train_gpus"),
+        ({"train_workers": 0, "read_ahead": 2}, "reading.read_ahead"),
+    ],
+)
+def test_contradictions_are_refused(settings, other):
+    with pytest.raises(InputError, match=rf"workers is 0.*{other} is .*needs workers"):
+        choose(scaling_of(**settings), lambda: LITTLE)
+
+
+def test_the_first_frame_that_can_be_read_says_how_much_there_is(tmp_path, monkeypatch):
+    archive = open_archive(FragileModule(tmp_path), "train")
+    before = torch.get_rng_state()
+    assert work_on(archive, CuvisPipeline("empty"), 2) == Work(24, 9 * 8 * 5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+    read, tried = Archive.read, []
+
+    def damaged(self, index):
+        tried.append(index)
+        if index < 2:
+            raise DataError("damaged")
+        return read(self, index)
+
+    monkeypatch.setattr(Archive, "read", damaged)
+    assert work_on(archive, CuvisPipeline("empty")) == Work(12, 9 * 8 * 5)
+    assert tried == [0, 1, 2]
