@@ -2,10 +2,10 @@
 
 Sources: T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating Formulae and a Pairwise Algorithm for
 Computing Sample Variances", Stanford STAN-CS-79-773 (1979), eq. (2.1), in its matrix form; shifted
-data, and their correction by the sum of what is left, are those of the same authors, "Algorithms for
-Computing the Sample Variance", The American Statistician 37(3) (1983), eq. (1.7) and their section
-on shifting by an estimate of the mean. The surrogate is the symmetric sigma-point set of S. J. Julier
-and J. K. Uhlmann (1997).
+data, corrected by the sum of what is left, are those of the same authors, "Algorithms for Computing
+the Sample Variance", The American Statistician 37(3) (1983), eq. (1.7) and their section on shifts
+by an estimate of the mean. The surrogate is the symmetric sigma-point set of S. J. Julier and J. K.
+Uhlmann (1997).
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from cuvis_dist.statistics.statistic import Statistic, as_array
 #: Float64 values in one block of :meth:`Moments.measure` on a CPU: 1 MiB, which a core's cache
 #: holds. A GPU wants larger blocks.
 _CPU_BLOCK, _GPU_BLOCK = 1 << 17, 1 << 25
+#: Pixels in one block at most: a sum over more of them, one after another, would cost a digit.
+_LONGEST = 1 << 12
 #: Values that NumPy shifts in one inner loop: the bands of one pixel are too few.
 _ROW_VALUES = 1 << 11
 #: One pixel of so many, or of fewer where there are few, is in the estimate of the mean.
@@ -212,7 +214,7 @@ def _shifted(pixels: np.ndarray, shift: np.ndarray) -> Iterator[np.ndarray]:
     """Yield ``x - shift`` in float64, block by block, each in the memory of the one before."""
     n, channels = pixels.shape
     width = max(1, _ROW_VALUES // channels)
-    rows = max(1, _CPU_BLOCK // (width * channels)) * width
+    rows = max(1, min(_CPU_BLOCK // channels, _LONGEST) // width) * width
     wide = np.tile(shift, width)
     memory = np.empty((min(n, rows), channels))
     for start in range(0, n, rows):
