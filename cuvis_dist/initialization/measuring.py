@@ -80,8 +80,9 @@ class Measurer:
         named = {node.name: node for node in pipeline.nodes()}
         self.measurements = {key: (named[name], r) for key, (name, r) in measurements.items()}
         self.targets = list(dict.fromkeys(node for node, _ in self.measurements.values()))
+        self.before = nodes_before(pipeline, self.targets)
         self.by_strips = all(r.by_strips for _, r in self.measurements.values()) and all(
-            is_pixelwise(node) for node in nodes_before(pipeline, self.targets)
+            is_pixelwise(node) for node in self.before
         )
 
     def frame(
@@ -133,7 +134,7 @@ class Measurer:
     ) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
         """Yield, strip by strip, the pixels ``[N, C]`` that count and their indices, by key."""
         seen = Counter[str]()
-        for part in strips(batch) if self.by_strips else [batch]:
+        for part in strips(batch, len(self.before)) if self.by_strips else [batch]:
             inputs = {n: compute_inputs(self.pipeline, n, part, str(frame)) for n in self.targets}
             wanted = self._wanted(part, frame)
             chosen = {}

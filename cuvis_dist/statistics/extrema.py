@@ -6,10 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cuvis_dist.statistics.statistic import Statistic
+from cuvis_dist.statistics.statistic import Statistic, as_array
+
+#: Values that are compared side by side: the bands of one pixel are too few for a fast loop.
+_ROW_VALUES = 1 << 11
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,11 @@ class Extrema(Statistic):
         if pixels.shape[0] == 0:
             infinity = torch.full((channels,), torch.inf, dtype=torch.float64)
             return cls(0, infinity, -infinity)
-        return cls(pixels.shape[0], _reduce(pixels, torch.amin), _reduce(pixels, torch.amax))
+        if pixels.device.type == "cpu":
+            values = as_array(pixels)
+            return cls(len(values), _reduce(values, np.minimum), _reduce(values, np.maximum))
+        found = (_reduce_on_gpu(pixels, by) for by in (torch.amin, torch.amax))
+        return cls(pixels.shape[0], *found)
 
     def merge(self, other: Self) -> Self:
         """Return the extrema of both; raises ValueError on unlike channels."""
@@ -101,11 +109,21 @@ class FrameQuantiles(Extrema):
         ]
 
 
-def _reduce(pixels: Tensor, reduction: Callable[..., Tensor]) -> Tensor:
-    """Reduce ``[N, C]`` over its rows; five times faster over rows that are many pixels wide."""
+def _reduce(pixels: np.ndarray, by: np.ufunc) -> Tensor:
+    """Reduce ``[N, C]`` over its rows, which are made many pixels wide on the way."""
+    count, channels = pixels.shape
+    width = max(1, _ROW_VALUES // channels)
+    if count > width:
+        whole = count // width * width
+        rows = by.reduce(pixels[:whole].reshape(-1, width * channels), axis=0)
+        pixels = np.concatenate([rows.reshape(width, channels), pixels[whole:]])
+    return torch.from_numpy(by.reduce(pixels, axis=0).astype(np.float64))
+
+
+def _reduce_on_gpu(pixels: Tensor, by: Callable[..., Tensor]) -> Tensor:
     pixels = pixels.detach().contiguous()
     count, channels = pixels.shape
     width = 32 if count >= 1024 else 1
     whole = count // width * width
-    rows = reduction(pixels[:whole].view(-1, width * channels), dim=0).view(width, channels)
-    return reduction(torch.cat([rows, pixels[whole:]]), dim=0).double().cpu()
+    rows = by(pixels[:whole].view(-1, width * channels), dim=0).view(width, channels)
+    return by(torch.cat([rows, pixels[whole:]]), dim=0).double().cpu()

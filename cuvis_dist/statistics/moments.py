@@ -1,28 +1,41 @@
 """Count, mean and centred second moment of pixels.
 
 Sources: T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating Formulae and a Pairwise Algorithm for
-Computing Sample Variances", Stanford STAN-CS-79-773 (1979), eq. (2.1), in its matrix form; the
-shifted data of a block are the corrected two-pass algorithm of the same authors, "Algorithms
-for Computing the Sample Variance", The American Statistician 37(3) (1983), eq. (1.7). The
-surrogate is the symmetric sigma-point set of S. J. Julier and J. K. Uhlmann (1997).
+Computing Sample Variances", Stanford STAN-CS-79-773 (1979), eq. (2.1), in its matrix form; shifted
+data, corrected by the sum of what is left, are those of the same authors, "Algorithms for Computing
+the Sample Variance", The American Statistician 37(3) (1983), eq. (1.7) and their section on shifts
+by an estimate of the mean. The surrogate is the symmetric sigma-point set of S. J. Julier and J. K.
+Uhlmann (1997).
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-from cuvis_dist.statistics.statistic import Statistic
+from cuvis_dist.statistics.statistic import Statistic, as_array
 
-#: Float64 values in one block of :meth:`Moments.measure`: 1 MiB, which a core's cache holds; a
-#: GPU wants larger ones.
-_BLOCK_VALUES = {"cpu": 1 << 17, "cuda": 1 << 25}
+#: Float64 values in one block of :meth:`Moments.measure` on a CPU: 1 MiB, which a core's cache
+#: holds. A GPU wants larger blocks.
+_CPU_BLOCK, _GPU_BLOCK = 1 << 17, 1 << 25
+#: Pixels in one block at most: a sum over more of them, one after another, would cost a digit.
+_LONGEST = 1 << 12
+#: Values that NumPy shifts in one inner loop: the bands of one pixel are too few.
+_ROW_VALUES = 1 << 11
+#: One pixel of so many, or of fewer where there are few, is in the estimate of the mean.
+_EVERY = 64
+#: How many threads BLAS has is a matter of the whole process.
+_blas = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -47,18 +60,32 @@ class Moments(Statistic):
     def measure(cls, pixels: Tensor, diagonal: bool = False) -> Self:
         """Measure the moments of ``pixels`` ``[N, C]``, block by block, in float64.
 
-        A block is shifted by its own mean before the one matrix product, and what rounding
-        left of the mean in the shifted block is taken out again, so that neither a large mean
-        nor a long frame costs digits. One thread computes it, since several would add up in an
-        order that depends on how many they are.
+        On a CPU all blocks are shifted by one estimate of the mean, and the product of a block with
+        itself is a symmetric one (BLAS ``dsyrk``), half of the arithmetic. The estimate is the mean
+        of every 64th pixel: by Cauchy and Schwarz the sum of squares around it is at most 65 times
+        that around the mean, whatever the pixels, so that neither a large mean nor a long frame
+        costs digits. One thread computes it, since several would add up in an order that depends
+        on how many they are.
         """
-        channels = pixels.shape[-1]
-        result = cls.empty(channels, diagonal)
-        rows = max(1, _BLOCK_VALUES.get(pixels.device.type, 1 << 17) // channels)
-        with _one_thread():
-            for block in pixels.detach().split(rows):
-                result = result.merge(cls._measure_block(block, diagonal))
+        if pixels.device.type == "cpu":
+            # Whoever measures asks whether the result is finite.
+            with _one_thread(), np.errstate(invalid="ignore", over="ignore"):
+                return cls._measure_on_cpu(as_array(pixels), diagonal)
+        result = cls.empty(pixels.shape[-1], diagonal)
+        for block in pixels.detach().split(max(1, _GPU_BLOCK // pixels.shape[-1])):
+            result = result.merge(cls._measure_block(block, diagonal))
         return result
+
+    @classmethod
+    def _measure_on_cpu(cls, pixels: np.ndarray, diagonal: bool) -> Self:
+        n, channels = pixels.shape
+        if n == 0:
+            return cls.empty(channels, diagonal)
+        shift = _estimated_mean(pixels)
+        sums, products = _around(pixels, shift, diagonal)
+        offset = sums / n
+        products -= n * (offset * offset if diagonal else np.outer(offset, offset))
+        return cls(n, torch.from_numpy(shift + offset), torch.from_numpy(products))
 
     @classmethod
     def empty(cls, channels: int, diagonal: bool = False) -> Self:
@@ -148,13 +175,57 @@ class Moments(Statistic):
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Compute with one thread; how many there were comes back in the end."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    """Let BLAS compute with one thread; how many there were comes back in the end."""
+    with _blas, _blas_libraries().limit(limits=1, user_api="blas"):
         yield
-    finally:
-        torch.set_num_threads(threads)
+
+
+@functools.cache
+def _blas_libraries() -> ThreadpoolController:
+    """Find the libraries once, which takes milliseconds; NumPy's has been loaded with NumPy."""
+    return ThreadpoolController().select(user_api="blas")
+
+
+def _estimated_mean(pixels: np.ndarray) -> np.ndarray:
+    """Return ``[C]`` float64; it is exact in a channel where all pixels are the same."""
+    few = pixels[:: max(1, min(_EVERY, len(pixels) // _EVERY))].astype(np.float64)
+    first = few[0].copy()
+    few -= first
+    return first + few.mean(axis=0)
+
+
+def _around(pixels: np.ndarray, shift: np.ndarray, diagonal: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return ``Σ (x - shift)`` ``[C]``, and ``Σ (x - shift)(x - shift)ᵀ`` or its diagonal."""
+    channels = len(shift)
+    sums = np.zeros(channels)
+    products = np.zeros(channels if diagonal else (channels, channels))
+    for block in _shifted(pixels, shift):
+        ones = np.ones(len(block))
+        sums += ones @ block
+        if diagonal:
+            np.multiply(block, block, out=block)
+            products += ones @ block
+        else:
+            products += block.T @ block
+    return sums, products
+
+
+def _shifted(pixels: np.ndarray, shift: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield ``x - shift`` in float64, block by block, each in the memory of the one before."""
+    n, channels = pixels.shape
+    width = max(1, _ROW_VALUES // channels)
+    rows = max(1, min(_CPU_BLOCK // channels, _LONGEST) // width) * width
+    wide = np.tile(shift, width)
+    memory = np.empty((min(n, rows), channels))
+    for start in range(0, n, rows):
+        part = pixels[start : start + rows]
+        block = memory[: len(part)]
+        block[...] = part
+        whole = len(part) // width * width
+        rows_of_many = block[:whole].reshape(-1, len(wide))
+        rows_of_many -= wide
+        block[whole:] -= shift
+        yield block
 
 
 def _factor(covariance: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -100,6 +101,11 @@ class Statistic:
         with pa.ipc.new_stream(sink, batch.schema) as writer:
             writer.write_batch(batch)
         return sink.getvalue().to_pybytes()
+
+
+def as_array(pixels: Tensor) -> np.ndarray:
+    """Return the memory of ``pixels`` as an array; NumPy has no bfloat16, which becomes float32."""
+    return (pixels.float() if pixels.dtype is torch.bfloat16 else pixels).numpy(force=True)
 
 
 def from_arrow(batch: pa.RecordBatch) -> Statistic:

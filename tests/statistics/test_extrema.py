@@ -63,3 +63,14 @@ def test_frame_quantiles_are_the_nodes_own_and_survive_their_surrogate(low, high
     same(FrameQuantiles.measure(one.surrogate(), low=low, high=high), one)
     with pytest.raises(ValueError, match="measured where they are used"):
         one.affine(torch.eye(3), torch.zeros(3))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.int64, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("channels", [1, 3, 3000])
+def test_every_dtype_and_order_in_memory(dtype, channels):
+    x = torch.randint(0, 200, (9_000 // channels + 40, channels)).to(dtype)
+    expected = x.double().amin(0), x.double().amax(0)
+    for view in (x, x.T.contiguous().T):
+        one = Extrema.measure(view)
+        assert torch.equal(one.minimum, expected[0])
+        assert torch.equal(one.maximum, expected[1])
