@@ -50,7 +50,7 @@ def train_here(assignment: Assignment, what: str, emit: EmitFn) -> Outcome:
         _watched(what, resources.stall_seconds) as watch,
         raise_cause(what),
         as_worker(int(resources.cpus_per_worker)),
-        terminable(),  # Lightning ignores Ctrl-C once it was pressed
+        _interruptible(),
     ):
         driver = Driver(delivering(emit), watch, os.getcwd())
         name = uuid.uuid4().hex
@@ -63,6 +63,18 @@ def train_here(assignment: Assignment, what: str, emit: EmitFn) -> Outcome:
 def _lightning_keywords() -> dict[str, object]:
     """Return what lets Lightning look for no other processes, and draw no bar of its own."""
     return {"plugins": [LightningEnvironment()], "devices": 1, "enable_progress_bar": False}
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let either signal raise KeyboardInterrupt in the block; afterwards handlers are as before.
+
+    Lightning ignores Ctrl-C once it was pressed, and a training on Ray leaves a handler behind.
+    """
+    with terminable():
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
 
 
 @contextmanager

@@ -78,7 +78,8 @@ def test_this_process_is_named_and_interrupted_where_it_is_stuck(demo_trainrun, 
 def test_this_process_is_interrupted_and_goes_on(demo_trainrun, tmp_path, later):
     """What it leaves is what a worker leaves, and the other way round."""
     expected = initialized(demo_trainrun, tmp_path / "one", *OVERRIDES)
-    train(expected, 0)
+    here = {"workers": 0}
+    train(expected, 0, scaling=here)
 
     trainrun = initialized(demo_trainrun, tmp_path / "two", *OVERRIDES)
 
@@ -87,10 +88,10 @@ def test_this_process_is_interrupted_and_goes_on(demo_trainrun, tmp_path, later)
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        train(trainrun, 0, emit=interrupt)
+        train(trainrun, 0, scaling=here, emit=interrupt)
     again = initialized(demo_trainrun, tmp_path / "two", *OVERRIDES)
     epochs = []
-    train(again, later, resume=True, emit=epochs.append)
+    train(again, later, scaling=here, resume=True, emit=epochs.append)
     ended = [e.epochs.current for e in epochs if e.hook is TrainHook.EPOCH_END]
     assert ended[0] in (2, 3), "epochs that were over were trained again"
     assert buffers_sha256(again.pipeline) == buffers_sha256(expected.pipeline)
