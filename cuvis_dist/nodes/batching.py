@@ -107,6 +107,17 @@ def _gate(node: Any, use: Use) -> Batching:
     return _running("remembers the scores of earlier frames") if node.smooth_k > 1 else _ALONE
 
 
+def _patches(node: Any, use: Use) -> Batching:
+    why = "gives as many patches as a frame has labels"
+    if node.mode != "train":
+        return _joint(why, ragged=True)
+    # It draws whatever its mode is, so that fits behind it depend on what was drawn before.
+    draws = (ExecutionStage.INFERENCE,)
+    return _joint(
+        "draws patches, how many depends on the frame", random=True, ragged=True, evolves=draws
+    )
+
+
 def _unless_framed(*ports: str) -> Callable[[Any, Use], Batching]:
     """Per frame as long as these inputs do not come with the frames."""
 
@@ -263,10 +274,7 @@ _CLASSES: dict[str, list[tuple[str, Fact]]] = {
     ],
     "patch_inference": [
         ("ClassMapAccumulator", _joint(_WRITTEN)),
-        (
-            "PatchSampler",
-            _joint("draws patches, how many depends on the frame", random=True, ragged=True),
-        ),
+        ("PatchSampler", _patches),
     ],
     "pipeline_visualization": [
         ("CubeRGBVisualizer PCAVisualization PipelineComparisonVisualizer", _joint(_SHOWN))
