@@ -147,7 +147,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         for changing, names in behind.items():
             if not found or {*found} & {*changing}:  # else it was said before
                 logger.info(
-                    f"{', '.join(changing)} changes with every frame: {', '.join(names)} is fitted "
+                    f"{', '.join(changing)} changes with every frame: fitting {', '.join(names)} "
                     "in order"
                 )
         return plan
