@@ -530,6 +530,8 @@ def _print_plan(
         print(f"pass {number}: reads {frame * frames / 1e9:.3g} GB, {memory}, {cost.step}")
         for fit in cost.step.fits:
             print(f"  {fit.node.name}: {fit}")
+        if cost.step.streamed:
+            print(f"  {cost.step.streamed.name}: {plan.batches}")
         if cost.seconds is not None:
             print(f"  {cost.seconds:.3g} s a frame on one worker")
     if plan.seconds is not None and plan.costs:

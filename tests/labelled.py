@@ -51,6 +51,12 @@ class Trail(Node):
         return {"normalized": output}
 
 
+class Count(Trail):
+    """The same, and its tags do not say so."""
+
+    _tags = frozenset()
+
+
 class ExactMetrics(Node):
     """Pooled metrics that keep every score (states that are concatenated)."""
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, SequentialSampler, default_collate
 
 from cuvis_dist.errors import CuvisDistError, DataError, one_line
 from cuvis_dist.staging import Staging, portable, with_uris
@@ -62,7 +62,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Shard:
-    """Frames ``start .. stop - 1`` of an archive, all of one recording.
+    """Frames ``start .. stop - 1`` of an archive, all of one recording unless it has batches.
 
     Attributes
     ----------
@@ -138,8 +138,8 @@ class Archive:
     Parameters
     ----------
     loader : DataLoader
-        The module's loader of the split. Its dataset and ``collate_fn`` are used; its sampler
-        and batch size are not, since a shard is read frame by frame.
+        The module's loader of the split. Its dataset, ``collate_fn`` and batch size are used;
+        its sampler is not.
     frames : sequence of Frame
         One per item of the dataset.
 
@@ -147,11 +147,17 @@ class Archive:
     ----------
     frames : sequence of Frame
         Identities of the frames, in canonical order.
+    batch_size : int
+        How many frames the module's loader gives at a time; 1 where it does not say.
+    shuffled : bool
+        Whether that loader gives them in another order than the canonical one.
     """
 
     def __init__(self, loader: DataLoader, frames: Sequence[Frame]) -> None:
         self.dataset = NamedFrames(loader.dataset, tuple(frames))
         self.collate = loader.collate_fn
+        self.batch_size = loader.batch_size or 1
+        self.shuffled = not isinstance(loader.sampler, SequentialSampler)
         self.frames: Sequence[Frame] = self.dataset.frames
         self._items: Sequence[int] = range(len(frames))
 
@@ -192,13 +198,59 @@ class Archive:
         DataError
             If the frame cannot be read or collated; the message names it.
         """
-        item = self.dataset[self._items[index]]
+        return self.collated([index], [self.item(index)])
+
+    def item(self, index: int) -> Any:
+        """Return one frame as the module's dataset gives it; raises DataError that names it."""
+        return self.dataset[self._items[index]]
+
+    def collated(self, indices: Sequence[int], items: list[Any]) -> dict[str, Any]:
+        """Return these items as one batch, as the module's own loader would collate them.
+
+        Parameters
+        ----------
+        indices : sequence of int
+            Which frames the items are.
+        items : list
+            From :meth:`item`.
+
+        Raises
+        ------
+        DataError
+            If they cannot be collated, such as frames of unlike sizes; the message names them.
+        """
         try:
-            if self.collate is default_collate and isinstance(item, dict):
-                return _batch_of_one(item)
-            return self.collate([item])
+            if len(items) == 1 and self.collate is default_collate and isinstance(items[0], dict):
+                return _batch_of_one(items[0])
+            return self.collate(items)
         except Exception as error:
-            raise DataError(f"cannot batch {self.frames[index]}: {one_line(error)}") from error
+            message = f"cannot batch {self.named(indices)}: {one_line(error)}"
+            if sizes := _unlike_sizes(items):
+                message += (
+                    f". Their sizes differ ({sizes}): use batch_size: 1, or recordings of one size"
+                )
+            raise DataError(message) from error
+
+    def named(self, indices: Sequence[int]) -> str:
+        """Return the names of some frames, for messages."""
+        return ", ".join(str(self.frames[index]) for index in indices)
+
+    def whole_batches(self, shard_frames: int) -> list[Shard]:
+        """Cut the archive into runs of whole batches, whatever the recordings are.
+
+        A run has at most ``shard_frames`` frames, unless one batch has more.
+        """
+        each = self.batch_size * max(1, shard_frames // self.batch_size)
+        return [
+            self._shard(ordinal, start, min(start + each, len(self)))
+            for ordinal, start in enumerate(range(0, len(self), each))
+        ]
+
+    def batches(self, shard: Shard) -> list[range]:
+        """Return the frames of each batch in a run of whole batches."""
+        size = self.batch_size
+        starts = range(shard.start, shard.stop, size)
+        return [range(start, min(start + size, shard.stop)) for start in starts]
 
     def shards(self, shard_frames: int) -> list[Shard]:
         """Cut the archive into runs of at most ``shard_frames`` frames of one recording."""
@@ -207,10 +259,13 @@ class Archive:
         for stop in range(1, len(self) + 1):
             full = stop - start == shard_frames
             if stop == len(self) or full or self._recording(stop) != self._recording(start):
-                files = self.frames[start].files
-                shards.append(Shard(len(shards), start, stop, files[0] if files else None))
+                shards.append(self._shard(len(shards), start, stop))
                 start = stop
         return shards
+
+    def _shard(self, ordinal: int, start: int, stop: int) -> Shard:
+        files = self.frames[start].files
+        return Shard(ordinal, start, stop, files[0] if files else None)
 
     def _recording(self, index: int) -> str:
         return self.frames[index].recording
@@ -220,9 +275,23 @@ def _hash(seed: int, uid: str) -> bytes:
     return hashlib.blake2b(f"{seed}:{uid}".encode(), digest_size=16).digest()
 
 
+def _unlike_sizes(items: list[Any]) -> str:
+    """Return the shapes of the first entry whose shapes differ; nothing where there is none."""
+    known = [item for item in items if isinstance(item, dict)]
+    for key in known[0] if known else ():
+        shapes = [tuple(np.shape(item[key])) for item in known if _is_array(item.get(key))]
+        if len(set(shapes)) > 1:
+            return f"{key}: {', '.join(map(str, shapes))}"
+    return ""
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray | torch.Tensor)
+
+
 def _batch_of_one(item: dict[str, Any]) -> dict[str, Any]:
     """Return what ``default_collate([item])`` does, with arrays as views: a cube is large."""
-    arrays = {k: v for k, v in item.items() if isinstance(v, np.ndarray | torch.Tensor)}
+    arrays = {k: v for k, v in item.items() if _is_array(v)}
     others = {k: v for k, v in item.items() if k not in arrays}
     views = {k: torch.as_tensor(v).unsqueeze(0) for k, v in arrays.items()}
     return (default_collate([others]) if others else {}) | views

@@ -6,13 +6,14 @@ worker computed for that batch. What is averaged, pooled, counted and reported s
 
 The batches are cut into parts, the shards of an evaluation. A part starts with reset metrics and
 sends them back; they are merged in the order of the batches. The parts do not depend on the
-cluster, so neither does the result. Where nodes turn out to change their tensors with every frame
-(running normalizers), the remaining parts run one after another and hand that state on.
+cluster, so neither does the result. Where nodes change with every frame (running normalizers,
+counters), the parts run one after another and hand that state on: from the start where that is
+known of their class, else from the part on which it is found out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -34,6 +35,7 @@ from cuvis_dist.execution.pool import Workers
 from cuvis_dist.execution.spread import Engine, Row, spread
 from cuvis_dist.execution.where import engine_for
 from cuvis_dist.nodes.state import adopt
+from cuvis_dist.nodes.survey import evolving_nodes
 from cuvis_dist.nodes.upstream import edges_into
 from cuvis_dist.scaling import Scaling
 
@@ -171,6 +173,9 @@ class ClusterPipeline:
             context,
         )
         nodes = {node.name: node for node in self.pipeline.nodes()}
+        if known := evolving_nodes(self.pipeline, None, context.stage):
+            _say_in_order(known, split.name)
+            compute = compute.carrying({name: nodes[name] for name in known})
         pooled: list[dict[str, Node]] = []
         frames = done = 0
         for row in self._rows(self._engine, compute, split.name):
@@ -202,13 +207,15 @@ class ClusterPipeline:
                     yield row
                     changed = row.payload.changed
                     if changed and not compute.carried:
-                        names = ", ".join(sorted(changed))
-                        logger.info(
-                            f"{names} changes with every frame: {split} is computed in order"
-                        )
+                        _say_in_order(changed, split)
                     if changed:
                         compute = compute.carrying(changed)
                         break  # what was computed ahead did not start from here
+
+
+def _say_in_order(names: Iterable[str], split: str) -> None:
+    changing = ", ".join(sorted(names))
+    logger.info(f"{changing} changes with every frame: {split} is computed in order")
 
 
 def cut_into_parts(n_batches: int) -> list[Part]:

@@ -19,6 +19,7 @@ from cuvis_dist.errors import CuvisDistError, DataError, one_line
 from cuvis_dist.execution.spread import Order, Row
 from cuvis_dist.execution.worker import forget_pipeline
 from cuvis_dist.nodes.state import StateWatch, adopt
+from cuvis_dist.nodes.survey import evolving_nodes
 from cuvis_dist.nodes.upstream import pooled_objects
 
 Port = tuple[str, str] | str
@@ -49,7 +50,8 @@ class Evaluated:
     metric_nodes : dict of str to Node
         Metric nodes with the pooled metrics of this part alone.
     changed : dict of str to Node
-        Nodes whose tensors the part changed, as they are after it.
+        Nodes that the part changed, as they are after it: those whose tensors it changed, and
+        those that are carried from part to part.
     """
 
     outputs: list[Outputs]
@@ -78,7 +80,7 @@ class EvaluatePart:
     context : Context
         The context of the first batch of the split.
     carried : dict of str to Node, optional
-        Nodes that the parts before changed.
+        Nodes that change with every frame, as the parts before left them.
     """
 
     ordered = True
@@ -121,9 +123,10 @@ class EvaluatePart:
                 metric.reset()
         watch = StateWatch(nodes.values())
         outputs: list[Outputs] = []
-        frames = 0
+        frames, numbered = 0, _Numbered(pipeline, shard.start)
+        found: list[str] = []
         try:
-            for item in self._forward(_Numbered(pipeline, shard.start), archive, shard):
+            for item in self._forward(numbered, archive, shard):
                 frames = item.frames_done
                 outputs.append(_kept(item.outputs, self.keep))
         except DataError as error:
@@ -135,14 +138,28 @@ class EvaluatePart:
             batch = self.batches[shard.start + len(outputs)]
             names = ", ".join(str(archive.frames[i]) for i in batch)
             raise DataError(f"{names} cannot be used: {one_line(error)}") from error
+        else:
+            found = [] if shard.ordinal else self._found_out(numbered)
         finally:
             changed = {node.name: node for node in watch.changed()}
+            changed |= {name: nodes[name] for name in (*self.carried, *found)}
             if changed:  # the next part in this process must not start from here
                 forget_pipeline()
             pipeline.cpu()
             if self.order.on_gpu:
                 torch.cuda.empty_cache()  # the process stays, and training may want the memory
         return [Row(shard.ordinal, Evaluated(outputs, metric_nodes, changed), frames)]
+
+    def _found_out(self, numbered: _Numbered) -> list[str]:
+        """Return which nodes change with every frame, though nobody said so of their class.
+
+        They run again, on copies, on the last batch of the first part, so that it does not depend
+        on the cluster what is found.
+        """
+        batch = numbered.batch
+        if batch is None:
+            return []
+        return evolving_nodes(numbered.pipeline, lambda: batch, self.context.stage)
 
     def _forward(self, numbered: Any, archive: Archive, part: Part) -> Iterator[Any]:
         return forward_split(
@@ -157,17 +174,23 @@ class EvaluatePart:
 
 
 class _Numbered:
-    """The pipeline, its batches counted from ``first``: upstream's loop counts from 0."""
+    """The pipeline, its batches counted from ``first``: upstream's loop counts from 0.
+
+    It remembers the last batch that went through.
+    """
 
     def __init__(self, pipeline: CuvisPipeline, first: int) -> None:
-        self._pipeline, self._first = pipeline, first
+        self.pipeline, self._first = pipeline, first
+        self.batch: dict[str, Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._pipeline, name)
+        return getattr(self.pipeline, name)
 
-    def forward(self, *, context: Context, **options: Any) -> Outputs:
-        index = context.batch_idx + self._first
-        return self._pipeline.forward(context=replace(context, batch_idx=index), **options)
+    def forward(self, *, batch: dict[str, Any], context: Context, **options: Any) -> Outputs:
+        at = replace(context, batch_idx=context.batch_idx + self._first)
+        outputs: Outputs = self.pipeline.forward(batch=batch, context=at, **options)
+        self.batch = batch
+        return outputs
 
 
 def _kept(outputs: Outputs, keep: Collection[Port]) -> Outputs:

@@ -24,6 +24,9 @@ from cuvis_dist.storage import is_out_of_space
 def raise_cause(what: str) -> Iterator[None]:
     """Turn Ray's wrapped errors into the error of ours inside, or into a message.
 
+    What comes out of a Ray task is an error of both classes, whose text is a traceback: that of
+    ours inside it is raised instead.
+
     Raises
     ------
     CuvisDistError
@@ -33,11 +36,11 @@ def raise_cause(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (CuvisDistError, TrainingCancelled):
-        raise
     except Exception as error:
+        if isinstance(error, _OURS) and not isinstance(error, RayTaskError):
+            raise
         for cause in causes(error):
-            if isinstance(cause, CuvisDistError):
+            if isinstance(cause, _OURS) and not isinstance(cause, RayTaskError):
                 raise cause from None
         if full := out_of_space(error):
             raise full from error
@@ -67,6 +70,7 @@ def out_of_space(error: BaseException) -> ClusterError | None:
     return None
 
 
+_OURS = (CuvisDistError, TrainingCancelled)
 _LOST = (WorkerCrashedError, ActorDiedError, NodeDiedError, OutOfMemoryError)
 _BROKEN_CONNECTION = re.compile(
     r"Connection (closed by|reset by) peer|gloo/transport/.*(Broken pipe|Connection refused)"

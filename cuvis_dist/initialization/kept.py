@@ -117,6 +117,7 @@ def identify(pipeline: CuvisPipeline, archive: Archive, this_pass: Pass, scaling
             "pass": str(this_pass),
             "settings": scaling.measuring.model_dump(mode="json"),
             "frames": [frame.uid for frame in archive.frames],
+            "batches": archive.batch_size if this_pass.streamed is not None else None,
             "nodes": [
                 (node.name, type(node).__qualname__, getattr(node, "hparams", None))
                 for node in nodes

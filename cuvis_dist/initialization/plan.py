@@ -4,18 +4,24 @@ A port can be measured once every statistical node before it is frozen. Behind a
 port's moments and extrema follow from those of the port before them, so a node is fitted from
 the farthest port back that only affine nodes separate from it, and nodes that share such a port
 share its measurement. Pure: no Ray, no data.
+
+A node behind one that changes with every frame is streamed in order, since upstream runs that one
+once more for each statistical node behind it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from cuvis_ai_schemas.enums import ExecutionStage
 
 from cuvis_dist.nodes.affine import Hop
 from cuvis_dist.nodes.catalogue import affine_hop, recipe_for
 from cuvis_dist.nodes.recipe import Recipe
+from cuvis_dist.nodes.survey import evolving_nodes
 from cuvis_dist.nodes.upstream import edges_into, nodes_before, topological_order
 from cuvis_dist.statistics import Extrema, Moments
 
@@ -73,11 +79,15 @@ class Pass:
         The nodes fitted from that, in topological order.
     streamed : Node or None
         Instead: the node that is fitted by its own code on all of its inputs.
+    after : tuple of str
+        The nodes before that one which change with every frame, so that the frames run through
+        all nodes before it in order, in one process. None of them: side by side.
     """
 
     measurements: tuple[Measurement, ...] = ()
     fits: tuple[Fit, ...] = ()
     streamed: Node | None = None
+    after: tuple[str, ...] = ()
 
     @property
     def nodes(self) -> list[Node]:
@@ -90,7 +100,8 @@ class Pass:
 
     def __str__(self) -> str:
         if self.streamed is not None:
-            return f"fits {self.streamed.name} by streaming its inputs"
+            changing = f", in order: {', '.join(self.after)} changes with every frame"
+            return f"fits {self.streamed.name} by streaming its inputs{changing * bool(self.after)}"
         measured = ", ".join(m.key for m in self.measurements)
         return f"measures {measured}; fits {', '.join(node.name for node in self.nodes)}"
 
@@ -100,35 +111,49 @@ def statistical_nodes(pipeline: CuvisPipeline) -> list[Node]:
     return [node for node in topological_order(pipeline) if node.requires_initial_fit]
 
 
-def make_plan(pipeline: CuvisPipeline, fold: bool = True) -> list[Pass]:
+def make_plan(
+    pipeline: CuvisPipeline,
+    fold: bool = True,
+    found: Collection[str] = (),
+    fitted: Collection[Node] = (),
+) -> list[Pass]:
     """Return the passes that fit every statistical node of ``pipeline``, in order.
 
     Parameters
     ----------
     fold : bool
         Derive what affine nodes separate; otherwise every node's own input is measured.
+    found : collection of str
+        Nodes that turned out to change with every frame, besides those that are known to.
+    fitted : collection of Node
+        Statistical nodes that are fitted already.
     """
     order = topological_order(pipeline)
+    unfitted = [node for node in statistical_nodes(pipeline) if node not in fitted]
+    evolving = {*found, *evolving_nodes(pipeline, None, ExecutionStage.INFERENCE, unfitted)}
     fits: dict[Node, Fit] = {}
+    after: dict[Node, tuple[str, ...]] = {}
     number: dict[Node, int] = {}  # of the pass that fits a node
-    for node in order:
-        if not node.requires_initial_fit:
-            continue
-        recipe, at = recipe_for(node), node
+    for node in unfitted:
+        before = nodes_before(pipeline, [node])
+        after[node] = tuple(n.name for n in order if n in before and n.name in evolving)
+        recipe, at = None if after[node] else recipe_for(node), node
         if recipe is not None:
-            fits[node] = _fit(pipeline, node, recipe, fits if fold else {})
+            fits[node] = _fit(pipeline, node, recipe, {*fitted, *fits} if fold else ())
             at = fits[node].source.node
-        before = [number[n] for n in nodes_before(pipeline, [at]) if n in number]
+        before = nodes_before(pipeline, [at])
         between = [number[h.node] for h in (fits[node].chain if recipe else ()) if h.node in number]
-        number[node] = max([0, *(n + 1 for n in before), *between])
+        number[node] = max([0, *(number[n] + 1 for n in before if n in number), *between])
+        if after[node]:  # whatever upstream fits before has left its mark on the nodes before
+            number[node] = max(number.values())
 
     plan: list[Pass] = []
     for n in range(max(number.values(), default=-1) + 1):
-        here = [node for node in order if number.get(node) == n]
+        here = [node for node in unfitted if number[node] == n]
         shared = share([fits[node] for node in here if node in fits])
         if shared.fits:
             plan.append(shared)
-        plan.extend(Pass(streamed=node) for node in here if node not in fits)
+        plan.extend(Pass(streamed=node, after=after[node]) for node in here if node not in fits)
     return plan
 
 
@@ -153,14 +178,14 @@ def share(fits: list[Fit]) -> Pass:
 
 def measured_directly(pipeline: CuvisPipeline, fit: Fit) -> Fit:
     """Return the fit of the same node from its own input."""
-    return _fit(pipeline, fit.node, fit.recipe, {})
+    return _fit(pipeline, fit.node, fit.recipe, ())
 
 
-def _fit(pipeline: CuvisPipeline, node: Node, recipe: Recipe, fitted: dict[Node, Fit]) -> Fit:
+def _fit(pipeline: CuvisPipeline, node: Node, recipe: Recipe, fitted: Collection[Node]) -> Fit:
     """Walk back from the node's port over affine nodes to where it is to be measured.
 
-    Only nodes that need no fit, or have one in ``fitted``, are walked over: the map of a chain
-    is known when its nodes are frozen.
+    Only nodes that need no fit, or are in ``fitted``, are walked over: the map of a chain is known
+    when its nodes are frozen.
     """
     chain: list[Hop] = []
     at, port = node, recipe.port

@@ -63,6 +63,10 @@ class Preview:
         Size of the first frame's tensors, read to find out.
     workers : int
         For how many workers :attr:`seconds` holds.
+    batch_frames : int
+        How many frames a streamed node is given at a time.
+    shuffled : bool
+        Whether upstream would shuffle the frames that a streamed node is given.
     """
 
     costs: list[Cost]
@@ -70,6 +74,17 @@ class Preview:
     shards: int
     frame_bytes: int
     workers: int
+    batch_frames: int
+    shuffled: bool
+
+    @property
+    def batches(self) -> str:
+        """What a streamed node is given, in words."""
+        some = (
+            f"batches of {self.batch_frames} frames" if self.batch_frames > 1 else "single frames"
+        )
+        shuffling = " (upstream would shuffle them)" if self.shuffled else ""
+        return f"{some} in canonical order{shuffling}"
 
     @property
     def seconds(self) -> float | None:
@@ -110,19 +125,25 @@ def preview(
             torch.set_num_threads(threads)
     else:
         plan = make_plan(pipeline, scaling.measuring.fold)
-        costs = [Cost(step, _worker_bytes(pipeline, step, frame_bytes)) for step in plan]
+        sizes = frame_bytes, archive.batch_size
+        costs = [Cost(step, _worker_bytes(pipeline, step, *sizes)) for step in plan]
     workers = scaling.resources.workers or max(
         1, int((os.cpu_count() or 1) / scaling.resources.cpus_per_worker)
     )
     shards = len(archive.shards(scaling.measuring.shard_frames))
-    return Preview(costs, len(archive), shards, frame_bytes, workers)
+    batches = archive.batch_size, archive.shuffled
+    return Preview(costs, len(archive), shards, frame_bytes, workers, *batches)
 
 
-def _worker_bytes(pipeline: CuvisPipeline, step: Pass, frame_bytes: int) -> int:
-    """Estimate a worker's memory: one cube, and one per node where whole frames go through."""
+def _worker_bytes(pipeline: CuvisPipeline, step: Pass, frame_bytes: int, batch_frames: int) -> int:
+    """Estimate a worker's memory: one cube, and one per node where whole frames go through.
+
+    A batch of them where a node is streamed, and its frames beside it.
+    """
     cubes = 1
     if step.streamed is not None:
         cubes += len(nodes_before(pipeline, [step.streamed]))
+        cubes = batch_frames * cubes + (batch_frames if batch_frames > 1 else 0)
     else:
         measurer = Measurer(pipeline, step.by_key())
         if not measurer.by_strips:

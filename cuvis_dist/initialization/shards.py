@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from cuvis_ai_core.node.node import Node
+from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from cuvis_ai_schemas.enums import ExecutionStage
 from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor
 
-from cuvis_dist.archive import Shard, batch_bytes
+from cuvis_dist.archive import Archive, Frame, Shard, batch_bytes
 from cuvis_dist.errors import DataError
 from cuvis_dist.execution.spread import Order, Row
 from cuvis_dist.initialization.measuring import Measurer, Partial, compute_inputs
 from cuvis_dist.nodes.recipe import Recipe
-from cuvis_dist.nodes.state import StateWatch
+from cuvis_dist.nodes.state import StatefulNodesError, StateWatch
+from cuvis_dist.nodes.survey import evolving_nodes
 from cuvis_dist.nodes.upstream import nodes_before
 from cuvis_dist.scaling import Scaling
 
@@ -88,8 +92,9 @@ class MeasureShard:
                 self.order.leave_out(error)
                 skipped.append((frame.uid, str(error)))
                 continue
+            first = not shard.ordinal and not frames
+            _require_steady(pipeline, measurer.targets, watch, batch, first)
             frames, size, probes = frames + 1, size + batch_bytes(batch), probes or few
-            watch.require_unchanged()
         payload = Measurement(
             merged.first_frame,
             [statistic.to_bytes() for statistic in merged.statistics.values()],
@@ -99,10 +104,11 @@ class MeasureShard:
 
 
 class GatherShard:
-    """Computes a node's inputs for each frame of a shard, or only reads it: a row each, in order.
+    """Computes a node's inputs for each batch of a shard, or only reads it: a row each, in order.
 
-    The payload of a row is the frame's name, for messages, and the inputs or the batch; None where
-    the frame was skipped.
+    The batches are those of the data module, in canonical order. The payload of a row is the names
+    of the batch's frames, for messages, and the inputs or the batch; None where all of them were
+    skipped.
 
     Parameters
     ----------
@@ -118,19 +124,87 @@ class GatherShard:
         self.order, self.name = order, name
 
     def __call__(self, shard: Shard) -> Iterator[Row]:
-        """Yield the rows of ``shard``."""
+        """Yield the rows of ``shard``, which has whole batches (:meth:`Archive.whole_batches`)."""
         archive, pipeline = self.order.open()
         nodes = [node for node in pipeline.nodes() if node.name == self.name]
         watch = StateWatch(nodes_before(pipeline, nodes))
-        for index in range(shard.start, shard.stop):
-            frame = archive.frames[index]
-            try:
-                batch = archive.read(index)
-                data = compute_inputs(pipeline, nodes[0], batch, str(frame)) if nodes else batch
-            except DataError as error:
-                self.order.leave_out(error)
-                yield Row(shard.ordinal, skipped=((frame.uid, str(error)),))
+        first = not shard.ordinal
+        for wanted in archive.batches(shard):
+            items, skipped = self._read(archive, wanted)
+            frames, batch, data = self._usable(archive, pipeline, items, skipped)
+            if not frames:
+                yield Row(shard.ordinal, skipped=tuple(skipped))
                 continue
-            watch.require_unchanged()
-            payload: Any = str(frame), move_data_to_device(data, "cpu")
-            yield Row(shard.ordinal, payload, frames=1, bytes=batch_bytes(batch))
+            _require_steady(pipeline, nodes, watch, batch, first)
+            first = False
+            payload: Any = archive.named([*frames]), move_data_to_device(data, "cpu")
+            yield Row(shard.ordinal, payload, len(frames), batch_bytes(batch), tuple(skipped))
+
+    def _read(self, archive: Archive, wanted: range) -> tuple[_Items, _Skipped]:
+        """Return the frames of a batch that can be read, and those that cannot."""
+        items: _Items = {}
+        skipped: _Skipped = []
+        for index in wanted:
+            try:
+                items[index] = archive.item(index)
+            except DataError as error:
+                self._leave_out(archive.frames[index], error, skipped)
+        return items, skipped
+
+    def _usable(
+        self, archive: Archive, pipeline: CuvisPipeline, items: _Items, skipped: _Skipped
+    ) -> tuple[_Items, dict[str, Any], Any]:
+        """Return the frames that can be used together, their batch, and what comes of it.
+
+        Where they fail together, those that fail alone too are left out.
+        """
+        if not items:
+            return {}, {}, None
+        try:
+            batch = archive.collated([*items], [*items.values()])
+            data = batch
+            for node in pipeline.nodes():
+                if node.name == self.name:
+                    data = compute_inputs(pipeline, node, batch, archive.named([*items]))
+            return items, batch, data
+        except DataError as error:
+            if len(items) == 1:
+                self._leave_out(archive.frames[min(items)], error, skipped)
+                return {}, {}, None
+            self.order.leave_out(error)
+            alone = [self._usable(archive, pipeline, {i: items[i]}, skipped)[0] for i in items]
+            usable = {index: item for each in alone for index, item in each.items()}
+            if len(usable) == len(items):
+                raise
+            return self._usable(archive, pipeline, usable, skipped)
+
+    def _leave_out(self, frame: Frame, error: DataError, skipped: _Skipped) -> None:
+        self.order.leave_out(error)
+        skipped.append((frame.uid, str(error)))
+
+
+_Items = dict[int, Any]
+"""What the module's data set gives, by frame."""
+_Skipped = list[tuple[str, str]]
+"""The uids of frames that were left out, and why."""
+
+
+def _require_steady(
+    pipeline: CuvisPipeline,
+    targets: Collection[Node],
+    watch: StateWatch,
+    batch: dict[str, Any],
+    first: bool,
+) -> None:
+    """Raise StatefulNodesError if nodes before ``targets`` change when they are run.
+
+    Those whose tensors changed in this process are noticed at any batch. On the first one of the
+    archive, so that it does not depend on the cluster what is found, nodes that nobody described
+    are run again, on copies, to see whether anything else changes.
+    """
+    changed = {node.name for node in watch.changed()}
+    if targets and (changed or first):
+        frames = lambda: pipeline.move_batch_to_device(batch)  # noqa: E731
+        changed.update(evolving_nodes(pipeline, frames, ExecutionStage.INFERENCE, targets))
+    if changed:
+        raise StatefulNodesError(*sorted(changed))

@@ -1,8 +1,9 @@
 """How is a node fitted that no recipe knows? By its own code, on a stream of its inputs.
 
 Reading and every node before it run on all workers; the node itself runs in one process, which
-receives one frame at a time in canonical order (as upstream with ``batch_size: 1`` and no
-shuffling). Where a node before it changes its state with every frame, only reading is spread.
+receives the data module's own batches in canonical order (as upstream without shuffling). Where a
+node before it changes with every frame, only reading is spread: all nodes before it run in that
+process too, and what they have become goes back with the fitted node.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
+import torch
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training.post_fit import EmitFn, FrameProgress, TrainEvent, TrainHook
@@ -27,18 +29,48 @@ from cuvis_dist.execution.where import engine_for, in_one_process
 from cuvis_dist.initialization.kept import StoredPass
 from cuvis_dist.initialization.measuring import compute_inputs
 from cuvis_dist.initialization.passes import PassRecord
+from cuvis_dist.initialization.plan import Pass
 from cuvis_dist.initialization.shards import GatherShard
-from cuvis_dist.nodes.state import StatefulNodesError, adopt
+from cuvis_dist.nodes.probing import digest, random_states, set_random_states
+from cuvis_dist.nodes.state import adopt_all
+from cuvis_dist.nodes.upstream import nodes_before
 from cuvis_dist.scaling import Scaling
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """A node that was fitted, and how; ``done`` are the frames dealt with."""
+    """What a streamed fit leaves.
 
-    node: Node
-    record: PassRecord
-    done: int
+    Attributes
+    ----------
+    nodes : list of Node
+        The fitted node, and those before it that changed.
+    random : tuple
+        The random states after the fit.
+    tally : Tally
+        Which frames were read.
+    record : PassRecord or None
+        What is said about the pass, where it is kept.
+    """
+
+    nodes: list[Node]
+    random: tuple
+    tally: Tally
+    record: PassRecord | None = None
+
+    @property
+    def done(self) -> int:
+        """Frames dealt with."""
+        return self.tally.done
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """The name of the node to fit, whether in order, and the random states before it."""
+
+    name: str
+    in_order: bool
+    random: tuple
 
 
 def require_whole_frames(node: Node, scaling: Scaling) -> None:
@@ -53,12 +85,12 @@ def require_whole_frames(node: Node, scaling: Scaling) -> None:
 def stream_pass(
     pipeline: CuvisPipeline,
     archive: Archive,
-    node: Node,
+    this_pass: Pass,
     scaling: Scaling,
     emit: EmitFn,
     stored: StoredPass | None = None,
 ) -> PassRecord:
-    """Fit ``node`` on its inputs for every frame of the archive.
+    """Fit the streamed node of a pass on its inputs for every frame of the archive.
 
     Parameters
     ----------
@@ -71,74 +103,83 @@ def stream_pass(
         If only some pixels count: the node's own code reads whole frames.
     DataError
         If a frame cannot be read, or the nodes before cannot use it.
+    StatefulNodesError
+        If nodes before turn out to change with every frame, and the pass is not in order.
     CuvisDistError
         If the node's own fit failed.
     """
+    node = this_pass.streamed
+    assert node is not None
     if stored and stored.earlier:
         earlier: Streamed = stored.earlier
-        adopt(node, earlier.node)
-        return replace(
-            earlier.record, restored_shards=earlier.record.shards, restored_frames=earlier.done
-        )
+        _take_over(pipeline, earlier)
+        record = earlier.record
+        assert record is not None
+        return replace(record, restored_shards=record.shards, restored_frames=earlier.done)
     started = time.perf_counter()
     require_whole_frames(node, scaling)
-
-    def fit(in_order: bool) -> tuple[Node, Tally]:
-        arguments = (pipeline, archive, node.name, in_order, scaling)
-        for failure in count(1):
-            try:
-                # The fitting process mostly waits for the readers: it leaves them the CPUs.
-                workers = Workers.measuring(scaling)
-                return in_one_process(_fit, *arguments, emit=emit, workers=workers, cpus=0)
-            except LostWorkerError as error:
-                if failure > scaling.resources.max_failures:
-                    raise
-                logger.warning(f"{error}. It starts anew (failure {failure})")
-        raise AssertionError
-
-    try:
-        fitted, tally = fit(in_order=False)
-    except StatefulNodesError as error:
-        logger.info(f"{error} changes with every frame: the nodes before {node.name} run in order")
-        fitted, tally = fit(in_order=True)
-    adopt(node, fitted)
+    fit = _Fit(node.name, bool(this_pass.after), random_states())
+    for failure in count(1):
+        try:
+            # The fitting process mostly waits for the readers: it leaves them the CPUs.
+            fitted = in_one_process(
+                _fit,
+                pipeline,
+                archive,
+                fit,
+                scaling,
+                emit=emit,
+                workers=Workers.measuring(scaling),
+                cpus=0,
+            )
+            break
+        except LostWorkerError as error:
+            if failure > scaling.resources.max_failures:
+                raise
+            logger.warning(f"{error}. It starts anew (failure {failure})")
+    _take_over(pipeline, fitted)
+    tally = fitted.tally
     record = PassRecord(
         {node.name: {"statistic": "streamed", "pixels": None}},
         tally.frames,
         tally.bytes,
-        len(archive.shards(scaling.measuring.shard_frames)),
+        len(archive.whole_batches(scaling.measuring.shard_frames)),
         time.perf_counter() - started,
         tally.peak,
         tally.skipped,
         repeated=sorted(tally.repeated),
     )
     if stored:
-        stored.save(Streamed(fitted, record, tally.done))
+        stored.save(replace(fitted, record=record))
     return record
 
 
+def _take_over(pipeline: CuvisPipeline, fitted: Streamed) -> None:
+    adopt_all(pipeline, fitted.nodes)
+    set_random_states(fitted.random)
+
+
 def _fit(
-    pipeline: CuvisPipeline,
-    archive: Archive,
-    name: str,
-    in_order: bool,
-    scaling: Scaling,
-    emit: EmitFn,
-) -> tuple[Node, Tally]:
+    pipeline: CuvisPipeline, archive: Archive, fit: _Fit, scaling: Scaling, emit: EmitFn
+) -> Streamed:
+    name, in_order = fit.name, fit.in_order
     node = next(n for n in pipeline.nodes() if n.name == name)
+    before = {n: digest(n) for n in (nodes_before(pipeline, [node]) if in_order else ())}
     tally = Tally(len(archive), scaling.measuring.max_skipped)
 
     def stream(engine: Engine) -> Iterator[dict[str, Any]]:
+        torch.empty((), dtype=torch.int64).random_()  # as a loader does when it is iterated
         order = engine.make_order(pipeline, archive, scaling.measuring.on_error == "skip")
         gather = GatherShard(order, None if in_order else name)
-        for row in spread(archive.shards(scaling.measuring.shard_frames), gather, engine):
+        for row in spread(archive.whole_batches(scaling.measuring.shard_frames), gather, engine):
             tally.add(row)
             progress = FrameProgress(tally.done, len(archive))
             emit(TrainEvent(TrainHook.STATISTICAL_PROGRESS, node=name, progress=progress))
             if row.payload is not None:
-                frame, data = row.payload
-                yield compute_inputs(pipeline, node, data, frame) if in_order else data
+                frames, data = row.payload
+                yield compute_inputs(pipeline, node, data, frames) if in_order else data
 
+    set_random_states(fit.random)
     try:
         with engine_for(Workers.measuring(scaling)) as engine:
             node.statistical_initialization(stream(engine))
@@ -146,4 +187,5 @@ def _fit(
         raise
     except Exception as error:
         raise CuvisDistError(f"node {name} could not be fitted: {one_line(error)}") from error
-    return node, tally
+    changed = [n for n, earlier in before.items() if digest(n) != earlier]
+    return Streamed([node, *changed], random_states(), tally)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -95,14 +95,10 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
             If the stop event was set.
         """
         self.records = []
-        plan = deque(make_plan(self.pipeline, self.scaling.measuring.fold))
+        plan, scaling = self._planned(), self.scaling  # before anything is read
         if not plan:
             logger.info("No statistical nodes to train")
             return
-        scaling = self.scaling
-        for step in plan:  # before anything is read
-            if step.streamed is not None:
-                require_whole_frames(step.streamed, scaling)
         archive = open_archive(self.datamodule, "train").sampled(
             scaling.measuring.sample_frames,
             scaling.measuring.sample_fraction,
@@ -114,20 +110,49 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
 
         outer_owner = self.pipeline.structure_frozen_by
         self.pipeline.freeze_structure("StatisticalTrainer.fit")
-        number = 0
+        number, found = 0, set[str]()
         try:
             while plan:
                 self._raise_if_cancelled()
                 number += 1
                 this_pass = plan.popleft()
                 stored = self._stored(number, this_pass, archive) if resume else None
-                plan.extendleft(reversed(self._run(this_pass, archive, stored)))
+                try:
+                    plan.extendleft(reversed(self._run(this_pass, archive, stored)))
+                except StatefulNodesError as error:
+                    found |= {*error.names}
+                    plan = self._planned(found)
         finally:
             if outer_owner is None:
                 self.pipeline.unfreeze_structure()
             else:
                 self.pipeline.freeze_structure(outer_owner)
         self._raise_if_cancelled()
+
+    def _planned(self, found: Collection[str] = ()) -> deque[Pass]:
+        """Return the passes that are left, where ``found`` turned out to change with every frame.
+
+        Raises
+        ------
+        InputError
+            If only some pixels count, and a node has to be streamed.
+        """
+        done = {name for record in self.records for name in record.nodes}
+        fitted = [node for node in self.pipeline.nodes() if node.name in done]
+        plan = deque(make_plan(self.pipeline, self.scaling.measuring.fold, found, fitted))
+        behind: dict[tuple[str, ...], list[str]] = {}
+        for step in plan:
+            if step.streamed is not None:
+                require_whole_frames(step.streamed, self.scaling)
+            if step.streamed is not None and step.after:
+                behind.setdefault(step.after, []).append(step.streamed.name)
+        for changing, names in behind.items():
+            if not found or {*found} & {*changing}:  # else it was said before
+                logger.info(
+                    f"{', '.join(changing)} changes with every frame: fitting {', '.join(names)} "
+                    "in order"
+                )
+        return plan
 
     def _stored(self, number: int, this_pass: Pass, archive: Archive) -> StoredPass:
         scaling = self.scaling
@@ -160,22 +185,16 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         progress(TrainHook.STATISTICAL_NODE_START, done)
         further: list[Pass] = []
         if this_pass.streamed is not None:
-            record = stream_pass(
-                self.pipeline, archive, this_pass.streamed, self.scaling, self.emit, stored
-            )
+            record = stream_pass(self.pipeline, archive, this_pass, self.scaling, self.emit, stored)
         else:
-            try:
-                record, left = measure_pass(
-                    self.pipeline,
-                    archive,
-                    this_pass,
-                    self.scaling,
-                    lambda done: progress(TrainHook.STATISTICAL_PROGRESS, done),
-                    stored,
-                )
-            except StatefulNodesError as error:
-                logger.info(f"{error} changes with every frame: what follows is fitted in order")
-                return [Pass(streamed=node) for node in this_pass.nodes]
+            record, left = measure_pass(
+                self.pipeline,
+                archive,
+                this_pass,
+                self.scaling,
+                lambda done: progress(TrainHook.STATISTICAL_PROGRESS, done),
+                stored,
+            )
             further = [share([measured_directly(self.pipeline, fit)]) for fit in left]
         self.records.append(record)
         for name in record.nodes:

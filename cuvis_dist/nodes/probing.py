@@ -80,10 +80,18 @@ def probe(node: Node, seen: Seen, read: frozenset[str], is_loss: bool) -> Batchi
         return _joint(f"cannot be run on single frames: {type(error).__name__}")
 
 
-def evolves_when_run(node: Node, inputs: dict[str, Any]) -> bool:
-    """Whether running ``node`` in evaluation changes what it does next; it is left as it is."""
+def evolves_when_run(node: Node, inputs: dict[str, Any], as_is: bool = False) -> bool:
+    """Whether running ``node`` changes what it does next; it is left as it is.
+
+    Parameters
+    ----------
+    as_is : bool
+        Run it in the mode that it is in; otherwise in evaluation mode.
+    """
     try:
-        subject = copy.deepcopy(node).eval()
+        subject = copy.deepcopy(node)
+        if not as_is:
+            subject.eval()
         with left_alone():
             subject.forward(**inputs)  # what it keeps from a first run, caches say, stays
             before = digest(subject), random_states()

@@ -17,7 +17,20 @@ from cuvis_dist.errors import CuvisDistError
 
 
 class StatefulNodesError(CuvisDistError):
-    """Nodes change their state with every frame, where each frame must stand for itself."""
+    """Nodes change their state with every frame, where each frame must stand for itself.
+
+    Parameters
+    ----------
+    *names : str
+        The names of the nodes.
+    """
+
+    def __init__(self, *names: str) -> None:
+        super().__init__(*names)
+        self.names = names
+
+    def __str__(self) -> str:
+        return ", ".join(self.names)
 
 
 class StateWatch:
@@ -40,7 +53,7 @@ class StateWatch:
     def require_unchanged(self) -> None:
         """Raise StatefulNodesError, which names the nodes, if one has changed."""
         if changed := self.changed():
-            raise StatefulNodesError(", ".join(node.name for node in changed))
+            raise StatefulNodesError(*(node.name for node in changed))
 
 
 def _mark(node: Node) -> tuple:

@@ -17,9 +17,11 @@ from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_schemas.enums import ExecutionStage, NodeCategory
 from cuvis_ai_schemas.execution import Context
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cuvis_dist.nodes import upstream
 from cuvis_dist.nodes.batching import known
+from cuvis_dist.nodes.catalogue import is_pixelwise
 from cuvis_dist.nodes.probing import Seen, evolves_when_run, left_alone, probe
 from cuvis_dist.nodes.rows import RAGGED, Rows, bytes_per_frame, has_frames, is_ragged, rows_of
 from cuvis_dist.nodes.sinks import rank_zero_nodes
@@ -70,15 +72,19 @@ def training_survey(
         Whose outputs are added up.
     """
     context = Context(stage=ExecutionStage.TRAIN)
+    nodes = _running(pipeline, context.stage)
     with left_alone():
         return {
             node.name: _plan(node, seen, _Uses.of(pipeline, node, loss_nodes))
-            for node, seen in _walk(pipeline, dict(two), dict(one), context)
+            for node, seen in _walk(pipeline, nodes, dict(two), dict(one), context)
         }
 
 
 def evolving_nodes(
-    pipeline: CuvisPipeline, frames: Callable[[], dict[str, Any]] | None, stage: ExecutionStage
+    pipeline: CuvisPipeline,
+    frames: Callable[[], dict[str, Any]] | None,
+    stage: ExecutionStage,
+    fitting: Collection[Node] | None = None,
 ) -> list[str]:
     """Return the nodes for which the order of batches matters at ``stage``, by name.
 
@@ -87,21 +93,37 @@ def evolving_nodes(
     frames : callable or None
         Returns a batch, on which nodes that nobody described are run, and is called where there
         are such; without it, they count as not evolving.
+    fitting : collection of Node, optional
+        Only the nodes before these count, in the mode that they are in, as upstream runs them to
+        fit these; otherwise all nodes count, in evaluation mode.
     """
-    found, unknown = [], []
-    for node in _running(pipeline, stage):
+    running = _running(pipeline, stage)
+    if fitting is not None:
+        before = upstream.nodes_before(pipeline, fitting)
+        running = [node for node in running if node in before]
+    found, unknown = set(), []
+    for node in running:
         fact = known(node, Use(frozenset(type(node).OUTPUT_SPECS)))
         if fact is None:
-            unknown.append(node)
-        elif stage in fact.evolves:
-            found.append(node.name)
+            if not is_pixelwise(node):
+                unknown.append(node)
+        elif stage in fact.evolves or (fitting is not None and _tracks(node, fact)):
+            found.add(node)
     if unknown and frames is not None:
         batch = frames()
         with left_alone():
-            for node, seen in _walk(pipeline, batch, batch, Context(stage=stage)):
-                if node in unknown and evolves_when_run(node, seen.two | seen.more):
-                    found.append(node.name)
-    return found
+            for node, seen in _walk(pipeline, running, batch, batch, Context(stage=stage)):
+                inputs = seen.two | seen.more
+                if node in unknown and evolves_when_run(node, inputs, as_is=fitting is not None):
+                    found.add(node)
+    return [node.name for node in running if node in found]
+
+
+def _tracks(node: Node, fact: Batching) -> bool:
+    """Whether batch norms inside a node note the frames that pass through it now."""
+    return fact.batch_norms and any(
+        isinstance(module, _BatchNorm) and module.training for module in node.modules()
+    )
 
 
 def obvious_plans(
@@ -241,13 +263,16 @@ def _running(pipeline: CuvisPipeline, stage: ExecutionStage) -> list[Node]:
 
 
 def _walk(
-    pipeline: CuvisPipeline, two: dict[str, Any], one: dict[str, Any], context: Context
+    pipeline: CuvisPipeline,
+    nodes: list[Node],
+    two: dict[str, Any],
+    one: dict[str, Any],
+    context: Context,
 ) -> Iterator[tuple[Node, _Seen]]:
-    """Run a copy of each node, and yield the node with what the copy got and gave.
+    """Run a copy of each of ``nodes``, and yield the node with what the copy got and gave.
 
     Ports are dropped when the last node that reads them has run.
     """
-    nodes = _running(pipeline, context.stage)
     last = {
         (source.name, port): index
         for index, node in enumerate(nodes)

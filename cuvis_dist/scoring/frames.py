@@ -6,6 +6,7 @@ dealt. Only the nodes that the outputs depend on run; labels are not needed unle
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 from collections.abc import Iterator
@@ -19,11 +20,12 @@ from cuvis_ai_core.training.post_fit import EmitFn
 from cuvis_ai_schemas.enums import ExecutionStage, NodeTag
 from cuvis_ai_schemas.execution import Context
 
-from cuvis_dist.archive import Archive, Frame, Shard
+from cuvis_dist.archive import Frame, Shard
 from cuvis_dist.errors import ClusterError, DataError, one_line
 from cuvis_dist.execution.spread import Order, Row
 from cuvis_dist.execution.worker import fetch_once
-from cuvis_dist.nodes.state import StateWatch
+from cuvis_dist.nodes.state import StatefulNodesError, StateWatch
+from cuvis_dist.nodes.survey import evolving_nodes
 from cuvis_dist.nodes.upstream import nodes_before
 from cuvis_dist.scoring.plan import refuse_links
 from cuvis_dist.storage import OutputFolder
@@ -47,10 +49,17 @@ def _running(pipeline: CuvisPipeline) -> list[Node]:
     return [n for n in pipeline.nodes() if n.should_execute(ExecutionStage.INFERENCE)]
 
 
-def tracking(pipeline: CuvisPipeline) -> str | None:
-    """Name a node that depends on the frames before, whatever its tensors say."""
-    found = (node.name for node in _running(pipeline) if NodeTag.TRACKING in node.get_tags())
-    return next(found, None)
+def depending(pipeline: CuvisPipeline) -> str | None:
+    """Name the nodes that are known to depend on the frames before, or return None."""
+    tracking = [node.name for node in _running(pipeline) if NodeTag.TRACKING in node.get_tags()]
+    names = [*tracking, *evolving_nodes(pipeline, None, ExecutionStage.INFERENCE)]
+    return ", ".join(dict.fromkeys(names)) or None
+
+
+@functools.lru_cache(maxsize=1)
+def _checked(pipeline: Any) -> set[bool]:
+    """Return what this process notes about a pipeline: True once its nodes were tried out."""
+    return set()
 
 
 class ScoreShard:
@@ -112,20 +121,35 @@ class ScoreShard:
         for index in indices:
             frame = archive.frames[index]
             try:
-                maps = self._maps(pipeline, archive, index)
+                batch = archive.read(index)
+                maps = self._maps(pipeline, batch, index, frame)
             except DataError as error:
                 self.order.leave_out(error)
                 yield frame.uid, str(error)
                 continue
             if not self.carries_state:
                 watch.require_unchanged()
+                self._require_steady(pipeline, batch)
             if files[index]:
                 self._write(files[index], frame, maps)
             yield frame.uid, ""
 
+    def _require_steady(self, pipeline: CuvisPipeline, batch: dict[str, Any]) -> None:
+        """Raise StatefulNodesError if nodes that nobody described change when they are run.
+
+        Copies of them are, on the first frame of each process, before it writes a file.
+        """
+        checked = _checked(self.order.pipeline)
+        if not checked:
+            frames = lambda: pipeline.move_batch_to_device(batch)  # noqa: E731
+            if names := evolving_nodes(pipeline, frames, ExecutionStage.INFERENCE):
+                raise StatefulNodesError(*names)
+            checked.add(True)
+
     @torch.no_grad()
-    def _maps(self, pipeline: CuvisPipeline, archive: Archive, index: int) -> dict[str, np.ndarray]:
-        batch = archive.read(index)
+    def _maps(
+        self, pipeline: CuvisPipeline, batch: dict[str, Any], index: int, frame: Frame
+    ) -> dict[str, np.ndarray]:
         try:
             outputs = pipeline.forward(
                 batch=pipeline.move_batch_to_device(batch),
@@ -135,7 +159,7 @@ class ScoreShard:
             )
             return {".".join(port): _array(outputs[port]) for port in self.outputs}
         except Exception as error:
-            raise DataError(f"{archive.frames[index]} cannot be used: {one_line(error)}") from error
+            raise DataError(f"{frame} cannot be used: {one_line(error)}") from error
 
     def _write(self, file: str, frame: Frame, maps: dict[str, np.ndarray]) -> None:
         refuse_links(self.folder.local, [file])

@@ -24,7 +24,7 @@ from cuvis_dist.execution.tally import Tally
 from cuvis_dist.execution.where import engine_for, in_one_process
 from cuvis_dist.nodes.state import StatefulNodesError
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.scoring.frames import ScoreShard, only_for, score_in_order, tracking
+from cuvis_dist.scoring.frames import ScoreShard, depending, only_for, score_in_order
 from cuvis_dist.scoring.plan import INDEX, ScorePlan
 
 OnFrames = Callable[[int, int], None]
@@ -36,7 +36,7 @@ def compute_scores(
 ) -> None:
     """Let the workers write what is missing: side by side, or in order where that matters."""
     only_for(pipeline, plan.outputs)
-    reason = tracking(pipeline)
+    reason = depending(pipeline)
     workers, skip = Workers.measuring(scaling), scaling.measuring.on_error == "skip"
     if reason is None:
         some = plan.archive.only(plan.todo)

@@ -24,7 +24,7 @@ from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training import StatisticalTrainer as UpstreamStatisticalTrainer
 from cuvis_ai_core.training.evaluation import evaluate_split
 from cuvis_ai_schemas.enums import ExecutionStage
-from labelled import LabelledModule, Trail, scoring_pipeline
+from labelled import Count, LabelledModule, Trail, scoring_pipeline
 from readings import counting
 from torch.utils.data import DataLoader, Dataset
 
@@ -256,7 +256,7 @@ def running() -> PercentileNormalizer:
     return PercentileNormalizer(5, name="normalizer", running_warmup_frames=0)
 
 
-@pytest.mark.parametrize("node", [running, Trail])
+@pytest.mark.parametrize("node", [running, Trail, Count])
 @pytest.mark.usefixtures("ray_session")
 def test_what_changes_with_every_frame_is_computed_in_order(node, saved, demo_trainrun, tmp_path):
     """No file is written from a wrong state, also when only some are missing."""
