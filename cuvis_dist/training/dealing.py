@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from enum import Enum
 from itertools import islice
 from typing import Any
 
@@ -52,6 +53,14 @@ def cut(batch: list[int], rank: int, world_size: int) -> tuple[list[int], float]
     return batch[start:stop], (stop - start) * world_size / len(batch)
 
 
+class Dealing(Enum):
+    """How global batches are dealt over the workers."""
+
+    CUT = "each batch is cut over the workers"
+    TURNS = "whole batches go to the workers in turn"
+    ALL = "every worker gets every batch, which counts on the first one alone"
+
+
 class DealtBatches(Sampler[list[int]]):
     """One worker's batches of each epoch.
 
@@ -61,11 +70,9 @@ class DealtBatches(Sampler[list[int]]):
         The data module's own, whose batch sampler makes the global batches.
     rank, world_size : int
         Which worker this is, of how many.
-    whole : bool
-        Deal whole batches in turn (validation, test) instead of cutting each (training).
-    in_order : bool
-        Give every whole batch to every worker, for nodes that each batch changes; it counts on
-        the first worker alone.
+    dealing : Dealing
+        Training batches are cut; those of validation and test stay whole, and go to every worker
+        for nodes that each batch changes.
     limit : int or float or None
         Of the global batches only the first so many (int) or this fraction (float).
     share : callable, optional
@@ -93,12 +100,11 @@ class DealtBatches(Sampler[list[int]]):
         rank: int,
         world_size: int,
         *,
-        whole: bool = False,
-        in_order: bool = False,
+        dealing: Dealing = Dealing.CUT,
         limit: int | float | None = None,
         share: Callable[[Batches], Batches] | None = None,
     ) -> None:
-        self.loader, self.whole, self.in_order, self.limit = loader, whole, in_order, limit
+        self.loader, self.dealing, self.limit = loader, dealing, limit
         self.batches: Any = loader.batch_sampler
         self.rank, self.world_size, self.share = rank, world_size, share
         self.weights: list[float] = []
@@ -106,6 +112,11 @@ class DealtBatches(Sampler[list[int]]):
         self.frames = _frames(loader)
         self.generator = torch.Generator()
         self._begun = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether batches are not cut."""
+        return self.dealing is not Dealing.CUT
 
     @property
     def sampler(self) -> DealtBatches:
@@ -126,7 +137,7 @@ class DealtBatches(Sampler[list[int]]):
 
     def __len__(self) -> int:
         size = self._size()
-        if not self.whole or self.in_order:
+        if self.dealing is not Dealing.TURNS:
             return size
         return max(len(range(self.rank, size, self.world_size)), min(size, 1))
 
@@ -144,9 +155,9 @@ class DealtBatches(Sampler[list[int]]):
             batches = self.share(batches)
         self.sizes = [len(batch) for batch in batches]
         self.frames = sum(self.sizes)
-        if self.in_order:
+        if self.dealing is Dealing.ALL:
             mine = [(batch, float(self.rank == 0)) for batch in batches]
-        elif self.whole:
+        elif self.dealing is Dealing.TURNS:
             mine = [(batch, 1.0) for batch in batches[self.rank :: self.world_size]]
             if not mine and batches:
                 mine = [(batches[0], 0.0)]

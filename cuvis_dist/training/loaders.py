@@ -20,6 +20,7 @@ from cuvis_dist.training.agreement import Head
 from cuvis_dist.training.assignment import Assignment, Seat
 from cuvis_dist.training.dealing import (
     Batches,
+    Dealing,
     DealtBatches,
     WatchedFrames,
     deal,
@@ -85,8 +86,7 @@ class DealtDataModule(pl.LightningDataModule):
             loader,
             self.rank,
             self.world_size,
-            whole=split != "train",
-            in_order=split in self.in_order,
+            dealing=self._dealing(split),
             limit=limit,
             share=partial(self._agree, split),
         )
@@ -114,6 +114,11 @@ class DealtDataModule(pl.LightningDataModule):
         starting = partial(self.heartbeat.doing, STARTING)
         retries = self.scaling.resources.max_failures
         return ReadAhead(dealt, reading.read_ahead, retries=retries, starting=starting)
+
+    def _dealing(self, split: str) -> Dealing:
+        if split == "train":
+            return Dealing.CUT
+        return Dealing.ALL if split in self.in_order else Dealing.TURNS
 
     def _agree(self, split: str, batches: Batches) -> Batches:
         """Return rank 0's batches, and go on from rank 0's random state as it has drawn them.

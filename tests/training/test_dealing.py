@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, RandomSampler, Sampler, WeightedRandomSampler
 
 from cuvis_dist.training.dealing import (
+    Dealing,
     DealtBatches,
     WatchedFrames,
     cut,
@@ -69,7 +70,7 @@ def test_training_uses_every_frame_once_in_the_same_global_batches(n, size, worl
 @given(frames, sizes, worlds)
 def test_evaluation_deals_whole_batches_once(n, size, world):
     def whole(rank):
-        return DealtBatches(DataLoader(range(n), size), rank, world, whole=True)
+        return DealtBatches(DataLoader(range(n), size), rank, world, dealing=Dealing.TURNS)
 
     ranks = [whole(rank) for rank in range(world)]
     mine = [list(dealt) for dealt in ranks]
@@ -83,7 +84,10 @@ def test_evaluation_deals_whole_batches_once(n, size, world):
 
 @pytest.mark.parametrize(("limit", "steps"), [(None, 5), (2, 2), (9, 5), (0.5, 2), (0, 0)])
 def test_a_limit_counts_global_batches(limit, steps):
-    ranks = [DealtBatches(shuffled(20, 4), rank, 2, whole=True, limit=limit) for rank in (0, 1)]
+    ranks = [
+        DealtBatches(shuffled(20, 4), rank, 2, dealing=Dealing.TURNS, limit=limit)
+        for rank in (0, 1)
+    ]
     for dealt in ranks:
         torch.manual_seed(1)
         list(dealt)
