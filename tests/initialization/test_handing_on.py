@@ -159,7 +159,8 @@ def fitted_upstream(pipeline, module):
     torch.set_num_threads(1)
     torch.manual_seed(5)
     try:
-        UpstreamStatisticalTrainer(pipeline, module).fit()
+        with torch.no_grad():  # what is fitted on gradients cannot be copied
+            UpstreamStatisticalTrainer(pipeline, module).fit()
     finally:
         torch.set_num_threads(threads)
     return pipeline

@@ -86,7 +86,7 @@ def assert_same_values(trainer, expected):
 
 
 #: How frames are read makes no difference.
-READING = {0: {}, 1: {"cache": "disk", "read_ahead": 2}, 2: {}, 3: {"cache": "memory"}}
+READING = {0: {"workers": 0}, 1: {"cache": "disk", "read_ahead": 2}, 2: {}, 3: {"cache": "memory"}}
 #: In every test run; the others are marked long (two workers are in many tests below).
 ALWAYS = {(0, "adamw", "uneven"), (3, "adamw", "uneven")}
 
