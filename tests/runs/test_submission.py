@@ -45,6 +45,8 @@ def test_a_dry_run_tells_plan_and_resources_and_reads_one_frame(demo):
         assert done.returncode == 0, done.stderr
         assert "10 frames in 3 shards" in done.stdout
         assert "pass 2: reads" in done.stdout
+        assert "  rx_detector: per frame: treats each frame by itself" in done.stdout
+        assert "  bce: mean: is a mean over pixels" in done.stdout
         assert "phase 1  5 workers, 1 CPUs each" in done.stdout
         assert "phase 2  2 workers, 1 CPUs and 1 GPUs each; at most 3 epochs" in done.stdout
     assert not (demo.parent / "results").exists()

@@ -80,6 +80,8 @@ def test_both_phases_leave_a_pipeline_that_plain_cuvis_ai_loads(demo, capsys):
     assert fitted == {"statistic": derived, "pixels": 10 * 320}
     assert all(p["bytes"] > 10 * 16 * 20 * 12 * 4 for p in record["passes"])
     assert record["epochs"] == 3
+    assert record["nodes"]["selector"] == "per frame: treats each frame by itself"
+    assert record["nodes"]["metrics_anomaly"] == "not in a training step"
     result = json.loads((results / "result.json").read_text())
     assert (result["status"], result["exit_code"]) == ("done", 0)
     assert result["pipeline"] == str(saved)
