@@ -64,8 +64,7 @@ def test_a_worker_may_write_to_what_it_gets(ray_session, dtype):
 
 
 @pytest.mark.slow
-def test_a_data_module_of_integers_in_both_phases(ray_session, demo_trainrun, tmp_path):
-    """Held in the data module, read ahead by Ray tasks and cached: as upstream has it."""
+def test_a_data_module_of_integers_is_fitted_on_workers(ray_session, demo_trainrun):
     from cuvis_ai_core.training import StatisticalTrainer as UpstreamStatisticalTrainer
 
     fitted = []
@@ -78,6 +77,11 @@ def test_a_data_module_of_integers_in_both_phases(ray_session, demo_trainrun, tm
         fitted.append(trainrun.pipeline)
     assert_same_state(*fitted, 1e-6)
 
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_data_module_of_integers_trains(ray_session, demo_trainrun, tmp_path):
+    """Held in the data module, read ahead by Ray tasks and cached: as upstream has it."""
     one = initialized(demo_trainrun, tmp_path / "one", "training.optimizer.lr=1.0e-5")
     train_upstream(one, serve_integers(one.datamodule()))
     two = initialized(demo_trainrun, tmp_path / "two", "training.optimizer.lr=1.0e-5")
