@@ -95,7 +95,7 @@ def test_a_new_node_is_trained(demo_trainrun, tmp_path, ray_session):
     )
     trainer = GradientTrainer(
         pipeline, trainrun.datamodule(), [bce],
-        training_config=config, scaling=scaling_of(train_workers=2), output_dir=tmp_path,
+        training_config=config, scaling=scaling_of(train_workers=0, workers=0), output_dir=tmp_path,
     )  # fmt: skip
     trainer.fit()
     for node in pipeline.nodes():

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 from archives import buffers_sha256, edit
+from settings import scaling_of
 
 from cuvis_dist import Scaling
 from cuvis_dist.cli import main
@@ -95,18 +96,17 @@ def test_both_phases_leave_a_pipeline_that_plain_cuvis_ai_loads(demo, capsys):
     assert [path.name for path in results.rglob(".*")] == [".lock"], "something temporary was left"
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_session")
 def test_a_run_leaves_the_configuration_of_its_caller_as_it_is(demo):
     """So that the same trainrun, run again, is known as the same run."""
     edit(demo, lambda run: run["training"].update(max_epochs=1))
     trainrun = load_trainrun(demo)
     assert trainrun.config.training.callbacks.checkpoint is not None
     before = trainrun.config.model_copy(deep=True)
-    record = run_trainrun(trainrun)
+    here = scaling_of(workers=0, train_workers=0)
+    record = run_trainrun(trainrun, here)
     assert trainrun.config == before
     assert list((demo.parent / "results" / "checkpoints").glob("*.ckpt"))
-    again = run_trainrun(load_trainrun(demo))
+    again = run_trainrun(load_trainrun(demo), here)
     assert again.started == record.started, "it was run again"
 
 

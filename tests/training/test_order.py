@@ -17,7 +17,7 @@ def test_one_worker_draws_what_upstream_draws(demo_trainrun, tmp_path, warnings)
     theirs = initialized(demo_trainrun, tmp_path / "one")
     train_upstream(theirs, AugmentedModule(theirs.datamodule()))
     ours = initialized(demo_trainrun, tmp_path / "ours")
-    train(ours, 1, AugmentedModule(ours.datamodule()))
+    train(ours, 0, AugmentedModule(ours.datamodule()))
     assert_same_state(ours.pipeline, theirs.pipeline, 1e-5)
     assert not [text for text in warnings if "random" in text]
 
