@@ -201,7 +201,12 @@ def test_validate_and_test_are_upstreams(demo_trainrun, fold, bound):
 
 @pytest.mark.parametrize(
     ("scene", "channels"),
-    [("lhdata", 186), ("abu-beach-2", 193), ("salinas-a", 204), ("muufl", 72)],
+    [
+        ("lhdata", 186),
+        pytest.param("abu-beach-2", 193, marks=pytest.mark.long),
+        pytest.param("salinas-a", 204, marks=pytest.mark.long),
+        pytest.param("muufl", 72, marks=pytest.mark.long),
+    ],
 )
 def test_real_scenes_equal_upstream(scene, channels, tmp_path):
     """Buffers to 1e-6; the inverse of a covariance with condition 1e9 as well as its scores."""
@@ -261,7 +266,10 @@ def roc_auc(pipeline, trainrun):
     )
 
 
-@pytest.mark.parametrize(("scene", "channels"), [("lhdata", 186), ("muufl", 72)])
+@pytest.mark.parametrize(
+    ("scene", "channels"),
+    [("lhdata", 186), pytest.param("muufl", 72, marks=pytest.mark.long)],
+)
 def test_folding_on_real_scenes(scene, channels, tmp_path):
     """Normalizer and detector in one reading; the scores are those of separate readings."""
     universe = real_scene(scene, tmp_path / "archive")

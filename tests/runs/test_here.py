@@ -11,6 +11,7 @@ from commands import Command, record, train_files
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.long
 def test_a_command_is_stopped_and_typed_again(demo_trainrun, tmp_path):
     """In the middle of a pass, and of an epoch; then it goes on from there."""
     out = tmp_path / "out"

@@ -158,8 +158,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 def cases():
     for name in RUNS:
         yield pytest.param(name, False, id=name)
-        marks = [] if name == "channel_selector" else [pytest.mark.long]
-        yield pytest.param(name, True, id=f"{name}, two workers", marks=marks)
+        yield pytest.param(name, True, id=f"{name}, two workers", marks=pytest.mark.long)
 
 
 @pytest.mark.parametrize(("name", "spread"), cases())

@@ -61,7 +61,14 @@ def ranks():
 IN_FLOAT32 = ("bce", "contrast", "running", "last_frames_components")
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.long), 2, 3])
+@pytest.mark.parametrize(
+    "world_size",
+    [
+        pytest.param(1, marks=pytest.mark.long),
+        pytest.param(2, marks=pytest.mark.long),
+        3,
+    ],
+)
 @pytest.mark.parametrize("name", CASES)
 def test_steps_are_those_of_one_process(ranks, name, world_size):
     single = name.startswith(IN_FLOAT32)

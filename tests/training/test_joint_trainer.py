@@ -79,7 +79,7 @@ TRAINED = {
     "patches": 3,
     "contrast-0.0-rgb": 2,
 }
-ALWAYS = {"unknown-Memory", "concrete"}
+ALWAYS = {"unknown-Memory"}
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ def test_frames_that_draw_on_several_workers_are_said(demo_trainrun, tmp_path, w
     assert "the order of frames is rank 0's, and not upstream's" in line
 
 
+@pytest.mark.long
 def test_workers_follow_rank_zero_where_a_sampler_draws_elsewhere(
     demo_trainrun, tmp_path, warnings
 ):

@@ -196,7 +196,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize(
     "case",
-    [case if "early" in case else pytest.param(case, marks=pytest.mark.long) for case in SETTINGS],
+    [pytest.param(case, marks=pytest.mark.long) for case in SETTINGS],
 )
 def test_settings_mean_what_they_mean_in_one_process(demo_trainrun, tmp_path, case):
     overrides = ("data.batch_size=3", *SETTINGS[case])
@@ -249,6 +249,7 @@ def test_unfreezing_alone_and_together(demo, tmp_path, nodes):
     assert_frozen_as_before(trainrun, before)
 
 
+@pytest.mark.long
 def test_monitors_write_on_rank_zero_alone(demo, tmp_path):
     """Three workers, one TensorBoard node with metrics and pictures."""
     pipeline = yaml.safe_load((demo.parent / "pipeline.yaml").read_text())
