@@ -20,7 +20,7 @@ outputs/demo/summary.txt: $(INSTALLED) $(SOURCES)
 test: $(INSTALLED) sdk
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# Also those marked long, which CI leaves out to stay below 20 minutes on two cores.
+# Also those marked long, which CI leaves out to stay short on two cores.
 test-all: $(INSTALLED) sdk
 	$(BIN)/python -m pytest -m "long or not long" $(PYTEST_ARGS)
 
@@ -43,6 +43,7 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/initialization.py $(BENCH_ARGS)
+	$(BIN)/python tests/benchmarks/commands.py
 	$(BIN)/python tests/benchmarks/training.py
 	$(BIN)/python tests/benchmarks/scheduling.py
 
