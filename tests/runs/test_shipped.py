@@ -157,7 +157,8 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def cases():
     for name in RUNS:
-        yield pytest.param(name, False, id=name)
+        marks = [pytest.mark.long] if name == "deep_svdd" else []
+        yield pytest.param(name, False, id=name, marks=marks)
         yield pytest.param(name, True, id=f"{name}, two workers", marks=pytest.mark.long)
 
 
