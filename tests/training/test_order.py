@@ -22,6 +22,7 @@ def test_one_worker_draws_what_upstream_draws(demo_trainrun, tmp_path, warnings)
     assert not [text for text in warnings if "random" in text]
 
 
+@pytest.mark.long
 def test_frames_that_draw_on_several_workers_are_said(demo_trainrun, tmp_path, warnings):
     trainrun = initialized(demo_trainrun, tmp_path)
     train(trainrun, 2, AugmentedModule(trainrun.datamodule()))

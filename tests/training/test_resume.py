@@ -55,6 +55,7 @@ def test_fewer_workers_than_asked_for_train_the_same(demo_trainrun, tmp_path, wa
     assert_same_state(trainrun.pipeline, expected.pipeline, 1e-5)
 
 
+@pytest.mark.long
 def test_a_stuck_worker_is_named(demo_trainrun, tmp_path):
     trainrun = initialized(demo_trainrun, tmp_path, *OVERRIDES)
     module = TroubledModule(trainrun.datamodule(), tmp_path, "sleep", at=5, rank=1)
@@ -74,7 +75,7 @@ def test_this_process_is_named_and_interrupted_where_it_is_stuck(demo_trainrun, 
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
-@pytest.mark.parametrize("later", [0, 1])
+@pytest.mark.parametrize("later", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_this_process_is_interrupted_and_goes_on(demo_trainrun, tmp_path, later):
     """What it leaves is what a worker leaves, and the other way round."""
     expected = initialized(demo_trainrun, tmp_path / "one", *OVERRIDES)
