@@ -60,7 +60,7 @@ class AfterFit:
     Attributes
     ----------
     epoch, global_step : int
-        Of the batches that are evaluated, as upstream counts them: an epoch that no training
+        What the evaluated batches are counted by, as upstream does: an epoch that no training
         used, and a step past the last one.
     release_cuda_cache : bool
         Whether unused GPU memory is given back before each step.

@@ -92,7 +92,7 @@ def _fast_rgb(node: Any, use: Use) -> Batching:
 
 
 def _over_dimensions(node: Any, use: Use) -> Batching:
-    """Of nodes that reduce over the dimensions that their settings name."""
+    """Class a node by whether the dimensions that it reduces include the frames."""
     dims = node.dims if hasattr(node, "dims") else node.reduce_dims
     over_batch = dims is not None and any(dim in (0, -4) for dim in dims)
     return _joint("reduces over the frames of a batch") if over_batch else _ALONE

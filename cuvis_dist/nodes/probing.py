@@ -44,7 +44,7 @@ class Seen:
     two, one : dict
         Inputs by port.
     rows : dict of str to Rows
-        Of each port.
+        Which rows of each port belong to a frame.
     more : dict
         What is handed over besides: the context.
     """

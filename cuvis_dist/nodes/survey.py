@@ -37,7 +37,7 @@ class NodePlan:
     batching : Batching
         How it treats frames, in this pipeline.
     inputs, outputs : dict of str to Rows
-        Of a joint node: rows per frame of each port. Outputs of a loss stay whole.
+        The rows per frame of each port of a joint node. Outputs of a loss stay whole.
     alike : bool
         Whether the gradients of its outputs are the same on all ranks.
     gathered : int
@@ -69,7 +69,7 @@ def training_survey(
     two, one : mapping
         Batches of two frames, and of the first of them, on the pipeline's device.
     loss_nodes : collection of Node
-        Whose outputs are added up.
+        The nodes whose outputs are added up.
     """
     context = Context(stage=ExecutionStage.TRAIN)
     nodes = _running(pipeline, context.stage)

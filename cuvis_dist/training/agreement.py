@@ -43,9 +43,9 @@ class Head:
     Attributes
     ----------
     dataset : Dataset
-        Of the split.
+        The data set of the split.
     collate : callable
-        Makes a batch of a list of its items.
+        It makes a batch of a list of items.
     """
 
     dataset: Dataset
