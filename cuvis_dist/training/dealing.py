@@ -36,6 +36,8 @@ import torch
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
+from cuvis_dist.training.gathering import Cut
+
 Batches = list[list[int]]
 """The frames of each batch, by their index in the dataset."""
 
@@ -47,10 +49,8 @@ def cut(batch: list[int], rank: int, world_size: int) -> tuple[list[int], float]
     ``frames · world_size / batch frames`` makes the average that of the whole batch. A worker
     without a frame gets one with weight 0, since every worker must take part in the step.
     """
-    start, stop = (len(batch) * r // world_size for r in (rank, rank + 1))
-    if start == stop:
-        return batch[:1], 0.0
-    return batch[start:stop], (stop - start) * world_size / len(batch)
+    mine = Cut.of(len(batch), rank, world_size)
+    return batch[mine.rows(1)], mine.weight
 
 
 class Dealing(Enum):

@@ -71,7 +71,7 @@ class Cut:
 
     @classmethod
     def of(cls, frames: int, rank: int, world_size: int, group: Any = None) -> Cut:
-        """Return how :func:`cuvis_dist.training.dealing.cut` deals a batch of ``frames``."""
+        """Return how a batch of ``frames`` is dealt: in nearly equal parts."""
         ends = [frames * r // world_size for r in range(world_size + 1)]
         sizes = tuple(stop - start for start, stop in pairwise(ends))
         return cls(sizes, rank, group)
