@@ -6,14 +6,13 @@ too, and the workers start after that.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from cuvis_dist.training.assignment import Outcome
+from typing import Any
 
 
-def begin_rank(config: dict[str, Any]) -> Outcome | None:
-    """Carry out an assignment as one rank of a group.
+def begin_rank(config: dict[str, Any]) -> bytes:
+    """Carry out an assignment as one rank of a group; return the pickled outcome.
+
+    The controller, through which it goes, does not open it, and need not import cuvis.ai for that.
 
     Parameters
     ----------
@@ -27,6 +26,7 @@ def begin_rank(config: dict[str, Any]) -> Outcome | None:
     import ray
     import ray.train
     import torch
+    from ray import cloudpickle
 
     from cuvis_dist.training.assignment import Seat
     from cuvis_dist.training.distributed import lightning_keywords
@@ -44,4 +44,4 @@ def begin_rank(config: dict[str, Any]) -> Outcome | None:
         ray.get(config["driver"]),
         lightning_keywords(),
     )
-    return run_rank(ray.get(config["assignment"]), seat)
+    return cloudpickle.dumps(run_rank(ray.get(config["assignment"]), seat))

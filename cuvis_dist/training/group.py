@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from cuvis_ai_core.training.post_fit import EmitFn
 from loguru import logger
+from ray import cloudpickle
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -77,7 +78,7 @@ def _run_group(assignment: Assignment, driver: Driver, storage: Path) -> Outcome
             failure_config=FailureConfig(max_failures=0),
         ),
     ).fit()
-    return result.return_value
+    return cloudpickle.loads(result.return_value)
 
 
 class _RemoteWatch:
