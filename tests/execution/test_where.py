@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ LITTLE, MUCH = Work(11, 90 * 130 * 61), Work(100_000, 512 * 512 * 61)
 @pytest.fixture(autouse=True)
 def no_session(monkeypatch):
     """Let Ray sessions of other tests be none of this process."""
-    monkeypatch.delitem(where.sys.modules, "ray", raising=False)
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
 
 
