@@ -54,7 +54,7 @@ def read_universe(
             "UTF-8"
         ) from error
     except csv.Error as error:
-        raise InputError(f"{place}, line {reader.line_num}: {one_line(error)}") from error
+        raise InputError(f"{place}, line {reader.line_num + 1}: {one_line(error)}") from error
     return columns, rows
 
 
