@@ -74,9 +74,7 @@ def read_configuration(
     InputError
         If a file is missing or invalid, or a place or number cannot be used.
     """
-    path = Path(path).expanduser().resolve()
-    if not path.is_file():
-        raise InputError(f"trainrun not found: {path}")
+    path = _found(path, "trainrun")
     overrides = [*overrides, *([f"output_dir={output_dir}"] if output_dir else [])]
     try:
         config = _read(path, overrides)
@@ -95,20 +93,27 @@ def read_configuration(
         raise InputError(f"trainrun {path} cannot be read: {one_line(error)}") from error
     if saved is None:
         return Configuration(path, config, _read_pipeline(path, config.pipeline), None)
-    saved = Path(saved).expanduser().resolve()
-    for part, what in ((saved, "the saved pipeline"), (saved.with_suffix(".pt"), "its weights")):
-        if not part.is_file():
-            raise InputError(f"{what}: {part} is not there")
+    saved = _found(saved, "saved pipeline")
+    fitted_state(saved)
     read_yaml(saved, "saved pipeline")
     return Configuration(path, config, None, saved)
 
 
 def fitted_state(saved: str | Path) -> Path:
     """Return the ``.pt`` beside a saved pipeline; raises InputError if there is none."""
-    weights = Path(saved).with_suffix(".pt").expanduser().resolve()
-    if not weights.is_file():
-        raise InputError(f"the fitted state is not there: {weights}")
-    return weights
+    return _found(Path(saved).with_suffix(".pt"), "fitted state")
+
+
+def _found(place: str | Path, what: str) -> Path:
+    """Return the absolute path of a file; raises InputError if it is not there."""
+    try:
+        path = Path(place).expanduser().resolve()
+        there = path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, NUL
+        raise InputError(f"{what} {place} cannot be read: {one_line(error)}") from error
+    if not there:
+        raise InputError(f"{what} not found: {path}")
+    return path
 
 
 def _read(path: Path, overrides: Sequence[str]) -> TrainRunConfig:
@@ -161,7 +166,12 @@ def pipeline_file(reference: str, base_dir: Path) -> Path | None:
 def _read_pipeline(path: Path, reference: str | None) -> PipelineConfig:
     if reference is None:
         raise InputError(f"trainrun {path} names no pipeline: set `pipeline:` to a file")
-    file = pipeline_file(reference, path.parent)
+    try:
+        file = pipeline_file(reference, path.parent)
+    except OSError as error:  # a name that is too long
+        raise InputError(
+            f"the pipeline of trainrun {path} cannot be read: {one_line(error)}"
+        ) from error
     if file is None:
         raise InputError(
             f"the pipeline {reference!r} of trainrun {path} is not there: it is looked for beside "
@@ -187,10 +197,11 @@ def archive_folders(data: DataConfig) -> set[Path]:
     files = params.get("files") or []
     named = [params.get("cu3s_file_path"), *(files.split(",") if isinstance(files, str) else files)]
     folders = {Path(file.strip()).resolve().parent for file in named if _is_local(file)}
-    for key, suffix in (("data_dir", ".cu3s"), ("images_dir", ".tif")):
+    for key, suffix in (("data_dir", ".cu3s"), ("images_dir", ".tif*")):
         # A data_dir may be the root of the file system, whose splits name files anywhere below.
-        if _is_local(params.get(key)) and (folder := Path(params[key]).resolve()).is_dir():
-            folders |= {folder for file in folder.iterdir() if file.suffix.startswith(suffix)}
+        folder = Path(params[key]).resolve() if _is_local(params.get(key)) else None
+        if folder and folder.is_dir() and any(folder.glob(f"*{suffix}")):
+            folders.add(folder)
     universe = params.get("universe_csv")
     if data.data_module in MODULES and _is_local(universe):
         file = Path(universe).resolve()
@@ -201,7 +212,7 @@ def archive_folders(data: DataConfig) -> set[Path]:
         except OSError as error:
             raise InputError(f"{file} cannot be read: {one_line(error)}") from error
         listed = {(row.get("materialized_path") or row["source"] or "").strip() for row in rows}
-        folders |= {(file.parent / frame).parent for frame in listed if not is_uri(frame)}
+        folders |= {(file.parent / frame).parent for frame in listed if frame and _is_local(frame)}
     return folders
 
 

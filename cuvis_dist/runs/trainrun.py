@@ -155,7 +155,7 @@ class TrainRun:
             return self.output.download(name, temporary_folder() / own / Path(name).name)
         except FileNotFoundError:
             raise InputError(
-                f"the fitted state is not there: {self.output.at(name)}. cuvis-dist init makes "
+                f"fitted state not found: {self.output.at(name)}. cuvis-dist init makes "
                 "it; --pipeline names another"
             ) from None
 

@@ -58,8 +58,14 @@ def wrong_commands(demo: Path) -> dict[str, tuple[list[str], str]]:
             written("g.yaml", good.replace("pipeline.yaml", "f.yaml")),
             "nodes.0.params is unknown; did you mean hparams?",
         ),
+        "long name": (["run", "x" * 300], "File name too long"),
+        "no such user": (["run", "~nobody-of-this-name/x"], "cannot be read: RuntimeError"),
+        "long pipeline": (
+            written("h.yaml", good.replace("pipeline.yaml", "p" * 300)),
+            "the pipeline of trainrun",
+        ),
         "no weights": (["train", str(demo), "--pipeline", "none.yaml"], "none.pt"),
-        "no saved": (["evaluate", "none.yaml", "--data", str(demo)], "none.yaml is not there"),
+        "no saved": (["evaluate", "none.yaml", "--data", str(demo)], "saved pipeline not found: "),
     }
 
 
