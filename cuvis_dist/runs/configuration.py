@@ -227,7 +227,7 @@ def _said(error: ValidationError, model: type[BaseModel]) -> str:
         *parents, last = item["loc"] or ("",)
         name = ".".join(map(str, item["loc"]))
         if item["type"] != "extra_forbidden":
-            problems.append(f"{name}: {item['msg']}")
+            problems.append(f"{name}: {item['msg']}" if name else item["msg"])
             continue
         known = _settings_at(model, parents)
         close = difflib.get_close_matches(str(last), known, n=1, cutoff=0.7)
