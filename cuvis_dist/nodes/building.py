@@ -18,7 +18,6 @@ from cuvis_ai_core.utils.node_registry import NodeRegistry
 from cuvis_ai_schemas.pipeline import PipelineConfig
 
 from cuvis_dist.errors import InputError
-from cuvis_dist.nodes import upstream
 
 
 def build_pipeline(config: PipelineConfig) -> CuvisPipeline:
@@ -27,15 +26,9 @@ def build_pipeline(config: PipelineConfig) -> CuvisPipeline:
     Raises
     ------
     InputError
-        If a class is no node, or nodes wait for each other.
+        If a class is no node.
     """
-    pipeline = PipelineBuilder(_NodesAlone).build_from_config(config.to_dict())
-    if circle := [node.name for node in upstream.circle_of(pipeline)]:
-        raise InputError(
-            f"its nodes wait for each other ({' -> '.join([*circle, circle[0]])}): take out one of "
-            "these connections"
-        )
-    return pipeline
+    return PipelineBuilder(_NodesAlone).build_from_config(config.to_dict())
 
 
 def load_pipeline(path: Path) -> CuvisPipeline:

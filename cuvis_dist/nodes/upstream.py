@@ -51,7 +51,6 @@ from cuvis_dist.errors import DataError
 __all__ = [
     "accumulated_mean",
     "build_datamodule",
-    "circle_of",
     "counting_measurements",
     "create_datamodule",  # its data module, from the same plugins and splits
     "discover_plugins_dirs",  # the same search order for plugin manifests
@@ -138,17 +137,6 @@ def topological_order(pipeline: CuvisPipeline) -> list[Node]:
     Private: ``pipeline._sorted_nodes``; an order of our own could break ties otherwise.
     """
     return list(pipeline._sorted_nodes)
-
-
-def circle_of(pipeline: CuvisPipeline) -> list[Node]:
-    """Return nodes that wait for each other, in a circle; an empty list where none do.
-
-    Private: ``pipeline._graph``, as for :func:`edges_into`.
-    """
-    try:
-        return [source for source, *_ in nx.find_cycle(pipeline._graph)]
-    except nx.NetworkXNoCycle:
-        return []
 
 
 def log_to(node: TensorBoardMonitorNode, folder: Path) -> None:

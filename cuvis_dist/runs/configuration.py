@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeGuard, Union, get_args, get_origin
@@ -178,11 +179,27 @@ def _read_pipeline(path: Path, reference: str | None) -> PipelineConfig:
             "the trainrun, in the folder above, and in the working directory"
         )
     try:
-        return PipelineConfig.model_validate(read_yaml(file, "pipeline"))
+        pipeline = PipelineConfig.model_validate(read_yaml(file, "pipeline"))
+        TopologicalSorter(_edges(pipeline)).prepare()
+        return pipeline
+    except CycleError as error:
+        circle = " -> ".join(error.args[1])
+        raise InputError(
+            f"the nodes of pipeline {file} wait for each other ({circle}): take out one of these "
+            "connections"
+        ) from error
     except ValidationError as error:
         raise InputError(
             f"pipeline {file} of trainrun {path} is not valid: {_said(error, PipelineConfig)}"
         ) from error
+
+
+def _edges(pipeline: PipelineConfig) -> dict[str, set[str]]:
+    """Return the nodes that each node waits for."""
+    before: dict[str, set[str]] = {}
+    for edge in pipeline.connections:
+        before.setdefault(edge.to_node, set()).add(edge.from_node)
+    return before
 
 
 def archive_folders(data: DataConfig) -> set[Path]:

@@ -130,20 +130,6 @@ def test_a_manifest_names_data_modules_alone(planted, demo):
     assert not called(planted)
 
 
-def test_nodes_that_wait_for_each_other_are_named(demo, capsys):
-    def change(pipeline):
-        normalizer = "cuvis_ai.node.normalization.MinMaxNormalizer"
-        pipeline["nodes"].append({"name": "again", "class_name": normalizer, "hparams": {}})
-        for source, target in (("normalizer", "again"), ("again", "normalizer")):
-            edge = {"source": f"{source}.outputs.normalized", "target": f"{target}.inputs.data"}
-            pipeline["connections"].append(edge)
-
-    edit(demo.parent / "pipeline.yaml", change)
-    assert main(["run", str(demo), "--dry-run"]) == 2
-    assert "its nodes wait for each other (normalizer -> again -> norm" in capsys.readouterr().err
-    assert not (demo.parent / "results").exists()
-
-
 def test_a_name_that_no_file_can_have_is_refused_at_once(demo):
     def rename(name):
         edit(demo.parent / "pipeline.yaml", lambda p: p["metadata"].update(name=name))

@@ -222,3 +222,16 @@ def test_a_pipeline_is_looked_for_where_upstream_does(tmp_path, monkeypatch, ref
             theirs = None
         ours = pipeline_file(text, base)
         assert (ours.resolve() if ours else None) == theirs
+
+
+def test_nodes_that_wait_for_each_other_are_named(demo):
+    def change(pipeline):
+        normalizer = "cuvis_ai.node.normalization.MinMaxNormalizer"
+        pipeline["nodes"].append({"name": "again", "class_name": normalizer, "hparams": {}})
+        for source, target in (("normalizer", "again"), ("again", "normalizer")):
+            edge = {"source": f"{source}.outputs.normalized", "target": f"{target}.inputs.data"}
+            pipeline["connections"].append(edge)
+
+    edit(demo.parent / "pipeline.yaml", change)
+    with pytest.raises(InputError, match=r"wait for each other \((normalizer|again) -> \w+ -> "):
+        read_configuration(demo)
