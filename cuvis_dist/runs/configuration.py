@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel, ValidationError
 
 from cuvis_dist.errors import CuvisDistError, InputError, one_line
-from cuvis_dist.runs.places import check_output, moved
+from cuvis_dist.runs.places import check_name, check_output, moved
 from cuvis_dist.storage import is_uri
 from cuvis_dist.universe import MODULES, read_universe
 from cuvis_dist.yaml_file import read_yaml
@@ -181,6 +181,8 @@ def _read_pipeline(path: Path, reference: str | None) -> PipelineConfig:
     try:
         pipeline = PipelineConfig.model_validate(read_yaml(file, "pipeline"))
         TopologicalSorter(_edges(pipeline)).prepare()
+        if pipeline.metadata and "${" not in pipeline.metadata.name:
+            check_name(path, pipeline.metadata.name)
         return pipeline
     except CycleError as error:
         circle = " -> ".join(error.args[1])

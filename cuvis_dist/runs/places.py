@@ -99,6 +99,28 @@ def check_output(path: Path, config: TrainRunConfig, archive: Collection[Path]) 
             raise InputError(f"{said}, in {folder}, which holds frames of the archive: {instead}")
 
 
+def check_name(path: Path, name: str) -> None:
+    """Refuse a name of a pipeline that no file can have; raises InputError.
+
+    Parameters
+    ----------
+    path : Path
+        The trainrun.
+    name : str
+        What its pipeline is called.
+    """
+    if "/" in name or "\0" in name or not name:
+        raise InputError(
+            f"the pipeline of trainrun {path} is named {name!r}: its files are saved under that "
+            "name, which must be one of a file, without /"
+        )
+    if (size := len(name.encode())) > _MAX_NAME:
+        raise InputError(
+            f"the pipeline of trainrun {path} has a name of {size} bytes, {name[:20]}...: its "
+            f"files are saved under that name, which may have {_MAX_NAME}"
+        )
+
+
 def check_places(path: Path, config: TrainRunConfig, pipeline: CuvisPipeline) -> None:
     """Refuse what would write outside of the output folder and of the working directory.
 
@@ -107,16 +129,7 @@ def check_places(path: Path, config: TrainRunConfig, pipeline: CuvisPipeline) ->
     InputError
         If the trainrun at ``path`` would; the message names the setting, or the link.
     """
-    if "/" in pipeline.name or "\0" in pipeline.name or not pipeline.name:
-        raise InputError(
-            f"the pipeline of trainrun {path} is named {pipeline.name!r}: its files are saved "
-            "under that name, which must be one of a file, without /"
-        )
-    if (size := len(pipeline.name.encode())) > _MAX_NAME:
-        raise InputError(
-            f"the pipeline of trainrun {path} has a name of {size} bytes, {pipeline.name[:20]}...: "
-            f"its files are saved under that name, which may have {_MAX_NAME}"
-        )
+    check_name(path, pipeline.name)
     output = OutputFolder(config.output_dir)
     training = config.training
     checkpoint = training.callbacks.checkpoint if training and training.callbacks else None

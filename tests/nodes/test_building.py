@@ -128,14 +128,3 @@ def test_a_manifest_names_data_modules_alone(planted, demo):
         load_trainrun(demo).datamodule()
     assert (planted / "imported").exists()
     assert not called(planted)
-
-
-def test_a_name_that_no_file_can_have_is_refused_at_once(demo):
-    def rename(name):
-        edit(demo.parent / "pipeline.yaml", lambda p: p["metadata"].update(name=name))
-
-    rename("n" * 220)
-    load_trainrun(demo)
-    rename("ä" * 111)
-    with pytest.raises(InputError, match=r"has a name of 222 bytes, ä{20}\.\.\."):
-        load_trainrun(demo)

@@ -14,6 +14,7 @@ from cuvis_ai_core.utils.restore import _resolve_pipeline_reference
 
 from cuvis_dist.errors import InputError
 from cuvis_dist.runs.configuration import pipeline_file, read_configuration
+from cuvis_dist.runs.trainrun import load_trainrun
 
 #: Runs commands one after another; says how each ended and which heavy packages were loaded.
 COMMANDS = """
@@ -235,3 +236,20 @@ def test_nodes_that_wait_for_each_other_are_named(demo):
     edit(demo.parent / "pipeline.yaml", change)
     with pytest.raises(InputError, match=r"wait for each other \((normalizer|again) -> \w+ -> "):
         read_configuration(demo)
+
+
+def test_a_name_that_no_file_can_have_is_refused_at_once(demo):
+    def rename(name):
+        edit(demo.parent / "pipeline.yaml", lambda p: p["metadata"].update(name=name))
+
+    rename("n" * 220)
+    read_configuration(demo)
+    rename("ä" * 111)
+    with pytest.raises(InputError, match=r"has a name of 222 bytes, ä{20}\.\.\."):
+        read_configuration(demo)
+    rename("out/of/it")
+    with pytest.raises(InputError, match=r"is named 'out/of/it': its files are saved under that"):
+        read_configuration(demo)
+    rename("${metadata.author}/y")  # known once the pipeline is built
+    with pytest.raises(InputError, match=r"is named '/y': its files"):
+        load_trainrun(demo)
