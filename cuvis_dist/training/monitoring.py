@@ -1,0 +1,64 @@
+"""Will training log what its callbacks and its scheduler wait for? Told before phase 1."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from cuvis_ai_core.training.config import TrainingConfig
+
+from cuvis_dist.errors import InputError
+
+#: What upstream and Lightning log of every training.
+_ALWAYS = ("train_loss", "val_loss", "epoch", "step")
+
+
+def check_monitored(
+    config: TrainingConfig, loss_nodes: Sequence[str], metric_nodes: Sequence[str]
+) -> None:
+    """Refuse to wait for a value that no node logs.
+
+    A loss node logs ``train/<node>`` and ``val/<node>``, a metric node ``<node>/<metric>``; which
+    metrics it has shows when it is run.
+
+    Parameters
+    ----------
+    config : TrainingConfig
+        The ``training`` block of a trainrun.
+    loss_nodes, metric_nodes : sequence of str
+        The names of these nodes.
+
+    Raises
+    ------
+    InputError
+        Naming the setting, what is logged, and what may be meant.
+    """
+    losses = [f"{stage}/{name}" for stage in ("train", "val") for name in loss_nodes]
+    for setting, key in monitored(config).items():
+        node, _, metric = key.rpartition("/")
+        if key in _ALWAYS or key.startswith(("lr-", *losses)) or (metric and node in metric_nodes):
+            continue
+        metrics = [f"{name}/{metric or '<metric>'}" for name in metric_nodes]
+        logged = [*_ALWAYS[:2], *losses, *metrics]
+        close = difflib.get_close_matches(key, logged, n=1)
+        meant = f"; did you mean {close[0]}?" if close else ""
+        raise InputError(
+            f"training.{setting} is {key!r}, which nothing logs: there are "
+            f"{', '.join([*_ALWAYS[:2], *losses, *(f'{name}/<metric>' for name in metric_nodes)])}"
+            f"{meant}"
+        )
+
+
+def monitored(config: TrainingConfig) -> dict[str, str]:
+    """Return what must be logged, by the setting that says so."""
+    keys: dict[str, str] = {}
+    callbacks = config.callbacks
+    if callbacks is not None:
+        if callbacks.checkpoint is not None:
+            keys["callbacks.checkpoint.monitor"] = callbacks.checkpoint.monitor
+        for number, stopping in enumerate(callbacks.early_stopping):
+            if stopping.strict:
+                keys[f"callbacks.early_stopping[{number}].monitor"] = stopping.monitor
+    if config.scheduler is not None and "plateau" in config.scheduler.name:
+        keys["scheduler.monitor"] = config.scheduler.monitor or "val_loss"
+    return keys
