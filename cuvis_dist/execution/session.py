@@ -16,6 +16,11 @@ from loguru import logger
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cuvis_dist.errors import ClusterError, one_line
+from cuvis_dist.execution.privacy import (
+    forget_token,
+    private_cluster,
+    warn_of_readable_token,
+)
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.waiting import announce
 
@@ -52,7 +57,13 @@ def connect(scaling: Scaling, verbose: bool = False) -> bool:
         }
     announce(f"joining the Ray cluster at {address}" if address else "starting Ray here")
     try:
-        ray.init(**options)
+        if address:
+            forget_token()
+            ray.init(**options)
+            warn_of_readable_token()
+        else:
+            with private_cluster() as alone:
+                ray.init(**options, **alone)
     except Exception as error:
         raise ClusterError(
             f"cannot join the Ray cluster at {address or 'this machine'}: {one_line(error)}. "

@@ -17,7 +17,7 @@ import torch
 from cuvis_ai_core.training.post_fit import EmitFn
 from loguru import logger
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from cuvis_dist.errors import ClusterError, CuvisDistError
 from cuvis_dist.execution.events import relayed
@@ -28,6 +28,7 @@ from cuvis_dist.storage import OutputFolder, temporary_folder
 from cuvis_dist.training.assignment import Assignment, Driver, Outcome, Seat
 from cuvis_dist.training.distributed import lightning_keywords
 from cuvis_dist.training.rank import run_rank
+from cuvis_dist.training.rendezvous import OneAddressConfig
 from cuvis_dist.training.watch import Beat, Watch
 from cuvis_dist.waiting import announce
 
@@ -73,7 +74,7 @@ def _run_group(assignment: Assignment, driver: Driver, storage: Path) -> Outcome
         _begin_rank,  # type: ignore[arg-type]
         train_loop_config={"assignment": ray.put(assignment), "driver": driver},
         # nccl refuses two processes on one GPU
-        torch_config=TorchConfig("nccl" if gpus >= 1 else "gloo"),
+        torch_config=OneAddressConfig("nccl" if gpus >= 1 else "gloo"),
         scaling_config=_scaling_config(assignment.scaling),
         run_config=RunConfig(
             storage_path=str(storage),
