@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from cuvis_ai_core.training.evaluation import TrainingCancelled
 from ray.exceptions import (
     ActorDiedError,
+    LocalRayletDiedError,
     NodeDiedError,
     OutOfDiskError,
     OutOfMemoryError,
@@ -33,6 +34,8 @@ def raise_cause(what: str) -> Iterator[None]:
         The first of its kind in the chain of causes, else one that gives the root cause.
     LostWorkerError
         If a worker, node or its memory was lost.
+    ClusterError
+        If this machine's part of the cluster was.
     """
     try:
         yield
@@ -45,6 +48,11 @@ def raise_cause(what: str) -> Iterator[None]:
         if full := out_of_space(error):
             raise full from error
         everything = list(causes(error))
+        if any(isinstance(cause, LocalRayletDiedError) for cause in everything):
+            raise ClusterError(
+                f"{what} lost the Ray cluster: the raylet of this machine was ended. What is done "
+                "is kept: start the cluster again, and go on"
+            ) from error
         # The others of a group may be the first to notice, by a broken connection.
         lost: list[BaseException] = [c for c in everything if isinstance(c, _LOST)] or [
             cause for cause in everything if _BROKEN_CONNECTION.search(str(cause))

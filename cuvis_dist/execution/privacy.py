@@ -12,7 +12,7 @@ from typing import Any
 
 from loguru import logger
 from ray._private import ray_constants
-from ray._raylet import (
+from ray._raylet import (  # type: ignore[attr-defined]
     AuthenticationMode,
     AuthenticationTokenLoader,
     Config,

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ from cuvis_dist.training.rank import run_rank
 from cuvis_dist.training.rendezvous import OneAddressConfig
 from cuvis_dist.training.watch import Beat, Watch
 from cuvis_dist.waiting import announce
+
+#: How long workers of a training that was interrupted may take to end, in seconds.
+_ABORT_SECONDS = 10.0
 
 
 def train_on_workers(assignment: Assignment, what: str, emit: EmitFn) -> Outcome:
@@ -70,7 +73,7 @@ def train_on_workers(assignment: Assignment, what: str, emit: EmitFn) -> Outcome
 
 def _run_group(assignment: Assignment, driver: Driver, storage: Path) -> Outcome | None:
     gpus = assignment.scaling.resources.train_gpus
-    result: Any = TorchTrainer(
+    trainer = _Trainer(
         _begin_rank,  # type: ignore[arg-type]
         train_loop_config={"assignment": ray.put(assignment), "driver": driver},
         # nccl refuses two processes on one GPU
@@ -81,8 +84,31 @@ def _run_group(assignment: Assignment, driver: Driver, storage: Path) -> Outcome
             # Ray Train would try again after an error of any kind: see GradientTrainer._fit.
             failure_config=FailureConfig(max_failures=0),
         ),
-    ).fit()
+    )
+    try:
+        result: Any = trainer.fit()
+    except KeyboardInterrupt:
+        trainer.abort()
+        raise
     return result.return_value
+
+
+class _Trainer(TorchTrainer):
+    """Ray's trainer, which leaves signals to whoever runs it.
+
+    Its own handler of Ctrl-C ends the process, and hears of no second one.
+    """
+
+    _controller: Any = None
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self._controller = controller
+
+    def abort(self) -> None:
+        """End the workers, as far as they are there."""
+        if self._controller is not None:
+            with suppress(ray.exceptions.RayError):
+                ray.get(self._controller.abort.remote(), timeout=_ABORT_SECONDS)
 
 
 def _begin_rank(config: dict[str, Any]) -> Outcome | None:

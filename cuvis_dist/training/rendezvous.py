@@ -33,7 +33,7 @@ class OneAddressConfig(TorchConfig):
 
 
 class _OneAddressBackend(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """Start the group as Ray Train does, every rank a client of the store."""
         address, port = worker_group.execute_single(0, _serve, backend_config.timeout_s)
         worker_group.execute(_set_torch_distributed_env_vars)
