@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from cuvis_dist.scaling import Scaling
 
 
+#: A line of the log; loguru would add the traceback of an exception.
+_LOG = "{time:YYYY-MM-DD HH:mm:ss.SSS} | <level>{level: <8}</level> | {name}:{line} - {message}\n"
 #: Options that stand for a setting, by the name that argparse gives them.
 _SHORT = {
     "address": "resources.address",
@@ -296,6 +298,7 @@ def _quiet(verbose: bool, lines: Lines) -> None:
     logger.add(
         lines.log,
         level=0,
+        format=lambda record: _LOG + ("{exception}" if verbose else ""),
         colorize=lines.stream.isatty(),
         filter=lambda record: bool(
             record["extra"].get("waiting") or record["level"].no >= logger.level(level).no

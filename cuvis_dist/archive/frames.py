@@ -17,10 +17,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, SequentialSampler, default_collate
 
+from cuvis_dist.archive.batching import collate_frames, is_array
 from cuvis_dist.errors import CuvisDistError, DataError, one_line
 from cuvis_dist.staging import Staging, portable, with_uris
 
@@ -219,17 +219,9 @@ class Archive:
         DataError
             If they cannot be collated, such as frames of unlike sizes; the message names them.
         """
-        try:
-            if len(items) == 1 and self.collate is default_collate and isinstance(items[0], dict):
-                return _batch_of_one(items[0])
-            return self.collate(items)
-        except Exception as error:
-            message = f"cannot batch {self.named(indices)}: {one_line(error)}"
-            if sizes := _unlike_sizes(items):
-                message += (
-                    f". Their sizes differ ({sizes}): use batch_size: 1, or recordings of one size"
-                )
-            raise DataError(message) from error
+        alone = len(items) == 1 and self.collate is default_collate and isinstance(items[0], dict)
+        collate = _batch_of_one if alone else self.collate
+        return collate_frames(collate, items, [self.frames[index] for index in indices])
 
     def named(self, indices: Sequence[int]) -> str:
         """Return the names of some frames, for messages."""
@@ -275,23 +267,10 @@ def _hash(seed: int, uid: str) -> bytes:
     return hashlib.blake2b(f"{seed}:{uid}".encode(), digest_size=16).digest()
 
 
-def _unlike_sizes(items: list[Any]) -> str:
-    """Return the shapes of the first entry whose shapes differ; nothing where there is none."""
-    known = [item for item in items if isinstance(item, dict)]
-    for key in known[0] if known else ():
-        shapes = [tuple(np.shape(item[key])) for item in known if _is_array(item.get(key))]
-        if len(set(shapes)) > 1:
-            return f"{key}: {', '.join(map(str, shapes))}"
-    return ""
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, np.ndarray | torch.Tensor)
-
-
-def _batch_of_one(item: dict[str, Any]) -> dict[str, Any]:
-    """Return what ``default_collate([item])`` does, with arrays as views: a cube is large."""
-    arrays = {k: v for k, v in item.items() if _is_array(v)}
+def _batch_of_one(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what ``default_collate`` does with one item, with arrays as views: a cube is large."""
+    (item,) = items
+    arrays = {k: v for k, v in item.items() if is_array(v)}
     others = {k: v for k, v in item.items() if k not in arrays}
     views = {k: torch.as_tensor(v).unsqueeze(0) for k, v in arrays.items()}
     return (default_collate([others]) if others else {}) | views

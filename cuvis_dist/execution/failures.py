@@ -17,7 +17,13 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from cuvis_dist.errors import ClusterError, CuvisDistError, LostWorkerError, one_line
+from cuvis_dist.errors import (
+    ClusterError,
+    CuvisDistError,
+    LostWorkerError,
+    one_line,
+    own_message,
+)
 from cuvis_dist.storage import is_out_of_space
 
 
@@ -40,11 +46,14 @@ def raise_cause(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, _OURS) and not isinstance(error, RayTaskError):
-            raise
         for cause in causes(error):
-            if isinstance(cause, _OURS) and not isinstance(cause, RayTaskError):
+            if isinstance(cause, TrainingCancelled) and not isinstance(cause, RayTaskError):
                 raise cause from None
+            if isinstance(cause, CuvisDistError) and not isinstance(cause, RayTaskError):
+                plain = own_message(cause)
+                if plain is error:
+                    raise
+                raise plain from None
         if full := out_of_space(error):
             raise full from error
         everything = list(causes(error))
@@ -78,7 +87,6 @@ def out_of_space(error: BaseException) -> ClusterError | None:
     return None
 
 
-_OURS = (CuvisDistError, TrainingCancelled)
 _LOST = (WorkerCrashedError, ActorDiedError, NodeDiedError, OutOfMemoryError)
 _BROKEN_CONNECTION = re.compile(
     r"Connection (closed by|reset by) peer|gloo/transport/.*(Broken pipe|Connection refused)"
