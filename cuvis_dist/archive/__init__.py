@@ -3,6 +3,7 @@
 from cuvis_dist.archive.batching import NamingCollate, Numbered
 from cuvis_dist.archive.frames import Archive, Frame, NamedFrames, Shard, batch_bytes
 from cuvis_dist.archive.opening import open_archive, open_split, setup_error
+from cuvis_dist.archive.patience import Patience, be_patient, patience
 
 __all__ = [
     "Archive",
@@ -10,9 +11,12 @@ __all__ = [
     "NamedFrames",
     "NamingCollate",
     "Numbered",
+    "Patience",
     "Shard",
     "batch_bytes",
+    "be_patient",
     "open_archive",
     "open_split",
+    "patience",
     "setup_error",
 ]

@@ -13,17 +13,25 @@ from cuvis_dist.errors import CuvisDistError, DataError, one_line
 
 
 class Numbered(Dataset):
-    """A data set whose items come with their numbers, for :class:`NamingCollate`."""
+    """A data set whose items come with their numbers, for :class:`NamingCollate`.
 
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
+    Parameters
+    ----------
+    dataset : map-style dataset
+        Whose items these are.
+    read : callable, optional
+        Returns an item by its number; by default the data set does.
+    """
+
+    def __init__(self, dataset: Any, read: Callable[[int], Any] | None = None) -> None:
+        self.dataset, self.read = dataset, read or dataset.__getitem__
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[int, Any]:
         """Return the number of an item, and the item."""
-        return index, self.dataset[index]
+        return index, self.read(index)
 
 
 class NamingCollate:

@@ -12,7 +12,7 @@ import copy
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, SequentialSampler, default_collate
 
 from cuvis_dist.archive.batching import collate_frames, is_array
+from cuvis_dist.archive.patience import read_in_time
 from cuvis_dist.errors import CuvisDistError, DataError, one_line
 from cuvis_dist.staging import Staging, portable, with_uris
 
@@ -113,12 +114,28 @@ class NamedFrames(Dataset):
         DataError
             If it cannot be read; the message has the frame's uid and path.
         """
+        return self._named(index, lambda: self.dataset[index])
+
+    def in_time(self, index: int) -> Any:
+        """Return the dataset's item, if it is read within this process's patience.
+
+        Fetching files that have to be staged takes its own time.
+
+        Raises
+        ------
+        DataError
+            If it is not, or cannot be read; the message has the frame's uid and path.
+        """
+        what = str(self.frames[index])
+        return self._named(index, lambda: read_in_time(lambda: self.dataset[index], what))
+
+    def _named(self, index: int, read: Callable[[], Any]) -> Any:
         if os.path.isdir(self._directory):
             os.chdir(self._directory)
         frame = self.frames[index]
         try:
             with frame.held():
-                return self.dataset[index]
+                return read()
         except DataError as error:
             raise DataError(f"cannot read {frame}: {error}") from error
         except CuvisDistError:
@@ -202,7 +219,7 @@ class Archive:
 
     def item(self, index: int) -> Any:
         """Return one frame as the module's dataset gives it; raises DataError that names it."""
-        return self.dataset[self._items[index]]
+        return self.dataset.in_time(self._items[index])
 
     def collated(self, indices: Sequence[int], items: list[Any]) -> dict[str, Any]:
         """Return these items as one batch, as the module's own loader would collate them.

@@ -62,7 +62,8 @@ class Evaluated:
 def load(archive: Archive, batches: list[list[int]]) -> DataLoader:
     """Return a loader of these batches that reads in this process and names bad frames."""
     collate = NamingCollate(archive.collate, archive.dataset.frames)
-    return DataLoader(Numbered(archive.dataset), batch_sampler=batches, collate_fn=collate)
+    frames = Numbered(archive.dataset, archive.dataset.in_time)
+    return DataLoader(frames, batch_sampler=batches, collate_fn=collate)
 
 
 class EvaluatePart:

@@ -44,7 +44,7 @@ from cuvis_dist.evaluation.merging import unmergeable
 from cuvis_dist.evaluation.naming import NamingPipeline
 from cuvis_dist.execution.failures import raise_cause
 from cuvis_dist.execution.pool import Workers
-from cuvis_dist.execution.where import begin, in_one_process, settled, work_on_splits
+from cuvis_dist.execution.where import begin, in_one_process, settled, use_patience, work_on_splits
 from cuvis_dist.execution.worker import prepare_worker
 from cuvis_dist.nodes.state import adopt_all
 from cuvis_dist.scaling import Scaling
@@ -167,7 +167,7 @@ class Evaluator:
                 self.datamodule,
                 stage,
                 [node.name for node in metric_nodes],
-                scaling.resources.train_gpus > 0,
+                scaling,
                 emit=self.emit,
                 workers=Workers.evaluating(scaling),
             )
@@ -266,6 +266,7 @@ def _post_fit(
     emit: EmitFn,
 ) -> tuple[PostFitResult, list[Node]]:
     prepare_worker(int(scaling.resources.cpus_per_worker))
+    use_patience(scaling)
     nodes = _nodes(pipeline, steps.metric_nodes)
     callback = PostFitCallback(
         emit=emit, metric_nodes=nodes, release_cuda_cache=steps.after.release_cuda_cache
@@ -295,10 +296,11 @@ def _evaluate(
     datamodule: pl.LightningDataModule,
     stage: ExecutionStage,
     metric_nodes: list[str],
-    on_gpu: bool,
+    scaling: Scaling,
     emit: EmitFn,
 ) -> EvaluationSummary:
-    pipeline.to("cuda" if on_gpu else "cpu")
+    use_patience(scaling)
+    pipeline.to("cuda" if scaling.resources.train_gpus else "cpu")
     split = Split(datamodule, stage.value)
     naming: Any = NamingPipeline(pipeline, {stage.value: split})
     return evaluate_split(

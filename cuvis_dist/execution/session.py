@@ -12,6 +12,7 @@ from loguru import logger
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cuvis_dist.errors import ClusterError, one_line
+from cuvis_dist.execution.notices import listen
 from cuvis_dist.execution.privacy import (
     forget_token,
     private_cluster,
@@ -68,6 +69,7 @@ def connect(scaling: Scaling, verbose: bool = False) -> bool:
             "Check the address and, for a cluster with token authentication, RAY_AUTH_MODE and "
             "RAY_AUTH_TOKEN_PATH"
         ) from error
+    listen()
     return True
 
 
