@@ -12,8 +12,8 @@ from cuvis_dist.cli import main
 from cuvis_dist.errors import CuvisDistError, DataError
 from cuvis_dist.execution.failures import raise_cause
 
-#: The first test, and the first val frame of the demo.
-TEST, VAL = 6, 4
+#: Frames of the demo.
+TRAIN, VAL, TEST = 1, 4, 6
 
 
 def shrink(demo, number):
@@ -60,6 +60,13 @@ def test_a_frame_that_does_not_fit_the_others_of_val(demo, capsys):
     message = failed(demo, capsys, "training=null", "data.batch_size=1")
     assert "cannot be calibrated on val, whose frames have unlike sizes ((1, 1, 1) of " in message
     assert str(path) in message
+
+
+def test_one_at_a_time_they_fit(demo):
+    shrink(demo, TRAIN)
+    shrink(demo, TEST)
+    options = ("--override", "data.batch_size=1", "--override", "training.max_epochs=1")
+    assert main(["run", str(demo), *options]) == 0
 
 
 class Unreadable(Dataset):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import os
 import signal
 import subprocess
+import sys
 import termios
 import time
 
 import psutil
 import pytest
 from commands import Command, record
+from heads import cluster
 
 from cuvis_dist.cli import main
 
@@ -63,6 +66,59 @@ def test_the_loss_of_the_cluster_is_said_at_once(demo_trainrun, tmp_path, name):
     assert code == 0, said
     assert "pass 1 goes on: " in said
     assert ending(out) == ("done", 0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("gcs_server", "has not answered for 9 s"),
+        ("raylet", "the raylet of this machine was ended"),
+    ],
+)
+def test_the_loss_of_a_cluster_that_was_joined(demo_trainrun, tmp_path, name, reason):
+    out = tmp_path / "out"
+    patience = {"RAY_gcs_rpc_server_reconnect_timeout_s": "12"}
+    with cluster(tmp_path, 9700, cpus=1, **patience) as head:
+        command = Command(
+            tmp_path, "init", demo_trainrun, "--output-dir", out, "--address", "127.0.0.1:9701",
+            **head.environment, **SLOWLY,
+        )  # fmt: skip
+        killed = []
+
+        def kill() -> bool:
+            if "waiting for workers" not in next(tmp_path.glob("stderr_*")).read_text():
+                return False
+            started = psutil.Process(head.nodes[0].process.pid)
+            started.suspend()  # it would end the raylet with the head
+            for process in started.children(recursive=True):
+                if process.name() == name:
+                    process.kill()
+                    killed.append(process.pid)
+            return True
+
+        code, said, _ = command.run(until=kill)
+    assert killed
+    assert code == 4, said
+    assert reason in said.splitlines()[-1]
+    assert ending(out) == ("failed", 4)
+
+
+NOHUP = """
+import os, signal
+from cuvis_dist.stopping import terminable
+with terminable():
+    os.kill(os.getpid(), signal.SIGHUP)
+print("goes on")
+"""
+
+
+def test_nohup_is_heeded():
+    ignoring = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+    done = subprocess.run(
+        [sys.executable, "-c", NOHUP], capture_output=True, text=True, preexec_fn=ignoring
+    )
+    assert done.stdout == "goes on\n", done
 
 
 def test_a_closed_terminal_interrupts(demo_trainrun, tmp_path):
