@@ -323,20 +323,24 @@ def _trainrun(
     scaling: Scaling | None = None,
     saved: str | None = None,
 ) -> TrainRun:
+    lines.wait(f"reading {arguments.trainrun}")
+    from cuvis_dist.runs.configuration import read_configuration
+
+    configuration = read_configuration(
+        arguments.trainrun, arguments.override, arguments.output_dir, saved
+    )
     lines.wait("loading cuvis.ai")
     if scaling is not None and not arguments.dry_run:
         from cuvis_dist.execution.importing import import_everywhere
 
         import_everywhere(scaling, arguments.verbose)
         lines.wait("loading cuvis.ai")
-    from cuvis_dist.runs.trainrun import load_trainrun
+    from cuvis_dist.runs.trainrun import build_trainrun
 
     if not arguments.verbose:
         _quiet_libraries()
-    lines.wait(f"reading {arguments.trainrun}")
-    trainrun = load_trainrun(
-        arguments.trainrun, arguments.override, arguments.plugins_dir, arguments.output_dir, saved
-    )
+    lines.wait("building the pipeline")
+    trainrun = build_trainrun(configuration, arguments.plugins_dir)
     lines.wait("setting up the data")
     return trainrun
 
@@ -372,7 +376,11 @@ def _init(arguments: argparse.Namespace, lines: Lines) -> int:
 
 
 def _train(arguments: argparse.Namespace, lines: Lines) -> int:
+    from cuvis_dist.runs.configuration import fitted_state
+
     scaling = _scaling(arguments)
+    if arguments.pipeline:
+        fitted_state(arguments.pipeline)
     trainrun = _trainrun(arguments, lines, scaling).training_only(arguments.pipeline)
     if arguments.dry_run:
         return _dry_run(trainrun, scaling, lines)

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from cuvis_dist.errors import InputError
+
 
 @dataclass(frozen=True)
 class DemoSettings:
@@ -25,6 +27,13 @@ class DemoSettings:
     recordings: int = 4
     seed: int = 7
     max_epochs: int = 12
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no archive has; raises InputError."""
+        for name, value in vars(self).items():
+            if value < (name != "seed"):
+                least = 0 if name == "seed" else 1
+                raise InputError(f"--{name.replace('_', '-')} is {value}; the least is {least}")
 
 
 WAVELENGTH_RANGE_NM = (430, 910)

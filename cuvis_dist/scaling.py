@@ -17,6 +17,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cuvis_dist.errors import InputError, one_line
+from cuvis_dist.yaml_file import read_yaml
+
+#: More workers, CPUs or GPUs than any cluster has.
+_MOST = 100_000
 
 
 class _Settings(BaseModel):
@@ -33,26 +37,26 @@ class Resources(_Settings):
     cluster that ``RAY_ADDRESS`` names is joined (as inside ``ray job submit``), or Ray starts on
     this machine."""
 
-    workers: int | None = Field(default=None, ge=0)
+    workers: int | None = Field(default=None, ge=0, le=_MOST)
     """How many shards are measured, scored or evaluated at the same time, each by a worker; 0:
     one, in the process of the command or script itself, without Ray. By default that is chosen
     where it ends sooner than workers start, else one worker per CPU of the cluster."""
 
-    cpus_per_worker: float = Field(default=1, gt=0)
+    cpus_per_worker: float = Field(default=1, gt=0, le=_MOST)
     """CPUs of each worker, of either phase."""
 
-    train_workers: int = Field(default=1, ge=0)
+    train_workers: int = Field(default=1, ge=0, le=_MOST)
     """DDP processes of phase 2. ``batch_size`` of a trainrun stays the global batch size: a step's
     frames are dealt over these processes. 0: the process of the command or script itself trains,
     without Ray, as it does where this is not set and nothing else asks for workers (a cluster's
     address, GPUs, ``reading.read_ahead``)."""
 
-    min_train_workers: int | None = Field(default=None, ge=1)
+    min_train_workers: int | None = Field(default=None, ge=1, le=_MOST)
     """Train on as few as these while the cluster has no room for ``train_workers``; by default
     training waits for all of them. When the cluster grows or shrinks, training goes on with
     another number from the end of the last finished epoch."""
 
-    train_gpus: float = Field(default=0, ge=0)
+    train_gpus: float = Field(default=0, ge=0, le=_MOST)
     """GPUs of each DDP process, and of as many processes of an evaluation; 0 trains on CPUs.
     Gradients meet over nccl, or over gloo where processes share a GPU (less than 1 each)."""
 
@@ -110,7 +114,7 @@ class Measuring(_Settings):
     sample_seed: int = 0
     """Chooses among samples of frames."""
 
-    gpus: float = Field(default=0, ge=0)
+    gpus: float = Field(default=0, ge=0, le=_MOST)
     """GPUs of each worker of phase 1, which then computes and measures on it, or of each that
     scores; 0 uses CPUs. A GPU rounds otherwise than a CPU."""
 
@@ -193,10 +197,7 @@ class Scaling(_Settings):
         """
         layers: list[tuple[str, Mapping[str, Any]]] = []  # where from, and what
         if path is not None:
-            try:
-                content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-                raise InputError(f"cannot read scaling file {path}: {one_line(error)}") from error
+            content = read_yaml(path, "scaling file")
             layers.append((f"scaling file {path}", {} if content is None else content))
         layers += [(f"--set {setting}", _parse(setting)) for setting in settings]
         values: dict[str, dict[str, Any]] = {part: {} for part in PARTS}

@@ -116,6 +116,10 @@ def test_what_is_no_setting_is_refused_with_what_is_meant(case, write):
         ("reading.cache=tape", ["reading.cache is 'tape'", "'disk'"]),
         ("measuring.sample_fraction=2", ["--set measuring.sample_fraction=2"]),
         ("output_dir=x", ["output_dir", "--output-dir"]),
+        ("resources.workers=1000000000", ["resources.workers is 1000000000", "equal to 100000"]),
+        ("measuring.gpus=.inf", ["measuring.gpus is inf"]),
+        ("resources.train_gpus=.nan", ["resources.train_gpus is nan"]),
+        ("resources.cpus_per_worker=.inf", ["resources.cpus_per_worker is inf"]),
     ],
 )
 def test_a_bad_set_is_bad_input_and_named(setting, words, capsys):
@@ -138,7 +142,9 @@ def test_a_bad_value_names_where_it_stands(write):
     assert "; resources.train_workers is -2" in message
 
 
-@pytest.mark.parametrize("text", ["- workers", "fast", "resources: 4", "{", "\0"])
+@pytest.mark.parametrize(
+    "text", ["- workers", "fast", "resources: 4", "{", "\0", "reading:\nreading:"]
+)
 def test_a_file_that_is_no_mapping(text, write):
     path = write(text)
     with pytest.raises(InputError, match=str(path)):

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler, default_col
 from cuvis_dist.archive.batching import collate_frames, is_array
 from cuvis_dist.archive.patience import read_in_time
 from cuvis_dist.errors import CuvisDistError, DataError, one_line
+from cuvis_dist.nodes import upstream
 from cuvis_dist.staging import Staging, portable, with_uris
 
 
@@ -112,7 +113,8 @@ class NamedFrames(Dataset):
         Raises
         ------
         DataError
-            If it cannot be read; the message has the frame's uid and path.
+            If it cannot be read, has no pixels, or values that are no real numbers; the message
+            has the frame's uid and path.
         """
         return self._named(index, lambda: self.dataset[index])
 
@@ -124,18 +126,19 @@ class NamedFrames(Dataset):
         Raises
         ------
         DataError
-            If it is not, or cannot be read; the message has the frame's uid and path.
+            If it is not, or cannot be used; the message has the frame's uid and path.
         """
         what = str(self.frames[index])
         return self._named(index, lambda: read_in_time(lambda: self.dataset[index], what))
 
     def _named(self, index: int, read: Callable[[], Any]) -> Any:
+        upstream.only_real_numbers()
         if os.path.isdir(self._directory):
             os.chdir(self._directory)
         frame = self.frames[index]
         try:
             with frame.held():
-                return read()
+                return _with_a_cube(read())
         except DataError as error:
             raise DataError(f"cannot read {frame}: {error}") from error
         except CuvisDistError:
@@ -278,6 +281,17 @@ class Archive:
 
     def _recording(self, index: int) -> str:
         return self.frames[index].recording
+
+
+def _with_a_cube(item: Any) -> Any:
+    """Return an item of a dataset, unless its cube has no pixels or no real numbers."""
+    cube: Any = item.get("cube") if isinstance(item, dict) else None
+    if is_array(cube):
+        if 0 in cube.shape:
+            raise DataError(f"its cube has the shape {tuple(cube.shape)}, and so no pixels")
+        if cube.is_complex() if isinstance(cube, torch.Tensor) else cube.dtype.kind not in "biuf":
+            raise DataError(f"its cube is of dtype {cube.dtype}, and only real numbers can be used")
+    return item
 
 
 def _hash(seed: int, uid: str) -> bytes:

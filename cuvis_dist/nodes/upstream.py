@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import networkx as nx
+import numpy as np
 import torch
 import yaml
 from cuvis_ai.node.conversion import ScoreToLogit
@@ -31,22 +32,25 @@ from cuvis_ai_core.utils.restore import (
     _resolve_splits_path_in_config,
 )
 from cuvis_ai_core.utils.restore import (
-    _build_pipeline_from_config as build_pipeline,
-)
-from cuvis_ai_core.utils.restore import (
     _create_datamodule_from_config as create_datamodule,
 )
 from cuvis_ai_core.utils.restore import (
     _discover_plugins_dirs as discover_plugins_dirs,
 )
-from cuvis_ai_dataloader.data import datamodule_cu3s, datamodule_cu3s_multi
+from cuvis_ai_dataloader.data import (
+    datamodule_cu3s,
+    datamodule_cu3s_multi,
+    datamodule_npz_multi,
+)
+from cuvis_ai_dataloader.data.readers.tiff_reader import TiffCubeReader
 from cuvis_ai_schemas.enums import ExecutionStage
 from cuvis_ai_schemas.training import DataConfig
+
+from cuvis_dist.errors import DataError
 
 __all__ = [
     "accumulated_mean",
     "build_datamodule",
-    "build_pipeline",  # a trainrun's pipeline reference, built as restore-trainrun builds it
     "counting_measurements",
     "create_datamodule",  # its data module, from the same plugins and splits
     "discover_plugins_dirs",  # the same search order for plugin manifests
@@ -56,6 +60,7 @@ __all__ = [
     "manifests_counted_once",
     "node_inputs",
     "nodes_before",
+    "only_real_numbers",
     "pooled_objects",  # a metric node's live torchmetrics, as an evaluation resets and reads them
     "restore_weights",
     "topological_order",
@@ -229,3 +234,41 @@ def counting_measurements(
         yield
     finally:
         single.count_measurements, multi.count_measurements, single.Cu3sCubeReader = theirs
+
+
+class _Numpy:
+    """NumPy, except that nothing but real numbers is converted to another type."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+    @staticmethod
+    def asarray(values: Any, dtype: Any = None) -> np.ndarray:
+        return np.asarray(values if dtype is None else _real(values), dtype=dtype)
+
+
+def _real(values: Any) -> Any:
+    found = np.asarray(values).dtype
+    if found.kind not in "biuf":
+        raise DataError(f"its values are of dtype {found}, and only real numbers can be used")
+    return values
+
+
+@cache
+def only_real_numbers() -> None:
+    """Let upstream's readers refuse cubes and masks that are no real numbers, in this process.
+
+    They convert to float32 what a file has: complex numbers lose their imaginary part, words and
+    dates become numbers. Private: the name by which ``datamodule_npz_multi`` knows NumPy, and
+    ``TiffCubeReader._to_hwc``, where the type is still to be seen; to open each file a second
+    time for it would be slow.
+    """
+    replaced: Any = _Numpy()
+    datamodule_npz_multi.np = replaced
+    theirs = TiffCubeReader._to_hwc
+
+    def checked(raw: np.ndarray, axes: str, path: Path) -> np.ndarray:
+        return theirs(_real(raw), axes, path)
+
+    reader: Any = TiffCubeReader
+    reader._to_hwc = staticmethod(checked)

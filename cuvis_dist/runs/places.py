@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path, PurePath
+from typing import TYPE_CHECKING
 
-from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
-from cuvis_ai_core.training.config import TrainRunConfig
+from cuvis_ai_schemas.training import TrainRunConfig
 
-from cuvis_dist.errors import InputError
+from cuvis_dist.errors import InputError, one_line
 from cuvis_dist.storage import OutputFolder, location_of
+
+if TYPE_CHECKING:
+    from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 
 #: Folders that a run makes in its output folder.
 _FOLDERS = ("trained_models", "checkpoints", "lightning_logs", "resume")
+#: How many bytes a pipeline's name may have: a file system's names have 255, and this is what is
+#: left of them beside ``_initialized.yaml`` and what a temporary name adds.
+_MAX_NAME = 220
 
 
 def moved(config: TrainRunConfig, own: str) -> TrainRunConfig:
@@ -54,6 +61,66 @@ def _moved(place: str, before: OutputFolder, output: OutputFolder) -> str:
     return place if name is None else str(output.at(name))
 
 
+def check_output(path: Path, config: TrainRunConfig, archive: Collection[Path]) -> None:
+    """Refuse an output folder that cannot be one, or lies among the recordings.
+
+    Parameters
+    ----------
+    path : Path
+        The trainrun.
+    config : TrainRunConfig
+        What it says.
+    archive : collection of Path
+        Folders that hold frames.
+
+    Raises
+    ------
+    InputError
+        If the output folder cannot be made, is the root of the file system, or lies in one of
+        ``archive``.
+    """
+    said = f"output_dir of trainrun {path} is {config.output_dir!r}"
+    instead = "name a folder of its own (output_dir, --output-dir)"
+    try:
+        output = OutputFolder(config.output_dir).local
+        if output is None:
+            return
+        there = next(folder for folder in (output, *output.parents) if folder.exists())
+    except InputError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:  # a link to itself, no such user, NUL
+        raise InputError(f"{said}, which no folder can be named: {one_line(error)}") from error
+    if not there.is_dir():
+        raise InputError(f"{said}, and {there} is a file: {instead}")
+    if output == Path(output.anchor):
+        raise InputError(f"{said}, the root of the file system: {instead}")
+    for folder in archive:
+        if output.is_relative_to(folder):
+            raise InputError(f"{said}, in {folder}, which holds frames of the archive: {instead}")
+
+
+def check_name(path: Path, name: str) -> None:
+    """Refuse a name of a pipeline that no file can have; raises InputError.
+
+    Parameters
+    ----------
+    path : Path
+        The trainrun.
+    name : str
+        What its pipeline is called.
+    """
+    if "/" in name or "\0" in name or not name:
+        raise InputError(
+            f"the pipeline of trainrun {path} is named {name!r}: its files are saved under that "
+            "name, which must be one of a file, without /"
+        )
+    if (size := len(name.encode())) > _MAX_NAME:
+        raise InputError(
+            f"the pipeline of trainrun {path} has a name of {size} bytes, {name[:20]}...: its "
+            f"files are saved under that name, which may have {_MAX_NAME}"
+        )
+
+
 def check_places(path: Path, config: TrainRunConfig, pipeline: CuvisPipeline) -> None:
     """Refuse what would write outside of the output folder and of the working directory.
 
@@ -62,11 +129,7 @@ def check_places(path: Path, config: TrainRunConfig, pipeline: CuvisPipeline) ->
     InputError
         If the trainrun at ``path`` would; the message names the setting, or the link.
     """
-    if "/" in pipeline.name or "\0" in pipeline.name or not pipeline.name:
-        raise InputError(
-            f"the pipeline of trainrun {path} is named {pipeline.name!r}: its files are saved "
-            "under that name, which must be one of a file, without /"
-        )
+    check_name(path, pipeline.name)
     output = OutputFolder(config.output_dir)
     training = config.training
     checkpoint = training.callbacks.checkpoint if training and training.callbacks else None

@@ -11,19 +11,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytorch_lightning as pl
-import yaml
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training.config import TrainRunConfig
-from cuvis_ai_core.utils.config_helpers import resolve_config_with_hydra
-from omegaconf import OmegaConf
-from pydantic import ValidationError
 
 from cuvis_dist.archive import setup_error
 from cuvis_dist.errors import CuvisDistError, InputError, one_line
 from cuvis_dist.hashing import hash_settings
 from cuvis_dist.nodes import upstream
-from cuvis_dist.runs.places import check_places, moved
+from cuvis_dist.nodes.building import build_pipeline, load_pipeline
+from cuvis_dist.runs.configuration import Configuration, fitted_state, read_configuration
+from cuvis_dist.runs.places import check_places
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.staging import fetched_when_opened, localize
 from cuvis_dist.storage import Location, OutputFolder, temporary_folder
@@ -131,11 +129,7 @@ class TrainRun:
         """
         if self.config.training is None:
             raise InputError(f"trainrun {self.path} has no training block: nothing to train")
-        weights = self._initialized() if saved is None else Path(saved).with_suffix(".pt")
-        weights = weights.expanduser().resolve()
-        if not weights.is_file():
-            hint = ". cuvis-dist init makes it; --pipeline names another" if saved is None else ""
-            raise InputError(f"the fitted state is not there: {weights}{hint}")
+        weights = self._initialized() if saved is None else fitted_state(saved)
         try:
             missing = set(upstream.restore_weights(self.pipeline, weights))
         except Exception as error:
@@ -154,14 +148,14 @@ class TrainRun:
     def _initialized(self) -> Path:
         """Return the state that ``cuvis-dist init`` left, as a file on this machine."""
         name = f"{self.initialization_only().result_name}.pt"
-        if self.output.local is not None:
-            return self.output.local / name
         try:
+            if self.output.local is not None:
+                return (self.output.local / name).resolve(strict=True)
             own = hash_settings(str(self.output))[:16]
             return self.output.download(name, temporary_folder() / own / Path(name).name)
         except FileNotFoundError:
             raise InputError(
-                f"the fitted state is not there: {self.output.at(name)}. cuvis-dist init makes "
+                f"fitted state not found: {self.output.at(name)}. cuvis-dist init makes "
                 "it; --pipeline names another"
             ) from None
 
@@ -217,85 +211,46 @@ def load_trainrun(
     InputError
         If the trainrun or pipeline is missing or invalid, or names a node that is not there.
     """
-    path = Path(path).expanduser().resolve()
-    if not path.is_file():
-        raise InputError(f"trainrun not found: {path}")
-    overrides = [*overrides, *([f"output_dir={output_dir}"] if output_dir else [])]
-    try:
-        config = _read_config(path, list(overrides))
-        config = moved(config, _own_output_dir(path, overrides, config))
-    except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors()
-        )
-        raise InputError(f"trainrun {path} is not valid: {problems}") from error
-    except CuvisDistError:
-        raise
-    except Exception as error:
-        raise InputError(f"trainrun {path} cannot be read: {one_line(error)}") from error
+    configuration = read_configuration(path, overrides, output_dir, saved)
+    return build_trainrun(configuration, plugins_dirs)
+
+
+def build_trainrun(
+    configuration: Configuration, plugins_dirs: Sequence[str | Path] = ()
+) -> TrainRun:
+    """Build the pipeline that a trainrun names; raises InputError as :func:`load_trainrun` does."""
+    path, config = configuration.path, configuration.config
     dirs = upstream.discover_plugins_dirs(path, [*plugins_dirs, *installed_plugins_dirs()])
-    if saved is not None:
-        pipeline, weights = _load_saved(saved)
-        config = config.model_copy(update={"pipeline": str(weights.with_name(Path(saved).name))})
+    if configuration.pipeline is None:
+        assert configuration.saved is not None
+        pipeline = _load_saved(configuration.saved)
+        config = config.model_copy(update={"pipeline": str(configuration.saved)})
         _check_names(path, config, pipeline, ["metric_nodes"])
+        weights = configuration.saved.with_suffix(".pt")
         return TrainRun(path, config, pipeline, dirs, weights=weights)
 
     if config.training is not None:
         # As upstream: before the pipeline, whose initial weights depend on it.
         pl.seed_everything(config.training.seed, workers=True, verbose=False)
     try:
-        pipeline = upstream.build_pipeline(config, base_dir=path.parent)
+        pipeline = build_pipeline(configuration.pipeline)
     except Exception as error:
+        why = str(error) if isinstance(error, CuvisDistError) else one_line(error)
         raise InputError(
-            f"the pipeline {config.pipeline!r} of trainrun {path} cannot be built: "
-            f"{one_line(error)}"
+            f"the pipeline {config.pipeline!r} of trainrun {path} cannot be built: {why}"
         ) from error
     _check_names(path, config, pipeline, ["unfreeze_nodes", "loss_nodes", "metric_nodes"])
     check_places(path, config, pipeline)
     return TrainRun(path, config, pipeline, dirs)
 
 
-def _load_saved(path: str | Path) -> tuple[CuvisPipeline, Path]:
-    path = Path(path).expanduser().resolve()
-    weights = path.with_suffix(".pt")
-    for part, what in ((path, "the saved pipeline"), (weights, "its weights")):
-        if not part.is_file():
-            raise InputError(f"{what}: {part} is not there")
+def _load_saved(path: Path) -> CuvisPipeline:
     try:
-        return CuvisPipeline.load_pipeline(path, weights, device="cpu"), weights
+        return load_pipeline(path)
     except Exception as error:
         raise InputError(
             f"the saved pipeline {path} cannot be loaded: {one_line(error)}"
         ) from error
-
-
-def _read_config(path: Path, overrides: list[str]) -> TrainRunConfig:
-    raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if isinstance(raw, dict) and "defaults" in raw:
-        configs_dir = path.parent.parent
-        values = resolve_config_with_hydra(
-            config_type="trainrun",
-            config_path=path.relative_to(configs_dir).with_suffix("").as_posix(),
-            search_paths=[str(configs_dir)],
-            overrides=overrides or None,
-        )
-    elif overrides:
-        merged = OmegaConf.merge(OmegaConf.create(raw or {}), OmegaConf.from_dotlist(overrides))
-        values = OmegaConf.to_container(merged, resolve=True)
-    else:  # upstream takes ${...} in it as it stands
-        return TrainRunConfig.load_from_file(path)
-    return TrainRunConfig.model_validate(values)
-
-
-def _own_output_dir(path: Path, overrides: Sequence[str], config: TrainRunConfig) -> str:
-    """Return the output folder that the trainrun names where nothing overrides it."""
-    others = [text for text in overrides if text.partition("=")[0].lstrip("+") != "output_dir"]
-    if len(others) == len(overrides):
-        return config.output_dir
-    try:
-        return _read_config(path, others).output_dir
-    except Exception:  # it names none, and asks to be given one
-        return config.output_dir
 
 
 def installed_plugins_dirs() -> list[Path]:

@@ -22,6 +22,7 @@ from cuvis_dist.scaling import Scaling
 from cuvis_dist.staging.cache import Staging, staging_here
 from cuvis_dist.staging.uris import join, parent
 from cuvis_dist.storage import is_uri
+from cuvis_dist.universe import read_universe
 
 #: The settings of these data modules may hold URIs; those of others are left as they are.
 MODULES = ("npz_multi", "cu3s", "cu3s_multi", "tiff_paired")
@@ -104,10 +105,9 @@ class _Localizer:
             content = self.staging.read(place) if is_uri(place) else Path(place).read_bytes()
             if not is_uri(place) and b"://" not in content:
                 return place
-            reader = csv.DictReader(io.StringIO(content.decode("utf-8")))
-            rows = list(reader)
-        except (OSError, ValueError, csv.Error) as error:
+        except OSError as error:
             raise InputError(f"{place} cannot be read: {one_line(error)}") from error
+        read, rows = read_universe(content, place, self.data.data_module)
         locate = partial(self._located, place)
         for row in rows:
             path = (row.get("materialized_path") or "").strip()
@@ -116,7 +116,7 @@ class _Localizer:
             row["materialized_path"] = locate(path)
             if row.get("annotation"):
                 row["annotation"] = locate(row["annotation"].strip())
-        columns = dict.fromkeys([*(reader.fieldnames or ()), "materialized_path"])
+        columns = dict.fromkeys([*read, "materialized_path"])
         lines = io.StringIO()
         writer = csv.DictWriter(lines, list(columns), extrasaction="ignore")
         writer.writeheader()

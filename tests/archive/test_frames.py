@@ -186,3 +186,66 @@ def test_a_batch_of_one_is_what_collating_gives(demo_trainrun):
     for key, value in theirs.items():
         assert torch.equal(ours[key], value), key
         assert ours[key].dtype == value.dtype
+
+
+UNUSABLE = {
+    "complex": (lambda cube: cube * (1 + 1j), "values are of dtype complex64, and only real"),
+    "words": (lambda cube: cube.astype("U12"), "values are of dtype <U12"),
+    "dates": (lambda cube: (cube * 100).astype("M8[s]"), "values are of dtype datetime64"),
+    "no rows": (lambda cube: cube[:0], r"shape \(0, 20, 12\), and so no pixels"),
+    "no columns": (lambda cube: cube[:, :0], r"shape \(16, 0, 12\), and so no pixels"),
+}
+
+
+@pytest.mark.parametrize("case", UNUSABLE)
+def test_a_frame_without_pixels_or_real_numbers_is_named(demo, case):
+    """By what both phases read: the archive, and the data set of training's loaders."""
+    change, words = UNUSABLE[case]
+    path = demo.parent / "archive" / "recording_00_001.npz"
+    with np.load(path) as file:
+        arrays = dict(file)
+    np.savez(path, **arrays | {"cube": change(arrays["cube"])})
+    archive = open_archive(load_trainrun(demo).datamodule(), "train")
+    archive.read(0)
+    for read in (archive.read, archive.dataset.__getitem__):
+        with pytest.raises(DataError, match=rf"frame recording_00.cu3s#1 .*npz\): its .*{words}"):
+            read(1)
+
+
+def test_other_numbers_are_read_as_before(demo):
+    folder = demo.parent / "archive"
+    for i, dtype in enumerate([np.uint16, np.float16, bool]):
+        path = folder / f"recording_00_{i:03d}.npz"
+        with np.load(path) as file:
+            arrays = dict(file)
+        cube = (arrays["cube"] * 100).astype(dtype)
+        np.savez(path, **arrays | {"cube": cube, "note": np.array("some text")})
+        archive = open_archive(load_trainrun(demo).datamodule(), "train")
+        np.testing.assert_array_equal(archive.read(i)["cube"][0], cube.astype(np.float32))
+
+
+def test_a_complex_tiff_is_named(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    for name, dtype in (("a", np.float32), ("b", np.complex64)):
+        cube = np.ones((6, 3, 4), dtype=dtype)
+        tifffile.imwrite(tmp_path / f"{name}.tif", cube, photometric="minisblack", metadata=None)
+    module = TiffPairedDataModule(
+        images_dir=str(tmp_path), splits=EVERY, wavelengths="1,2,3,4,5,6", batch_size=1
+    )
+    archive = open_archive(module, "train")
+    assert archive.read(0)["cube"].shape == (1, 3, 4, 6)
+    with pytest.raises(DataError, match=r"b.tif.*dtype complex64, and only real numbers"):
+        archive.read(1)
+
+
+def test_a_complex_cube_of_another_data_module_is_named():
+    class Cubes(Dataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return {"cube": torch.ones(2, 2, 3, dtype=torch.complex64)}
+
+    archive = Archive(DataLoader(Cubes()), [Frame("a#0", "a", "a")])
+    with pytest.raises(DataError, match=r"frame a#0: its cube is of dtype torch.complex64"):
+        archive.read(0)

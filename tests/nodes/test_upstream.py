@@ -14,12 +14,12 @@ from cuvis_ai_core.training import GradientTrainer, StatisticalTrainer, evaluati
 from cuvis_ai_core.training.config import TrainingConfig
 from cuvis_ai_core.utils import restore
 from cuvis_ai_dataloader.data import datamodule_cu3s, datamodule_cu3s_multi
+from cuvis_ai_dataloader.data.readers.tiff_reader import TiffCubeReader
 
 from cuvis_dist.nodes.upstream import accumulated_mean
 from cuvis_dist.training.module import RankTrainer
 
 PRIVATE = {
-    (restore, "_build_pipeline_from_config"): ["trainrun_config", "device", "base_dir"],
     (restore, "_create_datamodule_from_config"): ["trainrun_config", "candidate_dirs", "base_dir"],
     (restore, "_discover_plugins_dirs"): ["pipeline_path", "explicit_dirs"],
     (restore, "_build_catalog"): ["plugins_dirs"],
@@ -36,6 +36,7 @@ PRIVATE = {
     (GradientTrainer, "_build_trainer"): ["self"],
     (datamodule_cu3s, "count_measurements"): ["cu3s_file_path"],
     (datamodule_cu3s_multi, "count_measurements"): ["cu3s_file_path"],
+    (TiffCubeReader, "_to_hwc"): ["raw", "axes", "path"],
     (datamodule_cu3s, "Cu3sCubeReader"): [
         "cu3s_file_path", "processing_mode", "white_ref", "dark_ref", "cuda_cubes",
     ],

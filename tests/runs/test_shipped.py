@@ -220,7 +220,10 @@ def test_the_one_word_change(name, spread, configs, upstream, tmp_path, monkeypa
 def substance(error: BaseException) -> list[str]:
     """What a refusal of upstream's must have in common with ours."""
     if isinstance(error, ValidationError):
-        return [item["msg"] for item in error.errors()]
+        return [
+            f"{item['loc'][-1]} is unknown" if item["type"] == "extra_forbidden" else item["msg"]
+            for item in error.errors()
+        ]
     text = str(error)
     if "empty parameter list" in text:
         return ["nothing to train"]

@@ -338,7 +338,7 @@ def test_what_cannot_be_scored_is_said_before_ray_starts(saved, own, tmp_path, c
         assert names in error
         assert "rx_detector.scores" in error
         assert "decider.decisions" in error
-    assert "not there" in said(pipeline=tmp_path / "none.yaml")
+    assert "saved pipeline not found" in said(pipeline=tmp_path / "none.yaml")
     shutil.copy(saved, tmp_path / "alone.yaml")
     assert str(tmp_path / "alone.pt") in said(pipeline=tmp_path / "alone.yaml")
     (tmp_path / "alone.pt").write_bytes(b"no weights")
