@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from cuvis_dist.errors import INTERRUPTED, CuvisDistError, InputError, one_line
 from cuvis_dist.runs.lines import Lines
+from cuvis_dist.stopping import stoppable
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningDataModule
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from cuvis_dist.scaling import Scaling
 
 
+#: A line of the log; loguru would add the traceback of an exception.
+_LOG = "{time:YYYY-MM-DD HH:mm:ss.SSS} | <level>{level: <8}</level> | {name}:{line} - {message}\n"
 #: Options that stand for a setting, by the name that argparse gives them.
 _SHORT = {
     "address": "resources.address",
@@ -43,25 +46,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     atexit.register(gc.freeze)  # else Python looks for seconds through all that it has loaded
     verbose, in_session = arguments.verbose, _in_ray()
     # Ray's logs come between the lines, and would be rewritten with them.
-    with Lines(rewriting=False if verbose else None) as lines:
+    with Lines(rewriting=False if verbose else None) as lines, stoppable(lines.last):
         # The command alone: an address in its options may carry a secret, before it is refused.
         print(f"cuvis-dist {version('cuvis-dist')}: {_what(arguments, argv)}", file=lines.stream)
         try:
             _quiet(verbose, lines)
             return arguments.command(arguments, lines)
         except CuvisDistError as error:
-            lines.settle()
-            print(f"cuvis-dist: {error}", file=lines.stream)
+            lines.last(str(error))
             return error.exit_code
         except KeyboardInterrupt:
-            lines.settle()
-            print("cuvis-dist: interrupted", file=lines.stream)
+            lines.last("interrupted")
             return INTERRUPTED
         except Exception as error:
             if verbose:
                 raise
-            lines.settle()
-            print(f"cuvis-dist: {one_line(error)} (-v shows where)", file=lines.stream)
+            lines.last(f"{one_line(error)} (-v shows where)")
             return 1
         finally:
             if not in_session:
@@ -298,6 +298,7 @@ def _quiet(verbose: bool, lines: Lines) -> None:
     logger.add(
         lines.log,
         level=0,
+        format=lambda record: _LOG + ("{exception}" if verbose else ""),
         colorize=lines.stream.isatty(),
         filter=lambda record: bool(
             record["extra"].get("waiting") or record["level"].no >= logger.level(level).no
@@ -518,6 +519,8 @@ def _info(arguments: argparse.Namespace, lines: Lines) -> int:
     print("frames   " + ", ".join(f"{split} {n}" for split, n in info["frames"].items()))
     phases = "both phases" if trainrun.config.training else "phase 1 alone (no training block)"
     print(f"runs     {phases}, result in {trainrun.saved_pipeline}")
+    if info["last"]:
+        print(f"last     {info['last']}")
     return 0
 
 

@@ -6,6 +6,8 @@ line prints it as it is; a job ends with ``exit_code``.
 
 from __future__ import annotations
 
+import re
+
 
 class CuvisDistError(Exception):
     """A failure with a message for people."""
@@ -40,6 +42,34 @@ INTERRUPTED = 130
 
 
 def one_line(error: BaseException) -> str:
-    """Return ``Type: message`` with the message on one line."""
-    message = " ".join(str(error).split())
+    """Return ``Type: message`` on one line, without a traceback that the message has."""
+    message = str(error)
+    if (end := without_traceback(message)) != message:
+        return end
+    message = " ".join(message.split())
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def without_traceback(message: str) -> str:
+    """Return a message as it is or, if it has a traceback, the ``Type: message`` that this ends in.
+
+    Ray and torch's loaders give errors of other processes their traceback as message.
+    """
+    found = _TRACEBACK.search(_COLOURS.sub("", message))
+    return " ".join(found.group("end").split()) if found else message
+
+
+def own_message(error: CuvisDistError) -> CuvisDistError:
+    """Return an error of ours with the message that it was raised with."""
+    message = str(error)
+    end = without_traceback(message)
+    return error if end == message else type(error)(end.partition(": ")[2])
+
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+#: The last traceback of a text, and the error that it ends in.
+_TRACEBACK = re.compile(
+    r"(?:.*^)?(?:Original )?(?:Traceback \(most recent call last\):|ray::[^\n]*)\n"
+    r"(?:[ \t][^\n]*\n)+(?P<end>\S.*)",
+    re.DOTALL | re.MULTILINE,
+)

@@ -70,6 +70,12 @@ class Resources(_Settings):
     writing, before the run ends with an error that names it. A slow read that goes on is no
     pause, unless it goes on elsewhere (``reading.read_ahead``)."""
 
+    read_seconds: float = Field(default=300, gt=0)
+    """How long reading a frame may take in phase 1, evaluation and scoring before it counts as one
+    that this node cannot read: another node is asked, then ``measuring.on_error`` decides. After
+    ``stall_seconds`` a warning names frame, file and node. Fetching a file from a URI does not
+    count."""
+
     save_seconds: float = Field(default=5, ge=0)
     """How often a pass of phase 1 writes down what it has measured, for a run that goes on after
     its driver was lost; at most a twentieth of the time goes into writing."""

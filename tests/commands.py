@@ -24,7 +24,15 @@ from cuvis_dist.runs.trainrun import load_trainrun
 
 
 class Command:
-    """``cuvis-dist`` in a process of its own, whose frames are counted."""
+    """``cuvis-dist`` in a process of its own, whose frames are counted.
+
+    Attributes
+    ----------
+    process : Popen
+        The process of the last :meth:`run`.
+    """
+
+    process: subprocess.Popen[bytes]
 
     def __init__(self, folder: Path, *arguments: object, **environment: str) -> None:
         self.arguments = [sys.executable, "-m", "cuvis_dist.cli", *map(str, arguments)]
@@ -50,7 +58,7 @@ class Command:
             return until() if callable(until) else until in said.read_text()
 
         with open(said, "wb") as stderr:
-            process = subprocess.Popen(
+            process = self.process = subprocess.Popen(
                 self.arguments,
                 env=self.environment,
                 stdout=subprocess.DEVNULL,

@@ -1,15 +1,22 @@
 """Which frames are there, and how does a worker read a shard?"""
 
+from cuvis_dist.archive.batching import NamingCollate, Numbered
 from cuvis_dist.archive.frames import Archive, Frame, NamedFrames, Shard, batch_bytes
 from cuvis_dist.archive.opening import open_archive, open_split, setup_error
+from cuvis_dist.archive.patience import Patience, be_patient, patience
 
 __all__ = [
     "Archive",
     "Frame",
     "NamedFrames",
+    "NamingCollate",
+    "Numbered",
+    "Patience",
     "Shard",
     "batch_bytes",
+    "be_patient",
     "open_archive",
     "open_split",
+    "patience",
     "setup_error",
 ]

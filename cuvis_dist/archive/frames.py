@@ -12,15 +12,16 @@ import copy
 import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, SequentialSampler, default_collate
 
+from cuvis_dist.archive.batching import collate_frames, is_array
+from cuvis_dist.archive.patience import read_in_time
 from cuvis_dist.errors import CuvisDistError, DataError, one_line
 from cuvis_dist.nodes import upstream
 from cuvis_dist.staging import Staging, portable, with_uris
@@ -115,13 +116,29 @@ class NamedFrames(Dataset):
             If it cannot be read, has no pixels, or values that are no real numbers; the message
             has the frame's uid and path.
         """
+        return self._named(index, lambda: self.dataset[index])
+
+    def in_time(self, index: int) -> Any:
+        """Return the dataset's item, if it is read within this process's patience.
+
+        Fetching files that have to be staged takes its own time.
+
+        Raises
+        ------
+        DataError
+            If it is not, or cannot be used; the message has the frame's uid and path.
+        """
+        what = str(self.frames[index])
+        return self._named(index, lambda: read_in_time(lambda: self.dataset[index], what))
+
+    def _named(self, index: int, read: Callable[[], Any]) -> Any:
         upstream.only_real_numbers()
         if os.path.isdir(self._directory):
             os.chdir(self._directory)
         frame = self.frames[index]
         try:
             with frame.held():
-                return _with_a_cube(self.dataset[index])
+                return _with_a_cube(read())
         except DataError as error:
             raise DataError(f"cannot read {frame}: {error}") from error
         except CuvisDistError:
@@ -205,7 +222,7 @@ class Archive:
 
     def item(self, index: int) -> Any:
         """Return one frame as the module's dataset gives it; raises DataError that names it."""
-        return self.dataset[self._items[index]]
+        return self.dataset.in_time(self._items[index])
 
     def collated(self, indices: Sequence[int], items: list[Any]) -> dict[str, Any]:
         """Return these items as one batch, as the module's own loader would collate them.
@@ -222,17 +239,9 @@ class Archive:
         DataError
             If they cannot be collated, such as frames of unlike sizes; the message names them.
         """
-        try:
-            if len(items) == 1 and self.collate is default_collate and isinstance(items[0], dict):
-                return _batch_of_one(items[0])
-            return self.collate(items)
-        except Exception as error:
-            message = f"cannot batch {self.named(indices)}: {one_line(error)}"
-            if sizes := _unlike_sizes(items):
-                message += (
-                    f". Their sizes differ ({sizes}): use batch_size: 1, or recordings of one size"
-                )
-            raise DataError(message) from error
+        alone = len(items) == 1 and self.collate is default_collate and isinstance(items[0], dict)
+        collate = _batch_of_one if alone else self.collate
+        return collate_frames(collate, items, [self.frames[index] for index in indices])
 
     def named(self, indices: Sequence[int]) -> str:
         """Return the names of some frames, for messages."""
@@ -277,7 +286,7 @@ class Archive:
 def _with_a_cube(item: Any) -> Any:
     """Return an item of a dataset, unless its cube has no pixels or no real numbers."""
     cube: Any = item.get("cube") if isinstance(item, dict) else None
-    if _is_array(cube):
+    if is_array(cube):
         if 0 in cube.shape:
             raise DataError(f"its cube has the shape {tuple(cube.shape)}, and so no pixels")
         if cube.is_complex() if isinstance(cube, torch.Tensor) else cube.dtype.kind not in "biuf":
@@ -289,23 +298,10 @@ def _hash(seed: int, uid: str) -> bytes:
     return hashlib.blake2b(f"{seed}:{uid}".encode(), digest_size=16).digest()
 
 
-def _unlike_sizes(items: list[Any]) -> str:
-    """Return the shapes of the first entry whose shapes differ; nothing where there is none."""
-    known = [item for item in items if isinstance(item, dict)]
-    for key in known[0] if known else ():
-        shapes = [tuple(np.shape(item[key])) for item in known if _is_array(item.get(key))]
-        if len(set(shapes)) > 1:
-            return f"{key}: {', '.join(map(str, shapes))}"
-    return ""
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, np.ndarray | torch.Tensor)
-
-
-def _batch_of_one(item: dict[str, Any]) -> dict[str, Any]:
-    """Return what ``default_collate([item])`` does, with arrays as views: a cube is large."""
-    arrays = {k: v for k, v in item.items() if _is_array(v)}
+def _batch_of_one(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what ``default_collate`` does with one item, with arrays as views: a cube is large."""
+    (item,) = items
+    arrays = {k: v for k, v in item.items() if is_array(v)}
     others = {k: v for k, v in item.items() if k not in arrays}
     views = {k: torch.as_tensor(v).unsqueeze(0) for k, v in arrays.items()}
     return (default_collate([others]) if others else {}) | views

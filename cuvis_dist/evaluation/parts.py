@@ -14,7 +14,7 @@ from cuvis_ai_core.training.evaluation import forward_split
 from cuvis_ai_schemas.execution import Context
 from torch.utils.data import DataLoader
 
-from cuvis_dist.archive import Archive
+from cuvis_dist.archive import Archive, NamingCollate, Numbered
 from cuvis_dist.errors import CuvisDistError, DataError, one_line
 from cuvis_dist.execution.spread import Order, Row
 from cuvis_dist.execution.worker import forget_pipeline
@@ -61,7 +61,9 @@ class Evaluated:
 
 def load(archive: Archive, batches: list[list[int]]) -> DataLoader:
     """Return a loader of these batches that reads in this process and names bad frames."""
-    return DataLoader(archive.dataset, batch_sampler=batches, collate_fn=archive.collate)
+    collate = NamingCollate(archive.collate, archive.dataset.frames)
+    frames = Numbered(archive.dataset, archive.dataset.in_time)
+    return DataLoader(frames, batch_sampler=batches, collate_fn=collate)
 
 
 class EvaluatePart:

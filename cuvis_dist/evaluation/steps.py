@@ -38,11 +38,13 @@ from cuvis_ai_core.training.post_fit import (
 from cuvis_ai_schemas.enums import ExecutionStage, NodeCategory, NodeTag
 from loguru import logger
 
+from cuvis_dist.errors import without_traceback
 from cuvis_dist.evaluation.cluster import ClusterPipeline, Split
 from cuvis_dist.evaluation.merging import unmergeable
+from cuvis_dist.evaluation.naming import NamingPipeline
 from cuvis_dist.execution.failures import raise_cause
 from cuvis_dist.execution.pool import Workers
-from cuvis_dist.execution.where import begin, in_one_process, settled, work_on_splits
+from cuvis_dist.execution.where import begin, in_one_process, settled, use_patience, work_on_splits
 from cuvis_dist.execution.worker import prepare_worker
 from cuvis_dist.nodes.state import adopt_all
 from cuvis_dist.scaling import Scaling
@@ -165,7 +167,7 @@ class Evaluator:
                 self.datamodule,
                 stage,
                 [node.name for node in metric_nodes],
-                scaling.resources.train_gpus > 0,
+                scaling,
                 emit=self.emit,
                 workers=Workers.evaluating(scaling),
             )
@@ -208,7 +210,7 @@ def failed_split(result: PostFitResult) -> str | None:
     """Return why an evaluation failed, or None when none did."""
     for split, outcome in result.evaluations.items():
         if outcome.status is EvaluationStatus.FAILED:
-            return f"evaluating {split}: {outcome.error}"
+            return f"evaluating {split}: {without_traceback(outcome.error or '')}"
     return None
 
 
@@ -226,7 +228,7 @@ class _NamedSplits:
 
     def __init__(self, datamodule: pl.LightningDataModule, here: bool) -> None:
         self._datamodule, self._here = datamodule, here
-        self._splits: dict[str, Split] = {}
+        self.opened: dict[str, Split] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._datamodule, name)
@@ -242,9 +244,9 @@ class _NamedSplits:
         return self._open("test")
 
     def _open(self, name: str) -> Any:
-        if name not in self._splits:
-            self._splits[name] = Split(self._datamodule, name)
-        return self._splits[name].loader() if self._here else self._splits[name]
+        if name not in self.opened:
+            self.opened[name] = Split(self._datamodule, name)
+        return self.opened[name].loader() if self._here else self.opened[name]
 
 
 @dataclass(frozen=True)
@@ -264,6 +266,7 @@ def _post_fit(
     emit: EmitFn,
 ) -> tuple[PostFitResult, list[Node]]:
     prepare_worker(int(scaling.resources.cpus_per_worker))
+    use_patience(scaling)
     nodes = _nodes(pipeline, steps.metric_nodes)
     callback = PostFitCallback(
         emit=emit, metric_nodes=nodes, release_cuda_cache=steps.after.release_cuda_cache
@@ -271,15 +274,19 @@ def _post_fit(
     if steps.here:
         pipeline.to("cuda" if scaling.resources.train_gpus else "cpu")
     spread = ClusterPipeline(pipeline, nodes, scaling)
-    computing: Any = pipeline if steps.here else spread
+    splits = _NamedSplits(datamodule, steps.here)
+    computing: Any = NamingPipeline(pipeline if steps.here else spread, splits.opened)
     with closing(spread):
-        result = callback.run(
-            computing,
-            _NamedSplits(datamodule, steps.here),
-            restore=False,
-            epoch=steps.after.epoch,
-            global_step=steps.after.global_step,
-        )
+        try:
+            result = callback.run(
+                computing,
+                splits,
+                restore=False,
+                epoch=steps.after.epoch,
+                global_step=steps.after.global_step,
+            )
+        except RuntimeError as error:  # an evaluation raises nothing: see upstream's callback
+            raise computing.unlike_sizes() or error from error
     pipeline.cpu()
     return result, list(pipeline.nodes())
 
@@ -289,13 +296,16 @@ def _evaluate(
     datamodule: pl.LightningDataModule,
     stage: ExecutionStage,
     metric_nodes: list[str],
-    on_gpu: bool,
+    scaling: Scaling,
     emit: EmitFn,
 ) -> EvaluationSummary:
-    pipeline.to("cuda" if on_gpu else "cpu")
+    use_patience(scaling)
+    pipeline.to("cuda" if scaling.resources.train_gpus else "cpu")
+    split = Split(datamodule, stage.value)
+    naming: Any = NamingPipeline(pipeline, {stage.value: split})
     return evaluate_split(
-        pipeline,
-        Split(datamodule, stage.value).loader(),
+        naming,
+        split.loader(),
         stage=stage,
         metric_nodes=_nodes(pipeline, metric_nodes),
         on_batch=_progress(stage, emit),

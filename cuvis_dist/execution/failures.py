@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from cuvis_ai_core.training.evaluation import TrainingCancelled
 from ray.exceptions import (
     ActorDiedError,
+    LocalRayletDiedError,
     NodeDiedError,
     OutOfDiskError,
     OutOfMemoryError,
@@ -16,7 +17,13 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from cuvis_dist.errors import ClusterError, CuvisDistError, LostWorkerError, one_line
+from cuvis_dist.errors import (
+    ClusterError,
+    CuvisDistError,
+    LostWorkerError,
+    one_line,
+    own_message,
+)
 from cuvis_dist.storage import is_out_of_space
 
 
@@ -33,18 +40,28 @@ def raise_cause(what: str) -> Iterator[None]:
         The first of its kind in the chain of causes, else one that gives the root cause.
     LostWorkerError
         If a worker, node or its memory was lost.
+    ClusterError
+        If this machine's part of the cluster was.
     """
     try:
         yield
     except Exception as error:
-        if isinstance(error, _OURS) and not isinstance(error, RayTaskError):
-            raise
         for cause in causes(error):
-            if isinstance(cause, _OURS) and not isinstance(cause, RayTaskError):
+            if isinstance(cause, TrainingCancelled) and not isinstance(cause, RayTaskError):
                 raise cause from None
+            if isinstance(cause, CuvisDistError) and not isinstance(cause, RayTaskError):
+                plain = own_message(cause)
+                if plain is error:
+                    raise
+                raise plain from None
         if full := out_of_space(error):
             raise full from error
         everything = list(causes(error))
+        if any(isinstance(cause, LocalRayletDiedError) for cause in everything):
+            raise ClusterError(
+                f"{what} lost the Ray cluster: the raylet of this machine was ended. What is done "
+                "is kept: start the cluster again, and go on"
+            ) from error
         # The others of a group may be the first to notice, by a broken connection.
         lost: list[BaseException] = [c for c in everything if isinstance(c, _LOST)] or [
             cause for cause in everything if _BROKEN_CONNECTION.search(str(cause))
@@ -70,7 +87,6 @@ def out_of_space(error: BaseException) -> ClusterError | None:
     return None
 
 
-_OURS = (CuvisDistError, TrainingCancelled)
 _LOST = (WorkerCrashedError, ActorDiedError, NodeDiedError, OutOfMemoryError)
 _BROKEN_CONNECTION = re.compile(
     r"Connection (closed by|reset by) peer|gloo/transport/.*(Broken pipe|Connection refused)"

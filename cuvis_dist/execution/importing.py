@@ -14,8 +14,9 @@ from typing import Any
 import ray
 
 from cuvis_dist.execution.asked import why_workers
-from cuvis_dist.execution.session import connect, terminable
+from cuvis_dist.execution.session import connect
 from cuvis_dist.scaling import Scaling
+from cuvis_dist.stopping import terminable
 
 #: What a shard needs on a worker, and what the driver needs to read a trainrun.
 _ON_WORKERS = ("cuvis_dist.initialization.shards", "cuvis_dist.evaluation.parts")

@@ -5,10 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -16,6 +12,12 @@ from loguru import logger
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cuvis_dist.errors import ClusterError, one_line
+from cuvis_dist.execution.notices import listen
+from cuvis_dist.execution.privacy import (
+    forget_token,
+    private_cluster,
+    warn_of_readable_token,
+)
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.waiting import announce
 
@@ -54,33 +56,21 @@ def connect(scaling: Scaling, verbose: bool = False) -> bool:
         }
     announce(f"joining the Ray cluster at {address}" if address else "starting Ray here")
     try:
-        ray.init(**options)
+        if address:
+            forget_token()
+            ray.init(**options)
+            warn_of_readable_token()
+        else:
+            with private_cluster() as alone:
+                ray.init(**options, **alone)
     except Exception as error:
         raise ClusterError(
             f"cannot join the Ray cluster at {address or 'this machine'}: {one_line(error)}. "
             "Check the address and, for a cluster with token authentication, RAY_AUTH_MODE and "
             "RAY_AUTH_TOKEN_PATH"
         ) from error
+    listen()
     return True
-
-
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does, and undo what Ray sets for either signal."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def beside_driver() -> NodeAffinitySchedulingStrategy:

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 
-from cuvis_dist.archive import Archive
+from cuvis_dist.archive import Archive, Patience, be_patient, patience
 from cuvis_dist.errors import CuvisDistError, DataError, one_line
 from cuvis_dist.execution.failures import causes
+from cuvis_dist.execution.notices import notice
 from cuvis_dist.execution.worker import fetch_once, fetch_pipeline, prepare_worker
 
 
@@ -94,6 +95,8 @@ class Order:
         Compute on the worker's GPU.
     elsewhere : bool
         Whether another node can be asked for what this one cannot read.
+    patience : Patience
+        How long reading a frame may take; by default what the process has that makes the order.
     """
 
     archive: Any
@@ -102,6 +105,7 @@ class Order:
     skip: bool
     on_gpu: bool
     elsewhere: bool
+    patience: Patience = field(default_factory=patience)
 
     def leave_out(self, error: DataError) -> None:
         """Return if a frame with this error may be left out.
@@ -122,6 +126,7 @@ class Order:
     def open(self) -> tuple[Archive, CuvisPipeline]:
         """Prepare this process and return archive and pipeline, the same ones for every shard."""
         prepare_worker(self.threads)
+        be_patient(self.patience, notice)
         pipeline = fetch_pipeline(self.pipeline)
         if self.on_gpu:
             pipeline.to("cuda")

@@ -18,10 +18,11 @@ from cuvis_ai_core.training.post_fit import EmitFn
 from loguru import logger
 from pytorch_lightning.utilities.seed import isolate_rng
 
-from cuvis_dist.archive import Archive, open_archive
+from cuvis_dist.archive import Archive, Patience, be_patient, open_archive
 from cuvis_dist.errors import CuvisDistError, DataError
 from cuvis_dist.execution.asked import trains_here, why_workers
 from cuvis_dist.execution.local import LocalEngine, call_here
+from cuvis_dist.execution.notices import notice
 from cuvis_dist.execution.pool import Workers
 from cuvis_dist.execution.session import connect, require_resources
 from cuvis_dist.execution.spread import Engine
@@ -155,6 +156,7 @@ def choose(scaling: Scaling, work: Callable[[], Work]) -> Choice:
     InputError
         If the settings ask for this process and for what it does not do.
     """
+    use_patience(scaling)
     if trains_here(scaling):
         scaling = scaling.replace(resources={"train_workers": 0})
     workers = scaling.resources.workers
@@ -169,6 +171,12 @@ def choose(scaling: Scaling, work: Callable[[], Work]) -> Choice:
         scaling.replace(resources={"workers": 0}),
         f"in this process, without Ray: {known} (--workers asks for them)",
     )
+
+
+def use_patience(scaling: Scaling) -> None:
+    """Have frames read in this process, and by what it orders, as long as the settings say."""
+    resources = scaling.resources
+    be_patient(Patience(resources.stall_seconds, resources.read_seconds), notice)
 
 
 def settled(scaling: Scaling, what: str, work: Callable[[], Work]) -> Scaling:

@@ -39,7 +39,8 @@ def prepare_worker(threads: int) -> None:
 def _keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc alone has it
     if mallopt is not None:
-        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+        m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8  # malloc.h
+        mallopt(m_arena_max, 1)  # the thread that reads frames would have memory of its own
         mallopt(m_mmap_max, 0)
         mallopt(m_trim_threshold, 2**31 - 1)
 

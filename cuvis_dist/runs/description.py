@@ -12,12 +12,14 @@ from cuvis_dist.errors import CuvisDistError
 from cuvis_dist.nodes import upstream
 from cuvis_dist.nodes.catalogue import recipe_for
 from cuvis_dist.nodes.survey import outline
+from cuvis_dist.runs.lock import writer_of
+from cuvis_dist.runs.record import RunRecord
 from cuvis_dist.runs.trainrun import TrainRun
 from cuvis_dist.training.agreement import Head, foresee_training
 
 
 def describe(trainrun: TrainRun) -> dict[str, Any]:
-    """Return what ``cuvis-dist info`` prints: nodes, their roles, frames per split.
+    """Return what ``cuvis-dist info`` prints: nodes and roles, frames per split, the last run.
 
     Raises
     ------
@@ -47,7 +49,20 @@ def describe(trainrun: TrainRun) -> dict[str, Any]:
         except CuvisDistError as error:
             logger.debug(str(error))
             frames[split] = "none"
-    return {"nodes": nodes, "frames": frames}
+    return {"nodes": nodes, "frames": frames, "last": _last(trainrun)}
+
+
+def _last(trainrun: TrainRun) -> str:
+    """Say how the last run in the output folder stands, or ended; nothing where there was none."""
+    try:
+        record = RunRecord.load(trainrun.output.location)
+    except (CuvisDistError, OSError, ValueError, TypeError, KeyError) as error:
+        logger.debug(f"no record of an earlier run: {error}")
+        return ""
+    words = f"{record.job}, {record.status} since {record.finished or record.started}"
+    if record.status == "running" and (writer := writer_of(trainrun.output)):
+        words += f", {writer}"
+    return f"{words}: {record.error}" if record.error else words
 
 
 def foresee_nodes(trainrun: TrainRun, datamodule: pl.LightningDataModule) -> dict[str, str]:

@@ -7,19 +7,20 @@ it what they do themselves.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from loguru import logger
 
 from cuvis_dist.errors import INTERRUPTED, CuvisDistError, one_line
 from cuvis_dist.execution.failures import out_of_space
-from cuvis_dist.execution.session import terminable
+from cuvis_dist.execution.outage import watched_cluster
 from cuvis_dist.execution.where import Work, begin, settled
 from cuvis_dist.runs.lock import only_run
 from cuvis_dist.runs.record import JobRecord, now
 from cuvis_dist.scaling import Scaling
+from cuvis_dist.stopping import last_words, terminable
 from cuvis_dist.storage import OutputFolder
 
 R = TypeVar("R", bound=JobRecord)
@@ -37,11 +38,14 @@ class Job(Generic[R]):
         Its settings.
     verbose : bool
         Show Ray's logs.
+    around : ExitStack
+        What is left when the job ends.
     """
 
     record: R
     scaling: Scaling
     verbose: bool = False
+    around: ExitStack = field(default_factory=ExitStack)
 
     def begin(self) -> None:
         """Make this the last job of its output folder: an earlier ``result.json`` goes."""
@@ -67,6 +71,7 @@ class Job(Generic[R]):
         self.scaling = settled(self.scaling, self.record.job, work)
         with terminable():  # Ray sets a handler of its own
             begin(self.scaling, training, self.verbose)
+        self.around.enter_context(watched_cluster())
 
     def done(self) -> None:
         """Write down that the job ended well."""
@@ -74,12 +79,24 @@ class Job(Generic[R]):
         record.status, record.exit_code, record.finished = "done", 0, now()
         record.write()
 
+    def ended(self, status: str, exit_code: int, message: str | None) -> None:
+        """Write down that the job ended, unless that was done."""
+        record = self.record
+        if record.finished is not None:
+            return
+        record.status, record.exit_code, record.error = status, exit_code, message
+        record.finished = now()
+        try:
+            record.write()
+        except CuvisDistError as error:
+            logger.warning(f"{record.file} could not be written: {error}")
+
 
 @contextmanager
 def job(
     record: R, scaling: Scaling, verbose: bool = False, locked: OutputFolder | None = None
 ) -> Iterator[Job[R]]:
-    """Enter a job; SIGTERM ends it as Ctrl-C does, and however it ends, its record says so.
+    """Enter a job; signals end it as Ctrl-C does, and however it ends, its record says so.
 
     Parameters
     ----------
@@ -99,12 +116,12 @@ def job(
     ClusterError
         If a store does not answer.
     KeyboardInterrupt
-        If the job was stopped by either signal.
+        If the job was stopped by SIGINT, SIGTERM or SIGHUP.
     """
     with only_run(locked) if locked is not None else nullcontext():
         record.output.probe()
         entered = Job(record, scaling, verbose)
-        with _recorded(entered), terminable():
+        with last_words(entered.ended), _recorded(entered), terminable(), entered.around:
             yield entered
 
 
@@ -116,19 +133,15 @@ def _recorded(entered: Job) -> Iterator[None]:
     except BaseException as error:
         if full := out_of_space(error):
             error = full
-        record = entered.record
-        if record.finished is not None:  # it has its result: what failed is tidying up
+        if entered.record.finished is not None:  # it has its result: what failed is tidying up
             raise error
-        # Ray ends a driver by SystemExit, both on SIGTERM and on Ctrl-C while it trains.
+        # Ray and Lightning make a SystemExit of some signals.
         stopped = isinstance(error, KeyboardInterrupt | SystemExit)
-        record.status = "interrupted" if stopped else "failed"
-        record.exit_code = INTERRUPTED if stopped else getattr(error, "exit_code", 1)
-        record.error = None if stopped else one_line(error)
-        record.finished = now()
-        try:
-            record.write()
-        except CuvisDistError as second:
-            logger.warning(f"{record.file} could not be written: {second}")
+        entered.ended(
+            "interrupted" if stopped else "failed",
+            INTERRUPTED if stopped else getattr(error, "exit_code", 1),
+            None if stopped else one_line(error),
+        )
         if stopped:
             logger.warning("interrupted; the same command goes on from here")
             raise KeyboardInterrupt from error

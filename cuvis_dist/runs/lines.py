@@ -8,6 +8,7 @@ Imports nothing that takes long: the first line is there before anything else.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import threading
@@ -96,6 +97,12 @@ class Lines:
                 self._write("\n")
                 self._shown = ""
 
+    def last(self, text: str) -> None:
+        """Print how the command ended, whoever still looks at the terminal."""
+        with contextlib.suppress(OSError):
+            self.settle()
+            print(f"cuvis-dist: {text}", file=self.stream, flush=True)
+
     def log(self, message: Message) -> None:
         """Print a message of the log, above what goes on: a sink for loguru."""
         with self._lock:
@@ -151,5 +158,6 @@ class Lines:
             self._shown = line
 
     def _write(self, text: str) -> None:
-        self.stream.write(text)
-        self.stream.flush()
+        with contextlib.suppress(OSError):  # a terminal that was closed ends no run
+            self.stream.write(text)
+            self.stream.flush()

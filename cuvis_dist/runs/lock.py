@@ -15,6 +15,25 @@ from cuvis_dist.storage import OutputFolder, writing_to
 LOCK = ".lock"
 
 
+def writer_of(output: OutputFolder) -> str | None:
+    """Return which process and host have the output folder; empty where none has.
+
+    None where nobody can tell: stores at URIs have no lock.
+    """
+    if output.local is None:
+        return None
+    try:
+        file = open(output.local / LOCK, encoding="utf-8")  # noqa: SIM115
+    except OSError:
+        return ""
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read().strip()
+    return ""
+
+
 @contextmanager
 def only_run(output: OutputFolder) -> Iterator[None]:
     """Keep a second job out of a local output folder for as long as the block lasts.

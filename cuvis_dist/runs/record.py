@@ -20,6 +20,7 @@ from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 
 from cuvis_dist.initialization.diagnosis import Finding
 from cuvis_dist.initialization.passes import PassRecord
+from cuvis_dist.runs.lock import writer_of
 from cuvis_dist.storage import Location, OutputFolder, temporary_folder, writing_to
 
 #: What every job leaves once it has ended.
@@ -183,6 +184,9 @@ class RunRecord(JobRecord):
     def load(cls, output_dir: Location) -> RunRecord:
         """Read ``<output_dir>/run.json``; what was nested comes back as mappings.
 
+        A record that says ``running`` though nobody has the folder is one of a run that was cut
+        off: its status is ``interrupted``.
+
         Raises
         ------
         OSError, ValueError, TypeError, KeyError
@@ -192,7 +196,11 @@ class RunRecord(JobRecord):
         """
         values = json.loads(OutputFolder(output_dir).read(cls.file))
         values["findings"] = [Finding(**finding) for finding in values["findings"]]
-        return cls(**values)
+        record = cls(**values)
+        if record.status == "running" and writer_of(record.output) == "":
+            record.status = "interrupted"
+            record.error = "its process ended without a word: it was killed, or its machine was"
+        return record
 
     def result(self) -> dict[str, Any]:
         """Return the ending, the pipeline and its metrics; the rest is in ``run.json``."""

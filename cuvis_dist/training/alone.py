@@ -17,7 +17,7 @@ from cuvis_dist.errors import ClusterError, CuvisDistError
 from cuvis_dist.execution.copies import copied
 from cuvis_dist.execution.failures import raise_cause
 from cuvis_dist.execution.local import as_worker, delivering
-from cuvis_dist.execution.session import terminable
+from cuvis_dist.stopping import stop, terminable
 from cuvis_dist.training.assignment import Assignment, Driver, Outcome, Seat
 from cuvis_dist.training.rank import run_rank
 from cuvis_dist.training.watch import Watch
@@ -73,7 +73,7 @@ def _interruptible() -> Iterator[None]:
     """
     with terminable():
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, stop)
         yield
 
 

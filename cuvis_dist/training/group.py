@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from cuvis_ai_core.training.post_fit import EmitFn
 from loguru import logger
 from ray import cloudpickle
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from cuvis_dist.errors import ClusterError, CuvisDistError
 from cuvis_dist.execution.events import relayed
@@ -25,8 +25,12 @@ from cuvis_dist.scaling import Scaling
 from cuvis_dist.storage import OutputFolder, temporary_folder
 from cuvis_dist.training.assignment import Assignment, Driver, Outcome
 from cuvis_dist.training.entry import begin_rank
+from cuvis_dist.training.rendezvous import OneAddressConfig
 from cuvis_dist.training.watch import Beat, Watch
 from cuvis_dist.waiting import announce
+
+#: How long workers of a training that was interrupted may take to end, in seconds.
+_ABORT_SECONDS = 10.0
 
 
 def train_on_workers(assignment: Assignment, what: str, emit: EmitFn) -> Outcome:
@@ -66,19 +70,42 @@ def train_on_workers(assignment: Assignment, what: str, emit: EmitFn) -> Outcome
 
 def _run_group(assignment: Assignment, driver: Driver, storage: Path) -> Outcome | None:
     gpus = assignment.scaling.resources.train_gpus
-    result: Any = TorchTrainer(
+    trainer = _Trainer(
         begin_rank,  # type: ignore[arg-type]
         train_loop_config={"assignment": ray.put(assignment), "driver": ray.put(driver)},
         # nccl refuses two processes on one GPU
-        torch_config=TorchConfig("nccl" if gpus >= 1 else "gloo"),
+        torch_config=OneAddressConfig("nccl" if gpus >= 1 else "gloo"),
         scaling_config=_scaling_config(assignment.scaling),
         run_config=RunConfig(
             storage_path=str(storage),
             # Ray Train would try again after an error of any kind: see GradientTrainer._fit.
             failure_config=FailureConfig(max_failures=0),
         ),
-    ).fit()
+    )
+    try:
+        result: Any = trainer.fit()
+    except KeyboardInterrupt:
+        trainer.abort()
+        raise
     return cloudpickle.loads(result.return_value)
+
+
+class _Trainer(TorchTrainer):
+    """Ray's trainer, which leaves signals to whoever runs it.
+
+    Its own handler of Ctrl-C ends the process, and hears of no second one.
+    """
+
+    _controller: Any = None
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        self._controller = controller
+
+    def abort(self) -> None:
+        """End the workers, as far as they are there."""
+        if self._controller is not None:
+            with suppress(ray.exceptions.RayError):
+                ray.get(self._controller.abort.remote(), timeout=_ABORT_SECONDS)
 
 
 class _RemoteWatch:

@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from cuvis_dist.archive import NamedFrames, open_split
+from cuvis_dist.archive import NamedFrames, NamingCollate, Numbered, open_split
 from cuvis_dist.errors import InputError
 from cuvis_dist.training.agreement import Head
 from cuvis_dist.training.assignment import Assignment, Seat
@@ -107,8 +107,9 @@ class DealtDataModule(pl.LightningDataModule):
         named: Dataset = NamedFrames(loader.dataset, frames)
         if self.world_size > 1:
             named = WatchedFrames(named, self._note_parting)
-        dataset = self._cached(split, named, loader.num_workers)
+        dataset = Numbered(self._cached(split, named, loader.num_workers))
         dealt = deal(loader, dataset, batches, keep_workers=reading.cache == "memory")
+        dealt.collate_fn = NamingCollate(loader.collate_fn, frames)
         if not reading.read_ahead:
             return dealt
         starting = partial(self.heartbeat.doing, STARTING)

@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from torch.utils.data import DataLoader
 
+from cuvis_dist.archive import Numbered
 from cuvis_dist.execution.worker import prepare_worker
 from cuvis_dist.training.dealing import DealtBatches
 from cuvis_dist.training.frame_cache import CachedFrames
@@ -52,10 +53,11 @@ class ReadAhead(DataLoader):
         )
         self.ahead = ahead
         self._draws_at_once = loader.num_workers > 0  # as that loader, for its processes
-        cached = isinstance(self.dataset, CachedFrames)
-        self._cache = self.dataset.cache if cached else None  # type: ignore[attr-defined]
-        source = self.dataset.dataset if cached else self.dataset  # type: ignore[attr-defined]
-        self._source = ray.put(source)
+        source: Any = self.dataset
+        self._numbered = isinstance(source, Numbered)
+        source = source.dataset if self._numbered else source
+        self._cache = source.cache if isinstance(source, CachedFrames) else None
+        self._source = ray.put(source.dataset if self._cache else source)
         self._starting = starting
         options: dict[str, Any] = {"num_cpus": 1, "max_retries": retries}
         self._read: Any = ray.remote(**options)(_read)
@@ -77,7 +79,9 @@ class ReadAhead(DataLoader):
         for batch in batches:
             wanted = len(batch) + self.ahead - len(flight)
             flight.extend(self._start(index) for index in islice(order, max(0, wanted)))
-            yield self.collate_fn([self._finish(*flight.popleft()) for _ in batch])
+            items = [self._finish(*flight.popleft()) for _ in batch]
+            numbered = list(zip(batch, items, strict=True))
+            yield self.collate_fn(numbered if self._numbered else items)
 
     def _start(self, index: int) -> tuple[int, Any, Any]:
         """Return a frame's index, and its item or a reference to the reading of it."""

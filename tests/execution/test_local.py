@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from shards import NOTHING, shards_of
 from cuvis_dist.archive import open_archive
 from cuvis_dist.errors import CuvisDistError, DataError
 from cuvis_dist.execution.local import LocalEngine, call_here
-from cuvis_dist.execution.spread import Row, spread
+from cuvis_dist.execution.spread import Order, Row, UnreadableError, spread
 from cuvis_dist.execution.worker import fetch_once, fetch_pipeline, forget_pipeline
 from cuvis_dist.nodes.probing import random_states
 
@@ -96,3 +97,12 @@ def test_a_function_is_called_on_copies(warnings):
 
     assert call_here(_append, items, 3, emit=sink, threads=1) == [1, 3]
     assert warnings == ["an event could not be delivered: the sink is full"]
+
+
+def test_what_hangs_here_is_tried_elsewhere():
+    order = Order(None, None, threads=1, skip=True, on_gpu=False, elsewhere=True)
+    hung = DataError("cannot read frame a")
+    hung.__cause__ = TimeoutError("it was not there after 300 s")
+    with pytest.raises(UnreadableError):
+        order.leave_out(hung)
+    replace(order, elsewhere=False).leave_out(hung)
