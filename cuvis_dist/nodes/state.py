@@ -61,7 +61,7 @@ def _mark(node: Node) -> tuple:
 
 
 #: What stays a node's own when it takes over another's state: its place in the pipeline.
-_IDENTITY = frozenset({"_name", "_pipeline_counter", "_input_ports", "_output_ports"})
+IDENTITY = frozenset({"_name", "_pipeline_counter", "_input_ports", "_output_ports"})
 
 
 def adopt(node: Node, fitted: Node) -> None:
@@ -70,7 +70,7 @@ def adopt(node: Node, fitted: Node) -> None:
     Buffers, parameters, hyperparameters and plain attributes (fitted flags, temperatures,
     calibrated thresholds): many of these are in no state dict.
     """
-    node.__dict__.update({k: v for k, v in fitted.__dict__.items() if k not in _IDENTITY})
+    node.__dict__.update({k: v for k, v in fitted.__dict__.items() if k not in IDENTITY})
 
 
 def adopt_all(pipeline: CuvisPipeline, fitted: list[Node]) -> None:
