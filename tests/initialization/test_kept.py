@@ -32,12 +32,18 @@ class Fits:
 
     def __init__(self, trainrun, folder):
         self.trainrun, self.folder = trainrun, folder
-        self.archive = open_archive(load_trainrun(trainrun).datamodule(), "train")
+        _, module, _ = self.load("unread")
+        self.archive = open_archive(module, "train")  # cut into the shards that the fits have
+
+    def load(self, name):
+        """Return the trainrun, and its data with a log of the frames that are read, and the log."""
+        run, log = load_trainrun(self.trainrun), self.folder / f"{name}.log"
+        module = run.datamodule()
+        wrap_train(module, functools.partial(CountedCubes, log=log))
+        return run, module, log
 
     def fit(self, name, resume=True, emit=None, **scaling):
-        run = load_trainrun(self.trainrun)
-        module, log = run.datamodule(), self.folder / f"{name}.log"
-        wrap_train(module, functools.partial(CountedCubes, log=log))
+        run, module, log = self.load(name)
         trainer = StatisticalTrainer(
             run.pipeline,
             module,
