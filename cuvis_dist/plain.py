@@ -1,10 +1,10 @@
 """How is a value written so that reading it back runs no code?
 
-Numbers, text, containers of them, tensors, arrays and the states of random generators are written,
-each with the name of its kind; of everything else :class:`NotPlainError` says what it is. The
-content is torch's format as it is read with ``weights_only=True``, behind its SHA-256. So whoever
-can write to a results folder can spoil a result, but cannot run anything as the next person who
-types the command.
+Numbers, text, members of enumerations, containers of them, tensors, arrays and the states of random
+generators are written, each with the name of its kind; of everything else :class:`NotPlainError`
+says what it is. The content is torch's format as it is read with ``weights_only=True``, behind its
+SHA-256. So whoever can write to a results folder can spoil a result, but cannot run anything as
+the next person who types the command.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import hashlib
 import io
 import os
 import random
+import sys
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -98,6 +100,11 @@ def _encoded(value: Any) -> Any:
     for kind, (cls, write, _) in _KINDS.items():
         if type(value) is cls:
             return {"kind": kind, "value": _encoded(write(value))}
+    if isinstance(value, Enum):
+        cls = type(value)
+        named = [cls.__module__, cls.__qualname__, value.name]
+        if _enum_member(*named) is value:
+            return {"kind": "enum", "value": named}
     if isinstance(value, PurePath):
         return {"kind": "path", "value": os.fspath(value)}
     if isinstance(value, np.generic) and value.dtype != object:
@@ -125,6 +132,8 @@ def _decoded(value: Any) -> Any:
         return Path(content)
     if kind == "scalar":
         return content[()]
+    if kind == "enum":
+        return _enum_member(*content)
     return _KINDS[kind][2](content)
 
 
@@ -132,7 +141,17 @@ def _compact(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor whose memory holds nothing else: torch saves memory as a whole."""
     tensor = tensor.detach()
     alone = tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if alone or tensor.is_sparse else tensor.clone(memory_format=torch.contiguous_format)
+    return (
+        tensor if alone or tensor.is_sparse else tensor.clone(memory_format=torch.contiguous_format)
+    )
+
+
+def _enum_member(module: str, name: str, member: str) -> Enum:
+    """Return a member of an enumeration of a module that is loaded: nothing is imported for it."""
+    cls = vars(sys.modules[module]).get(name) if module in sys.modules else None
+    if not (isinstance(cls, type) and issubclass(cls, Enum) and member in cls.__members__):
+        raise NotPlainError(f"{module}.{name}.{member} cannot be found")
+    return cls.__members__[member]
 
 
 def _write_array(array: np.ndarray) -> dict[str, Any]:
@@ -172,7 +191,7 @@ def _read_torch_generator(parts: list[Any]) -> torch.Generator:
 
 def _read_numpy_generator(state: dict[str, Any]) -> np.random.Generator:
     bits = {cls.__name__: cls for cls in _BIT_GENERATORS}[state["bit_generator"]]()
-    bits.state = state
+    bits.state = state  # type: ignore[assignment]
     return np.random.Generator(bits)
 
 

@@ -28,7 +28,7 @@ ORDER = [
     {"storage"},
     {"nodes"},
     {"statistics"},
-    {"scaling", "errors", "hashing", "waiting", "demo"},
+    {"scaling", "errors", "hashing", "plain", "waiting", "demo"},
 ]
 LEVEL = {folder: level for level, folders in enumerate(ORDER) for folder in folders}
 LINES, PARAMETERS = 350, 6

@@ -178,7 +178,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
 
         done = 0
         if stored and stored.earlier:
-            done = stored.earlier.done
+            done = stored.earlier["done"]
             logger.warning(
                 f"pass {stored.number} goes on: {done} of {len(archive)} frames were read before"
             )

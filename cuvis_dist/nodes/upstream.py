@@ -43,6 +43,8 @@ from cuvis_ai_dataloader.data import datamodule_cu3s, datamodule_cu3s_multi
 from cuvis_ai_schemas.enums import ExecutionStage
 from cuvis_ai_schemas.training import DataConfig
 
+from cuvis_dist.plain import load
+
 __all__ = [
     "accumulated_mean",
     "build_datamodule",
@@ -52,6 +54,7 @@ __all__ = [
     "discover_plugins_dirs",  # the same search order for plugin manifests
     "edges_into",
     "inputs_of",
+    "load_saved",
     "log_to",
     "manifests_counted_once",
     "node_inputs",
@@ -121,9 +124,22 @@ def _manifests_of(folder: Path) -> dict[str, Any]:
 def restore_weights(pipeline: CuvisPipeline, path: Path) -> list[str]:
     """Load a saved pipeline's weights on the CPU; return the nodes that they do not have.
 
-    Private: ``pipeline._restore_weights_from_checkpoint``, as restore-trainrun uses it.
+    Private: ``pipeline._restore_weights_from_checkpoint``, as restore-trainrun uses it. It would
+    unpickle anything.
+
+    Raises
+    ------
+    NotPlainError
+        If the file holds more than tensors and plain values.
     """
+    load(path, mmap=True)
     return pipeline._restore_weights_from_checkpoint(path, device="cpu")
+
+
+def load_saved(path: Path, weights: Path) -> CuvisPipeline:
+    """Load a saved pipeline with its weights on the CPU; raises as :func:`restore_weights`."""
+    load(weights, mmap=True)
+    return CuvisPipeline.load_pipeline(path, weights, device="cpu")
 
 
 def topological_order(pipeline: CuvisPipeline) -> list[Node]:

@@ -66,7 +66,9 @@ def read_all(nodes: Iterable[Node], states: Mapping[str, Any]) -> None:
     """
     by_name = {node.name: node for node in nodes}
     try:
-        decoded = [(by_name[name], _decoded(by_name[name], state)) for name, state in states.items()]
+        decoded = [
+            (by_name[name], _decoded(by_name[name], state)) for name, state in states.items()
+        ]
     except NotPlainError:
         raise
     except Exception as error:
@@ -164,7 +166,8 @@ def _read(module: nn.Module, state: dict[str, Any]) -> None:
 def _parameter(there: Any, value: torch.Tensor, requires_grad: bool) -> nn.Parameter:
     if type(there) is nn.Parameter and there.dtype == value.dtype:
         there.data = value.to(there.device)
-        return there.requires_grad_(requires_grad)
+        there.requires_grad_(requires_grad)
+        return there
     return nn.Parameter(value, requires_grad)
 
 

@@ -17,15 +17,19 @@ from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training.config import TrainRunConfig
 from loguru import logger
 from pytorch_lightning.utilities.seed import isolate_rng
-from ray import cloudpickle
 
 from cuvis_dist.archive import open_split
-from cuvis_dist.errors import CuvisDistError, one_line
+from cuvis_dist.errors import CuvisDistError
 from cuvis_dist.hashing import hash_settings
 from cuvis_dist.initialization.kept import PASSES
+from cuvis_dist.plain import NotPlainError, from_bytes, to_bytes
 from cuvis_dist.runs.record import RunRecord
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.storage import Location, OutputFolder
+
+#: The name, in the output folder, of what phase 1 left.
+INITIALIZED = "resume/initialized.state"
+_STATE = {"nodes", "passes", "skipped_frames", "findings"}
 
 
 def fingerprint(
@@ -137,21 +141,31 @@ class Resume:
 
     def load_initialized(self) -> dict[str, Any] | None:
         """Return what :meth:`save_initialized` was given by an earlier run, if it got so far."""
-        name = "resume/initialized.pkl"
-        if not self.output.exists(name):
+        if not self.output.exists(INITIALIZED):
             return None
-        content = self.output.read(name)
         try:
-            return cloudpickle.loads(content)
-        except Exception as error:  # a class that has moved since
-            logger.warning(
-                f"phase 1 starts anew: {self.output.at(name)} cannot be used: {one_line(error)}"
-            )
+            state = from_bytes(self.output.read(INITIALIZED))
+            if not isinstance(state, dict) or state.keys() != _STATE:
+                raise NotPlainError("it is not what was written")
+            return state
+        except NotPlainError as error:
+            self.reject_initialized(error)
             return None
 
+    def reject_initialized(self, error: Exception) -> None:
+        """Say that what :meth:`load_initialized` returned, or found, is not used."""
+        logger.warning(f"phase 1 starts anew: {self.output.at(INITIALIZED)} is not used: {error}")
+
     def save_initialized(self, **state: Any) -> None:
-        """Keep the fitted nodes, and what the record says about phase 1, instead of its passes."""
-        self.output.write("resume/initialized.pkl", cloudpickle.dumps(state))
+        """Keep the states of nodes, and what the record says about phase 1, instead of its passes.
+
+        Parameters
+        ----------
+        **state
+            Plain values: ``nodes``, ``passes``, ``skipped_frames`` and ``findings``.
+        """
+        assert state.keys() == _STATE
+        self.output.write(INITIALIZED, to_bytes(state))
         self.output.remove_folder(PASSES)
 
     def finish(self) -> None:

@@ -23,6 +23,7 @@ from cuvis_dist.archive import setup_error
 from cuvis_dist.errors import CuvisDistError, InputError, one_line
 from cuvis_dist.hashing import hash_settings
 from cuvis_dist.nodes import upstream
+from cuvis_dist.plain import NotPlainError
 from cuvis_dist.runs.places import check_places, moved
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.staging import fetched_when_opened, localize
@@ -138,6 +139,8 @@ class TrainRun:
             raise InputError(f"the fitted state is not there: {weights}{hint}")
         try:
             missing = set(upstream.restore_weights(self.pipeline, weights))
+        except NotPlainError as error:
+            raise InputError(f"{weights} is not loaded: {error}") from error
         except Exception as error:
             raise InputError(
                 f"{weights} does not fit the pipeline {self.pipeline.name} of trainrun "
@@ -262,7 +265,9 @@ def _load_saved(path: str | Path) -> tuple[CuvisPipeline, Path]:
         if not part.is_file():
             raise InputError(f"{what}: {part} is not there")
     try:
-        return CuvisPipeline.load_pipeline(path, weights, device="cpu"), weights
+        return upstream.load_saved(path, weights), weights
+    except NotPlainError as error:
+        raise InputError(f"{weights} is not loaded: {error}") from error
     except Exception as error:
         raise InputError(
             f"the saved pipeline {path} cannot be loaded: {one_line(error)}"

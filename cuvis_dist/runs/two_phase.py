@@ -5,7 +5,7 @@ Everything around them is upstream's; only the two trainers are ours.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,10 +18,14 @@ from cuvis_dist.errors import DataError
 from cuvis_dist.evaluation.steps import Evaluator, failed_split
 from cuvis_dist.execution.where import Work, work_on_splits
 from cuvis_dist.hashing import hash_files
+from cuvis_dist.initialization.diagnosis import Finding
+from cuvis_dist.initialization.passes import PassRecord
 from cuvis_dist.initialization.plan import make_plan, statistical_nodes
 from cuvis_dist.initialization.trainer import StatisticalTrainer
-from cuvis_dist.nodes.state import adopt_all, hash_state
+from cuvis_dist.nodes.state import hash_state
 from cuvis_dist.nodes.survey import outline
+from cuvis_dist.nodes.written import Unwritten, read_all
+from cuvis_dist.plain import NotPlainError
 from cuvis_dist.runs.job import Job, job
 from cuvis_dist.runs.record import RunRecord, save_pipeline
 from cuvis_dist.runs.resume import Resume, fingerprint
@@ -145,13 +149,10 @@ class _Phases:
             work = partial(work_of, trainrun, self.datamodule, self.job.scaling)
             self.job.connect(True if trains else None, work)
 
-        if earlier := self.resume.load_initialized():
+        if self._take_initialized():
             logger.warning(
                 f"phase 1 was finished before: its result in {self.resume.folder} is used"
             )
-            adopt_all(pipeline, earlier["nodes"])
-            record.passes, record.skipped_frames = earlier["passes"], earlier["skipped_frames"]
-            record.findings = earlier["findings"]
         elif trainrun.weights is not None:
             logger.info(f"phase 1 is left out: its result is that of {trainrun.weights}")
         elif statistical_nodes(pipeline):
@@ -171,9 +172,26 @@ class _Phases:
         if failure := failed_split(result):
             raise DataError(f"the pipeline was saved to {record.pipeline}, but {failure}")
 
+    def _take_initialized(self) -> bool:
+        """Take over what an earlier run's phase 1 left; return whether it left anything."""
+        record, earlier = self._record, self.resume.load_initialized()
+        if earlier is None:
+            return False
+        try:
+            passes = [PassRecord(**each) for each in earlier["passes"]]
+            findings = [Finding(**each) for each in earlier["findings"]]
+            read_all(self.trainrun.pipeline.nodes(), earlier["nodes"])
+        except (NotPlainError, TypeError) as error:
+            self.resume.reject_initialized(error)
+            return False
+        record.passes, record.findings = passes, findings
+        record.skipped_frames = earlier["skipped_frames"]
+        return True
+
     def _initialize(self) -> None:
         """Carry out phase 1, and keep its result for a run that goes on from there."""
         trainrun, record = self.trainrun, self._record
+        before = Unwritten(trainrun.pipeline.nodes())
         trainer = StatisticalTrainer(
             trainrun.pipeline,
             self.datamodule,
@@ -191,11 +209,16 @@ class _Phases:
                     uid: reason for done in trainer.records for uid, reason in done.skipped.items()
                 }
             record.findings = trainer.diagnose()
+        try:
+            nodes = before.write_all(trainrun.pipeline.nodes())
+        except NotPlainError as error:
+            logger.warning(f"phase 1 is carried out again if the run is interrupted: {error}")
+            return
         self.resume.save_initialized(
-            nodes=list(trainrun.pipeline.nodes()),
-            passes=record.passes,
+            nodes=nodes,
+            passes=[asdict(each) for each in record.passes],
             skipped_frames=record.skipped_frames,
-            findings=record.findings,
+            findings=[asdict(each) for each in record.findings],
         )
 
     def _post_fit(self) -> PostFitResult:

@@ -87,7 +87,7 @@ def test_it_goes_on_from_a_bucket_on_another_machine(demo_trainrun, tmp_path):
         assert code == -signal.SIGKILL, said
         first = {Path(name).name for name in output.names("checkpoints")}
         assert first
-        assert {"fingerprint.json", "initialized.pkl", "last.ckpt"} == {
+        assert {"fingerprint.json", "initialized.state", "last.ckpt"} == {
             Path(name).name for name in output.names("resume")
         }
         assert list(local.glob("cuvis-dist-*/mirror-*"))
@@ -151,7 +151,7 @@ def test_a_driver_killed_in_the_middle_of_a_pass(demo_trainrun, tmp_path):
     files = train_files(demo_trainrun)
     for number in (1, 2):
         disturbed, output = command(f"disturbed_{number}")
-        path = output / PASSES / f"{number}.pkl"
+        path = output / PASSES / f"{number}.state"
         enough = functools.partial(_has_shards, path, 4)
         code, said, _ = disturbed.run(until=enough, number=signal.SIGKILL)
         assert code == -signal.SIGKILL, said

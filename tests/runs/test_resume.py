@@ -8,6 +8,8 @@ from settings import scaling_of
 from cuvis_dist.runs.resume import Resume, fingerprint
 from cuvis_dist.runs.trainrun import load_trainrun
 
+STATE = {"nodes": {}, "passes": [], "skipped_frames": {"a": "b"}, "findings": []}
+
 
 def parts(path, *overrides, **scaling):
     run = load_trainrun(path, overrides)
@@ -47,9 +49,9 @@ def test_other_frames_are_seen(demo):
 def test_another_run_starts_anew_and_says_why(tmp_path, warnings):
     run = Resume(tmp_path, {"trainrun": "a", "pipeline": "b"})
     run.begin()
-    run.save_initialized(nodes=[1, 2])
+    run.save_initialized(**STATE)
     same = Resume(tmp_path, {"trainrun": "a", "pipeline": "b"})
-    assert same.load_initialized() == {"nodes": [1, 2]}
+    assert same.load_initialized() == STATE
     assert same.finished() is None
     assert warnings == []
     other = Resume(tmp_path, {"trainrun": "a", "pipeline": "c"})
@@ -60,14 +62,14 @@ def test_another_run_starts_anew_and_says_why(tmp_path, warnings):
 def test_a_restart_forgets(tmp_path):
     run = Resume(tmp_path, {"trainrun": "a"})
     run.begin()
-    run.save_initialized(nodes=[])
+    run.save_initialized(**STATE)
     assert Resume(tmp_path, {"trainrun": "a"}, restart=True).load_initialized() is None
 
 
 def test_a_damaged_state_is_not_used(tmp_path):
     run = Resume(tmp_path, {"trainrun": "a"})
     run.begin()
-    (run.folder / "initialized.pkl").write_bytes(b"half")
+    (run.folder / "initialized.state").write_bytes(b"half")
     assert run.load_initialized() is None
     (run.folder / "fingerprint.json").write_text("{")
     assert Resume(tmp_path, {"trainrun": "a"}).load_initialized() is None

@@ -319,7 +319,7 @@ def test_phase_1_at_a_uri(demo, bucket, capsys):
     assert main(command) == 0
     assert f"its result is in {saved}" in capsys.readouterr().err
     assert folder.read("run.json") == content
-    folder.write("resume/initialized.pkl", b"damaged")
+    folder.write("resume/initialized.state", b"damaged")
     assert main([*command, "--restart"]) == 0
     again = json.loads(folder.read("run.json"))
     assert again["started"] >= record["finished"]
