@@ -1,15 +1,20 @@
 """Which frames are there, and how does a worker read a shard?"""
 
+from cuvis_dist.archive.contents import Contents, in_words, read_contents, write_contents
 from cuvis_dist.archive.frames import Archive, Frame, NamedFrames, Shard, batch_bytes
 from cuvis_dist.archive.opening import open_archive, open_split, setup_error
 
 __all__ = [
     "Archive",
+    "Contents",
     "Frame",
     "NamedFrames",
     "Shard",
     "batch_bytes",
+    "in_words",
     "open_archive",
     "open_split",
+    "read_contents",
     "setup_error",
+    "write_contents",
 ]

@@ -3,7 +3,8 @@
 One small file per pass in ``<output_dir>/resume/passes``: what is merged so far, and which shards
 are in it. It is replaced as a whole every few seconds, at the end of the pass, and when the run is
 interrupted. A driver that goes on makes the same plan again, takes from the files what was
-measured, and reads what is missing.
+measured, and reads what is missing. Since a pass keeps what is merged and not what each frame gave,
+a file of frames that has changed costs what the passes have measured.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from loguru import logger
 
-from cuvis_dist.archive import Archive
+from cuvis_dist.archive import Archive, Contents, in_words, read_contents, write_contents
 from cuvis_dist.errors import CuvisDistError, one_line
 from cuvis_dist.hashing import hash_settings
 from cuvis_dist.initialization.plan import Pass
@@ -27,11 +28,35 @@ from cuvis_dist.storage import OutputFolder
 
 #: Folder in the output folder.
 PASSES = "resume/passes"
+#: In it: the files that the passes read, as they were.
+_FILES = f"{PASSES}/files.json"
 #: A write that took t seconds is followed by none for this many times t: at most 5 % of a run.
 _PAUSE = 20
 
 
 T = TypeVar("T")
+
+
+def renew(output: OutputFolder, contents: Contents) -> None:
+    """Remove the passes of an earlier run if the files that they read are others by now.
+
+    Parameters
+    ----------
+    output : OutputFolder
+        The output folder of the run.
+    contents : Contents
+        The files that this run's passes will read.
+    """
+    try:
+        earlier = read_contents(output.read(_FILES)).get("train", Contents({}))
+    except (OSError, CuvisDistError):
+        earlier = Contents({})
+    changed = contents.changed_since(earlier)
+    if changed and any(name != _FILES for name in output.names(PASSES)):
+        logger.warning(f"all passes are measured anew: {in_words(changed)}")
+    if changed:
+        output.remove_folder(PASSES)
+    output.write(_FILES, write_contents({"train": contents.with_checksums_of(earlier)}))
 
 
 class StoredPass:

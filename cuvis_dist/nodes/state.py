@@ -85,7 +85,20 @@ def hash_state(nodes: Iterable[Node]) -> str:
     digest = hashlib.sha256()
     for node in nodes:
         for name, value in sorted(node.state_dict().items()):
-            digest.update(f"{node.name}.{name}{tuple(value.shape)}{value.dtype}".encode())
-            flat = value.detach().cpu().reshape(-1).contiguous()
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
+            digest.update(_content(f"{node.name}.{name}", value))
     return digest.hexdigest()
+
+
+def hash_tensors(nodes: Iterable[Node]) -> dict[str, str]:
+    """Return the hash of each buffer and parameter, by node and name."""
+    return {
+        f"{node.name}.{name}": hashlib.sha256(_content(name, value)).hexdigest()
+        for node in nodes
+        for name, value in node.state_dict().items()
+    }
+
+
+def _content(name: str, value: torch.Tensor) -> bytes:
+    flat = value.detach().cpu().reshape(-1).contiguous()
+    shape = f"{name}{tuple(value.shape)}{value.dtype}".encode()
+    return shape + flat.view(torch.uint8).numpy().tobytes()

@@ -47,6 +47,8 @@ class TrainRun:
         ``score`` use its data alone.
     weights : Path or None
         The ``.pt`` that the state of the pipeline's nodes was loaded from.
+    seed : int or None
+        The seed that the pipeline was built with: that of the training block, if there is one.
     """
 
     path: Path
@@ -55,6 +57,7 @@ class TrainRun:
     plugins_dirs: list[Path]
     job: str = "run"
     weights: Path | None = None
+    seed: int | None = None
 
     @property
     def loss_nodes(self) -> list[Node]:
@@ -255,7 +258,8 @@ def load_trainrun(
         ) from error
     _check_names(path, config, pipeline, ["unfreeze_nodes", "loss_nodes", "metric_nodes"])
     check_places(path, config, pipeline)
-    return TrainRun(path, config, pipeline, dirs)
+    seed = config.training.seed if config.training else None
+    return TrainRun(path, config, pipeline, dirs, seed=seed)
 
 
 def _load_saved(path: str | Path) -> tuple[CuvisPipeline, Path]:

@@ -17,18 +17,20 @@ from loguru import logger
 from cuvis_dist.errors import DataError
 from cuvis_dist.evaluation.steps import Evaluator, failed_split
 from cuvis_dist.execution.where import Work, work_on_splits
-from cuvis_dist.hashing import hash_files
+from cuvis_dist.hashing import hash_settings
 from cuvis_dist.initialization.diagnosis import Finding
 from cuvis_dist.initialization.passes import PassRecord
 from cuvis_dist.initialization.plan import make_plan, statistical_nodes
 from cuvis_dist.initialization.trainer import StatisticalTrainer
-from cuvis_dist.nodes.state import hash_state
+from cuvis_dist.nodes.state import hash_state, hash_tensors
 from cuvis_dist.nodes.survey import outline
+from cuvis_dist.nodes.upstream import nodes_before
 from cuvis_dist.nodes.written import Unwritten, read_all
 from cuvis_dist.plain import NotPlainError
+from cuvis_dist.runs.dependences import TRAINING, depends_on
 from cuvis_dist.runs.job import Job, job
 from cuvis_dist.runs.record import RunRecord, save_pipeline
-from cuvis_dist.runs.resume import Resume, fingerprint
+from cuvis_dist.runs.resume import Resume
 from cuvis_dist.runs.trainrun import TrainRun
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.training.configuration import check_training
@@ -90,8 +92,7 @@ def run_trainrun(
             check_training(trainrun.config.training, scaling)
         announce("setting up the data")
         datamodule = trainrun.datamodule(scaling)
-        depends_on = _depends_on(trainrun, datamodule, scaling)
-        resume = Resume(trainrun.output_dir, depends_on, restart)
+        resume = Resume(trainrun.output_dir, depends_on(trainrun, datamodule, scaling), restart)
         if finished := resume.finished():
             logger.warning(
                 f"this run is done since {finished.finished}, its result is in "
@@ -106,17 +107,6 @@ def run_trainrun(
         entered.done()
         resume.finish()
     return record
-
-
-def _depends_on(
-    trainrun: TrainRun, datamodule: pl.LightningDataModule, scaling: Scaling
-) -> dict[str, str]:
-    """Return the SHA-256 of all that the result of this job depends on, by name."""
-    parts = fingerprint(trainrun.config, trainrun.pipeline, datamodule, scaling)
-    parts["job"] = trainrun.job
-    if trainrun.weights is not None:
-        parts["weights"] = hash_files(trainrun.weights)
-    return parts
 
 
 def work_of(trainrun: TrainRun, datamodule: pl.LightningDataModule, scaling: Scaling) -> Work:
@@ -149,7 +139,7 @@ class _Phases:
             work = partial(work_of, trainrun, self.datamodule, self.job.scaling)
             self.job.connect(True if trains else None, work)
 
-        if self._take_initialized():
+        if trainrun.weights is None and self._take_initialized():
             logger.warning(
                 f"phase 1 was finished before: its result in {self.resume.folder} is used"
             )
@@ -180,24 +170,42 @@ class _Phases:
         try:
             passes = [PassRecord(**each) for each in earlier["passes"]]
             findings = [Finding(**each) for each in earlier["findings"]]
+            self._check_beginning(earlier["begun"], earlier["unfitted"])
             read_all(self.trainrun.pipeline.nodes(), earlier["nodes"])
-        except (NotPlainError, TypeError) as error:
+        except (NotPlainError, TypeError, AttributeError) as error:
             self.resume.reject_initialized(error)
             return False
         record.passes, record.findings = passes, findings
         record.skipped_frames = earlier["skipped_frames"]
         return True
 
+    def _begun(self) -> str:
+        """Return a hash of what says with which weights the nodes begin."""
+        parts = self.resume.depends_on.parts[TRAINING]
+        return hash_settings([self.trainrun.seed, parts["pipeline"]])
+
+    def _check_beginning(self, begun: str, unfitted: dict[str, str]) -> None:
+        """Raise NotPlainError if phase 1 began with other random weights, and they are left."""
+        if self.trainrun.seed is None or begun == self._begun():
+            return
+        now = hash_tensors(self.trainrun.pipeline.nodes())
+        if others := [name for name, value in unfitted.items() if now.get(name) != value]:
+            raise NotPlainError(
+                f"{others[0]} begins with other random values, as training.seed says"
+            )
+
     def _initialize(self) -> None:
         """Carry out phase 1, and keep its result for a run that goes on from there."""
         trainrun, record = self.trainrun, self._record
-        before = Unwritten(trainrun.pipeline.nodes())
+        fitted = statistical_nodes(trainrun.pipeline)
+        nodes = [*{*fitted, *nodes_before(trainrun.pipeline, fitted)}]
+        before, begins = Unwritten(nodes), hash_tensors(nodes)
         trainer = StatisticalTrainer(
             trainrun.pipeline,
             self.datamodule,
             metric_nodes=trainrun.metric_nodes or None,
             emit=self.emit,
-            scaling=self.job.scaling,
+            scaling=self.job.scaling.replace(reading={"verify": False}),  # Resume has done so
             output_dir=trainrun.output_dir,
         )
         with record.timed("initialization"):
@@ -210,12 +218,15 @@ class _Phases:
                 }
             record.findings = trainer.diagnose()
         try:
-            nodes = before.write_all(trainrun.pipeline.nodes())
+            states = before.write_all(nodes)
         except NotPlainError as error:
             logger.warning(f"phase 1 is carried out again if the run is interrupted: {error}")
             return
+        unfitted = {n: v for n, v in hash_tensors(nodes).items() if begins.get(n) == v}
         self.resume.save_initialized(
-            nodes=nodes,
+            nodes=states,
+            begun=self._begun(),
+            unfitted=unfitted,
             passes=[asdict(each) for each in record.passes],
             skipped_frames=record.skipped_frames,
             findings=[asdict(each) for each in record.findings],
