@@ -143,7 +143,7 @@ class TrainRun:
         try:
             missing = set(upstream.restore_weights(self.pipeline, weights))
         except NotPlainError as error:
-            raise InputError(f"{weights} is not loaded: {error}") from error
+            raise InputError(f"{weights} cannot be loaded: {error}") from error
         except Exception as error:
             raise InputError(
                 f"{weights} does not fit the pipeline {self.pipeline.name} of trainrun "
@@ -271,7 +271,7 @@ def _load_saved(path: str | Path) -> tuple[CuvisPipeline, Path]:
     try:
         return upstream.load_saved(path, weights), weights
     except NotPlainError as error:
-        raise InputError(f"{weights} is not loaded: {error}") from error
+        raise InputError(f"{weights} cannot be loaded: {error}") from error
     except Exception as error:
         raise InputError(
             f"the saved pipeline {path} cannot be loaded: {one_line(error)}"

@@ -50,9 +50,7 @@ def test_each_step_sees_what_changes_it_and_nothing_else(demo):
     for name, value in (
         ("training.optimizer.lr", "0.1"),
         ("training.callbacks.checkpoint.monitor", "val_loss"),
-        ("training.max_epochs", "7"),
         ("training.seed", "7"),  # no node of the demo begins with random weights, or draws any
-        ("loss_nodes", "[]"),
         ("unfreeze_nodes", "[selector]"),
     ):
         part = ".".join(name.split(".")[:2])

@@ -99,7 +99,7 @@ def test_no_code_of_a_saved_pipeline_is_run(cut_off, demo_trainrun, tmp_path, ca
         ["score", str(saved), *data, *options],
     ):
         assert main(command) == 2
-        assert "is not loaded: it holds more than tensors" in capsys.readouterr().err
+        assert "cannot be loaded: it holds more than tensors" in capsys.readouterr().err
     assert not marker.exists()
 
 
