@@ -323,8 +323,18 @@ def _quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _trainrun(arguments: argparse.Namespace, lines: Lines, saved: str | None = None) -> TrainRun:
+def _trainrun(
+    arguments: argparse.Namespace,
+    lines: Lines,
+    scaling: Scaling | None = None,
+    saved: str | None = None,
+) -> TrainRun:
     lines.wait("loading cuvis.ai")
+    if scaling is not None and not arguments.dry_run:
+        from cuvis_dist.execution.importing import import_everywhere
+
+        import_everywhere(scaling, arguments.verbose)
+        lines.wait("loading cuvis.ai")
     from cuvis_dist.runs.trainrun import load_trainrun
 
     if not arguments.verbose:
@@ -347,7 +357,7 @@ def _scaling(arguments: argparse.Namespace) -> Scaling:
 
 def _run(arguments: argparse.Namespace, lines: Lines) -> int:
     scaling = _scaling(arguments)
-    trainrun = _trainrun(arguments, lines)
+    trainrun = _trainrun(arguments, lines, scaling)
     if arguments.dry_run:
         return _dry_run(trainrun, scaling, lines)
     _run_and_print(arguments, trainrun, scaling, lines)
@@ -356,7 +366,7 @@ def _run(arguments: argparse.Namespace, lines: Lines) -> int:
 
 def _init(arguments: argparse.Namespace, lines: Lines) -> int:
     scaling = _scaling(arguments)
-    trainrun = _trainrun(arguments, lines).initialization_only()
+    trainrun = _trainrun(arguments, lines, scaling).initialization_only()
     if arguments.dry_run:
         return _dry_run(trainrun, scaling, lines)
     record = _run_and_print(arguments, trainrun, scaling, lines)
@@ -369,7 +379,7 @@ def _init(arguments: argparse.Namespace, lines: Lines) -> int:
 
 def _train(arguments: argparse.Namespace, lines: Lines) -> int:
     scaling = _scaling(arguments)
-    trainrun = _trainrun(arguments, lines).training_only(arguments.pipeline)
+    trainrun = _trainrun(arguments, lines, scaling).training_only(arguments.pipeline)
     if arguments.dry_run:
         return _dry_run(trainrun, scaling, lines)
     _run_and_print(arguments, trainrun, scaling, lines)
@@ -378,7 +388,7 @@ def _train(arguments: argparse.Namespace, lines: Lines) -> int:
 
 def _evaluate(arguments: argparse.Namespace, lines: Lines) -> int:
     scaling = _scaling(arguments)
-    trainrun = _trainrun(arguments, lines, arguments.pipeline)
+    trainrun = _trainrun(arguments, lines, scaling, arguments.pipeline)
     from cuvis_dist.archive import open_archive
     from cuvis_dist.execution.where import choose, work_on
     from cuvis_dist.runs.evaluate import evaluate_saved
@@ -411,7 +421,7 @@ def _evaluate(arguments: argparse.Namespace, lines: Lines) -> int:
 
 def _score(arguments: argparse.Namespace, lines: Lines) -> int:
     scaling = _scaling(arguments)
-    trainrun = _trainrun(arguments, lines, arguments.pipeline)
+    trainrun = _trainrun(arguments, lines, scaling, arguments.pipeline)
     from cuvis_dist.execution.where import choose, work_on
     from cuvis_dist.runs.progress import ProgressLines
     from cuvis_dist.runs.score import Scoring
@@ -467,7 +477,7 @@ def _run_and_print(
 
 
 def _dry_run(trainrun: TrainRun, scaling: Scaling, lines: Lines) -> int:
-    from cuvis_dist.execution.where import trains_here
+    from cuvis_dist.execution.asked import trains_here
 
     each = f"{scaling.resources.cpus_per_worker:g} CPUs each"
     if trainrun.weights is None:

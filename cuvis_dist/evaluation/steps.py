@@ -1,9 +1,8 @@
 """How is a fitted pipeline calibrated and evaluated on the cluster?
 
 By upstream's own post-fit steps and evaluation loop, over batches that all workers compute
-(:mod:`~cuvis_dist.evaluation.cluster`). The loop of a single evaluation runs in the driver, which
-then holds metric values and states; that of the post-fit steps on a worker, since calibration
-gathers the scores and masks of the whole split and fits the deciders in one process.
+(:mod:`~cuvis_dist.evaluation.cluster`). The loop itself runs in the driver, which then holds metric
+values and states and, while deciders are calibrated, the scores and masks of the whole split.
 
 A pipeline that leaves something behind with every frame (a sink writes files, a tracker follows
 objects) or has a pooled metric that cannot be merged runs on one worker, in order.
@@ -117,6 +116,8 @@ class Evaluator:
             logger.info(f"calibrated and evaluated on one worker: {reason}")
         announce("calibrating and evaluating")
         steps = _PostFit([node.name for node in nodes], after or AfterFit(), bool(reason))
+        # The loop itself mostly waits for the workers, and another of them would have to start.
+        place = Workers.evaluating(scaling) if reason else Workers.none(scaling)
         result, fitted = in_one_process(
             _post_fit,
             self.pipeline,
@@ -124,8 +125,7 @@ class Evaluator:
             steps,
             scaling,
             emit=self.emit,
-            workers=Workers.evaluating(scaling),
-            cpus=None if reason else 0,  # it mostly waits for the workers, and leaves them theirs
+            workers=place,
         )
         adopt_all(self.pipeline, fitted)
         return result

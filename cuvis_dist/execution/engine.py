@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cuvis_dist.archive import Archive
 from cuvis_dist.errors import CuvisDistError, DataError
+from cuvis_dist.execution.importing import await_imports
 from cuvis_dist.execution.pool import Pool, Workers
 from cuvis_dist.execution.spread import (
     Order,
@@ -95,6 +96,7 @@ class RayEngine:
         RayError
             If Ray lost the worker of a task again and again.
         """
+        await_imports()
         bundles = self._bundles(shards, cubes=function.ordered)
         kept = ray.put(function)
         waiting = deque(range(len(bundles)))

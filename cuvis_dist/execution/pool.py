@@ -56,6 +56,11 @@ class Workers:
         most = resources.train_workers if resources.train_gpus else resources.workers
         return cls(resources.cpus_per_worker, resources.train_gpus, most, resources.max_failures)
 
+    @classmethod
+    def none(cls, scaling: Scaling) -> Workers:
+        """Return that the driver's process does the work, with as many CPUs as a worker has."""
+        return cls(scaling.resources.cpus_per_worker, 0, 0, 0)
+
     @property
     def here(self) -> bool:
         """Whether the driver's process does their work."""

@@ -38,6 +38,8 @@ def connect(scaling: Scaling, verbose: bool = False) -> bool:
     if not verbose:
         logging.getLogger("ray.train").setLevel(logging.ERROR)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Ray Train looks every two seconds by default whether its workers have ended.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.3")
     options: dict[str, Any] = {
         "log_to_driver": verbose,
         "logging_level": "info" if verbose else "error",

@@ -7,7 +7,6 @@ that one process ends sooner stays here; whoever asks for workers gets them.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -20,7 +19,8 @@ from loguru import logger
 from pytorch_lightning.utilities.seed import isolate_rng
 
 from cuvis_dist.archive import Archive, open_archive
-from cuvis_dist.errors import CuvisDistError, DataError, InputError
+from cuvis_dist.errors import CuvisDistError, DataError
+from cuvis_dist.execution.asked import trains_here, why_workers
 from cuvis_dist.execution.local import LocalEngine, call_here
 from cuvis_dist.execution.pool import Workers
 from cuvis_dist.execution.session import connect, require_resources
@@ -160,7 +160,7 @@ def choose(scaling: Scaling, work: Callable[[], Work]) -> Choice:
     workers = scaling.resources.workers
     if workers == 0:
         return Choice(scaling, "in this process, without Ray, as workers: 0 says")
-    if reason := _why_ray(scaling):
+    if reason := why_workers(scaling):
         return Choice(scaling, f"on workers, since {reason}")
     known = work()
     if known.pays_for_workers:
@@ -182,61 +182,6 @@ def settled(scaling: Scaling, what: str, work: Callable[[], Work]) -> Scaling:
     choice = choose(scaling, work)
     logger.info(f"{what} runs {choice.why}")
     return choice.scaling
-
-
-def trains_here(scaling: Scaling) -> bool:
-    """Whether this process trains: it was asked to, or nothing asks for workers.
-
-    Raises
-    ------
-    InputError
-        If it was asked to, and for what it does not do.
-    """
-    _refuse_contradictions(scaling)
-    resources = scaling.resources
-    if "train_workers" in resources.model_fields_set:
-        return resources.train_workers == 0
-    asks = resources.train_gpus or resources.min_train_workers or scaling.reading.read_ahead
-    return not asks and _cluster(scaling) is None
-
-
-def _why_ray(scaling: Scaling) -> str | None:
-    """Return why work other than training needs workers, or None when it is open."""
-    resources = scaling.resources
-    if resources.workers:
-        return "they are asked for"
-    if resources.train_gpus or scaling.measuring.gpus:
-        return "they have GPUs"
-    return _cluster(scaling)
-
-
-def _cluster(scaling: Scaling) -> str | None:
-    """Return why there is a Ray cluster to use, or None when there is none."""
-    if scaling.resources.address or os.environ.get("RAY_ADDRESS"):
-        return "there is a cluster's address"
-    ray = sys.modules.get("ray")
-    if ray is not None and ray.is_initialized():
-        return "this process has a Ray cluster"
-    return None
-
-
-def _refuse_contradictions(scaling: Scaling) -> None:
-    resources = scaling.resources
-    for setting, number, other, value in (
-        ("workers", resources.workers, "measuring.gpus", scaling.measuring.gpus),
-        ("train_workers", resources.train_workers, "resources.train_gpus", resources.train_gpus),
-        (
-            "train_workers",
-            resources.train_workers,
-            "reading.read_ahead",
-            scaling.reading.read_ahead,
-        ),
-    ):
-        if number == 0 and value:
-            raise InputError(
-                f"resources.{setting} is 0, so that this process does the work, without Ray; "
-                f"{other} is {value:g}, which needs workers: ask for 1 or more"
-            )
 
 
 def begin(scaling: Scaling, training: bool | None, verbose: bool = False) -> None:

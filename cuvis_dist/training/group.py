@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
-import ray.train
-import torch
 from cuvis_ai_core.training.post_fit import EmitFn
 from loguru import logger
+from ray import cloudpickle
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -25,9 +23,8 @@ from cuvis_dist.execution.failures import raise_cause
 from cuvis_dist.execution.session import beside_driver, connect, require_resources
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.storage import OutputFolder, temporary_folder
-from cuvis_dist.training.assignment import Assignment, Driver, Outcome, Seat
-from cuvis_dist.training.distributed import lightning_keywords
-from cuvis_dist.training.rank import run_rank
+from cuvis_dist.training.assignment import Assignment, Driver, Outcome
+from cuvis_dist.training.entry import begin_rank
 from cuvis_dist.training.watch import Beat, Watch
 from cuvis_dist.waiting import announce
 
@@ -70,8 +67,8 @@ def train_on_workers(assignment: Assignment, what: str, emit: EmitFn) -> Outcome
 def _run_group(assignment: Assignment, driver: Driver, storage: Path) -> Outcome | None:
     gpus = assignment.scaling.resources.train_gpus
     result: Any = TorchTrainer(
-        _begin_rank,  # type: ignore[arg-type]
-        train_loop_config={"assignment": ray.put(assignment), "driver": driver},
+        begin_rank,  # type: ignore[arg-type]
+        train_loop_config={"assignment": ray.put(assignment), "driver": ray.put(driver)},
         # nccl refuses two processes on one GPU
         torch_config=TorchConfig("nccl" if gpus >= 1 else "gloo"),
         scaling_config=_scaling_config(assignment.scaling),
@@ -81,24 +78,7 @@ def _run_group(assignment: Assignment, driver: Driver, storage: Path) -> Outcome
             failure_config=FailureConfig(max_failures=0),
         ),
     ).fit()
-    return result.return_value
-
-
-def _begin_rank(config: dict[str, Any]) -> Outcome | None:
-    """Carry out an assignment in a worker that Ray Train has started."""
-    context = ray.train.get_context()
-    group = [uuid.uuid4().hex]
-    if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(group)
-    seat = Seat(
-        context.get_world_rank(),
-        context.get_world_size(),
-        context.get_experiment_name(),
-        group[0],
-        config["driver"],
-        lightning_keywords(),
-    )
-    return run_rank(ray.get(config["assignment"]), seat)
+    return cloudpickle.loads(result.return_value)
 
 
 class _RemoteWatch:

@@ -25,7 +25,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from cuvis_dist.errors import InputError, LostWorkerError
 from cuvis_dist.evaluation.steps import AfterFit, Evaluator
-from cuvis_dist.execution.where import trains_here
+from cuvis_dist.execution.asked import trains_here
 from cuvis_dist.nodes.state import adopt_all
 from cuvis_dist.nodes.survey import outline
 from cuvis_dist.plain import NotPlainError

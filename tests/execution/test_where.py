@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from settings import scaling_of
 from cuvis_dist.archive import Archive, open_archive
 from cuvis_dist.errors import DataError, InputError
 from cuvis_dist.execution import where
-from cuvis_dist.execution.where import START_SECONDS, Work, choose, trains_here, work_on
+from cuvis_dist.execution.asked import trains_here
+from cuvis_dist.execution.where import START_SECONDS, Work, choose, work_on
 from cuvis_dist.scaling import Scaling
 
 LITTLE, MUCH = Work(11, 90 * 130 * 61), Work(100_000, 512 * 512 * 61)
@@ -22,7 +24,7 @@ LITTLE, MUCH = Work(11, 90 * 130 * 61), Work(100_000, 512 * 512 * 61)
 @pytest.fixture(autouse=True)
 def no_session(monkeypatch):
     """Let Ray sessions of other tests be none of this process."""
-    monkeypatch.delitem(where.sys.modules, "ray", raising=False)
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
 
 
