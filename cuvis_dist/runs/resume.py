@@ -130,14 +130,12 @@ class Resume:
         """Return in what a step differs from that of the earlier run, as a sentence."""
         before, after = earlier.parts[step], now.parts[step]
         names = sorted(n for n in {**before, **after} if before.get(n) != after.get(n))
-        if "job" in names:
+        if "job" in names or (names and not before):  # it left phase 1 out
             names = ["job"]
-        said = []
         if names:
-            said.append(f"an earlier run in {self.output} had another {', another '.join(names)}")
-        elif changed := now.files[step].changed_since(earlier.files[step]):
-            said.append(in_words(changed))
-        return "; ".join(said)
+            return f"an earlier run in {self.output} had another {', another '.join(names)}"
+        changed = now.files[step].changed_since(earlier.files[step])
+        return in_words(changed) if changed else ""
 
     def _has_passes(self) -> bool:
         return bool(self.output.names(PASSES))
