@@ -134,11 +134,12 @@ def _training(trainrun: TrainRun) -> dict[str, Any]:
     config = trainrun.config
     training = config.training.model_dump(mode="json") if config.training else {}
     training.pop("default_root_dir", None)
+    data = config.data.model_dump(mode="json", exclude={"splits"})  # their frames are listed
     return {
         "job": trainrun.job,
         "weights": hash_files(trainrun.weights) if trainrun.weights else None,
         "pipeline": _structure(trainrun.pipeline),
-        "data": config.data.model_dump(mode="json", exclude={"splits"}),
+        **{f"data.{name}": value for name, value in data.items()},
         **{name: getattr(config, name) for name in _NODES},
         **{f"training.{name}": value for name, value in training.items()},
     }

@@ -98,8 +98,8 @@ class LastEpoch(Callback):
         self.resume_from = resume_from
         self._unwritten = Unwritten(self._kept())
         self._saving: dict[str, Any] = {}
-        #: Why this epoch cannot be kept.
-        self._unkept = ""
+        #: Why this epoch cannot be kept, and what was said of an earlier one.
+        self._unkept = self._said = ""
         self._loaded: dict[str, Any] | None = None
 
     def attach_to(self, trainer: pl.Trainer) -> None:
@@ -162,11 +162,12 @@ class LastEpoch(Callback):
         except NotPlainError as error:  # a callback, or an optimizer, has put it there
             self._unkept = str(error)
         path.unlink()
-        logger.warning(
-            "this epoch is not kept; if training is interrupted, it goes on from an earlier one: "
-            f"{self._unkept}"
-        )
-        self._unkept = ""
+        if self._unkept != self._said:  # else each epoch would say so
+            logger.warning(
+                "epochs are not kept; if training is interrupted, it goes on from an earlier one, "
+                f"or begins anew: {self._unkept}"
+            )
+        self._said, self._unkept = self._unkept, ""
         return False
 
     def state_dict(self) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def test_each_step_sees_what_changes_it_and_nothing_else(demo):
     ):
         part = ".".join(name.split(".")[:2])
         assert changed(before, of(demo, f"{name}={value}")) == [set(), {part}, set()]
-    assert changed(before, of(demo, "data.batch_size=3")) == [set(), {"data"}, set()]
+    assert changed(before, of(demo, "data.batch_size=3")) == [set(), {"data.batch_size"}, set()]
     assert changed(before, of(demo, shard_frames=2)) == [{"measuring"}, set(), set()]
     assert changed(before, of(demo, fold=False)) == [{"measuring"}, set(), set()]
 
