@@ -31,11 +31,11 @@ from cuvis_dist.scaling import Scaling
 T = TypeVar("T")
 
 #: Seconds until Ray and its first workers compute, where the driver would begin at once. Measured
-#: on 2 cores: Ray 4 to 5, a worker's imports 10, and those of the workers of a later phase.
-START_SECONDS = 20.0
-#: Values that one core reads and measures in a second: a frame of 512 x 512 x 61 takes 0.25 s a
+#: on 2 cores: Ray 3, and a worker's imports 7.
+START_SECONDS = 10.0
+#: Values that one core reads and measures in a second: a frame of 512 x 512 x 61 takes 0.08 s a
 #: pass. And what each frame takes besides, however small it is.
-VALUES_PER_SECOND = 512 * 512 * 61 / 0.25
+VALUES_PER_SECOND = 512 * 512 * 61 / 0.08
 FRAME_SECONDS = 0.02
 #: Weights of networks that a core gets through in a second: each is used at about 1,000 positions
 #: of a frame, with two operations, of which a core does 5e10. A rough guess: they are many or few.

@@ -1,10 +1,11 @@
 """How long does a small trainrun take, from Enter to the saved pipeline?
 
-    python tests/benchmarks/commands.py [--rounds R] [--json FILE]
+    python tests/benchmarks/commands.py [--rounds R] [--large] [--json FILE]
 
 Whole commands in processes of their own, one after another in each round, on 10 train frames of
 90 x 130 x 61: upstream's ``restore-trainrun`` and ``cuvis-dist run``, for phase 1 alone and for
-both phases, without options and with two workers. Medians over the rounds, and their range.
+both phases, without options and with two workers. ``--large`` takes phase 1 of 96 train frames of
+512 x 512 x 61 instead. Medians over the rounds, and their range.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 
 import yaml
+from initialization import fill
 
 from cuvis_dist.demo import DemoSettings, write_demo
 from cuvis_dist.runs.trainrun import installed_plugins_dirs
@@ -51,15 +53,23 @@ def main() -> None:
     """Time all commands in turns, print a table, and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--large", action="store_true")
     parser.add_argument("--json", type=Path, default=Path("outputs/bench/commands.json"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="cuvis-dist-bench-") as folder:
-        both = write_demo(Path(folder), SMALL)
+        if options.large:
+            both = fill(Path(folder), 96, (512, 512, 61))
+        else:
+            both = write_demo(Path(folder), SMALL)
         content = yaml.safe_load(both.read_text())
         del content["training"]
+        if options.large:
+            content["data"]["splits"]["train"] = [{"kind": "all"}]
         alone = both.with_name("phase_1.yaml")
         alone.write_text(yaml.safe_dump(content))
-        work = {"both phases": commands(both), "phase 1 alone": commands(alone)}
+        work = {"phase 1 alone": commands(alone)}
+        if not options.large:
+            work["both phases"] = commands(both)
         times: dict[str, list[float]] = {}
         for _ in range(options.rounds):
             for what, by_whom in work.items():

@@ -13,7 +13,6 @@ from settings import scaling_of
 
 from cuvis_dist.archive import Archive, open_archive
 from cuvis_dist.errors import DataError, InputError
-from cuvis_dist.execution import where
 from cuvis_dist.execution.asked import trains_here
 from cuvis_dist.execution.where import START_SECONDS, Work, choose, work_on
 from cuvis_dist.scaling import Scaling
