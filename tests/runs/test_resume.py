@@ -48,7 +48,6 @@ def test_each_step_sees_what_changes_it_and_nothing_else(demo):
     assert of(demo, workers=7, train_workers=3, address="auto", verify=False) == before
     assert of(demo, "output_dir=elsewhere", "tags.who=me", "name=x") == before
     for name, value in (
-        ("training.optimizer.lr", "0.1"),
         ("training.callbacks.checkpoint.monitor", "val_loss"),
         ("training.seed", "7"),  # no node of the demo begins with random weights, or draws any
         ("unfreeze_nodes", "[selector]"),

@@ -57,7 +57,9 @@ def cut_off(demo_trainrun, tmp_path_factory):
 NAMES = ("initialized.state", "initialized.pkl", "last.ckpt", "passes/1.state", "passes/1.pkl")
 
 
-@pytest.mark.parametrize("kind", ["pickle", "torch", "checksum"])
+@pytest.mark.parametrize(
+    "kind", ["pickle", pytest.param("torch", marks=pytest.mark.long), "checksum"]
+)
 def test_no_code_of_a_results_folder_is_run(cut_off, demo_trainrun, tmp_path, warnings, kind):
     results, (_, expected) = cut_off
     planted = tmp_path / "results"
@@ -228,8 +230,8 @@ def test_a_finished_run_does_again_what_depended_on_a_file(demo, warnings):
     "correction",
     [
         "training.callbacks.checkpoint.monitor=val_loss",
-        "training.optimizer.lr=0.01",
-        "training.seed=7",
+        pytest.param("training.optimizer.lr=0.01", marks=pytest.mark.long),
+        pytest.param("training.seed=7", marks=pytest.mark.long),
     ],
 )
 def test_a_correction_of_phase_2_keeps_phase_1(
@@ -255,6 +257,7 @@ def test_other_settings_of_phase_1_start_anew(cut_off, demo_trainrun, tmp_path, 
     assert not any("phase 1 was finished before" in line for line in warnings)
 
 
+@pytest.mark.long
 def test_other_random_weights_start_phase_1_anew(demo, tmp_path, warnings):
     """They are in front of a fitted node, and the seed is another one."""
 
