@@ -33,6 +33,7 @@ _SHORT = {
     "train_workers": "resources.train_workers",
     "train_gpus": "resources.train_gpus",
     "fold": "measuring.fold",
+    "verify": "reading.verify",
 }
 
 
@@ -260,6 +261,12 @@ def add_scaling_options(parser: argparse.ArgumentParser) -> None:
         "--fold",
         action=argparse.BooleanOptionalAction,
         help="derive what affine nodes separate instead of reading the archive again (default)",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        default=None,
+        help="compare checksums of all files, too, with those that an earlier run has read",
     )
     parser.add_argument(
         "--set",

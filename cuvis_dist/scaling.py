@@ -141,6 +141,11 @@ class Reading(_Settings):
     cache_bytes: int = Field(default=4 * 10**9, ge=0)
     """How many bytes each training worker may keep in its cache."""
 
+    verify: bool = False
+    """Read all files once before they are used, and compare their checksums with those that an
+    earlier run with this setting has read. Without it, what an earlier run left is used where the
+    files' sizes and times of change are the same."""
+
     stage_dir: Path | None = None
     """Where each node keeps copies of recordings that lie at URIs, on a disk of its own; by default
     below its folder for temporary files. ``CUVIS_DIST_STAGE_DIR`` on a node wins."""

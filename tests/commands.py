@@ -15,11 +15,11 @@ from pathlib import Path
 
 import yaml
 from gradients import train_upstream
-from ray import cloudpickle
 from readings import counted, counting
 
 from cuvis_dist import Scaling, StatisticalTrainer
 from cuvis_dist.nodes.state import hash_state
+from cuvis_dist.plain import from_bytes
 from cuvis_dist.runs.trainrun import load_trainrun
 
 
@@ -79,8 +79,8 @@ class Command:
 
 def kept_files(path: Path, files: Sequence) -> set:
     """Return the names of the files in a stored pass, each of which is a shard."""
-    _, measured = cloudpickle.loads(path.read_bytes()[32:])
-    return {name for ordinal, name in enumerate(files) if ordinal in measured.tree}
+    shards = from_bytes(path.read_bytes())["state"]["shards"].tolist()
+    return {name for ordinal, name in enumerate(files) if ordinal in shards}
 
 
 def record(output: Path) -> dict:

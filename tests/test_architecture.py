@@ -28,7 +28,17 @@ ORDER = [
     {"storage"},
     {"nodes"},
     {"statistics"},
-    {"scaling", "errors", "hashing", "waiting", "stopping", "demo", "universe", "yaml_file"},
+    {
+        "scaling",
+        "errors",
+        "hashing",
+        "plain",
+        "waiting",
+        "stopping",
+        "demo",
+        "universe",
+        "yaml_file",
+    },
 ]
 LEVEL = {folder: level for level, folders in enumerate(ORDER) for folder in folders}
 LINES, PARAMETERS = 350, 6

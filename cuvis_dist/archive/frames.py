@@ -43,6 +43,9 @@ class Frame:
         URIs of the files that have to be staged before the frame is read.
     staging : Staging or None
         The cache of this node that holds these files.
+    reads : tuple of str
+        Paths or URIs of all files that the frame is read from, as far as they are known: the
+        recording's and that of its labels.
     """
 
     uid: str
@@ -50,6 +53,7 @@ class Frame:
     path: str
     files: tuple[str, ...] = ()
     staging: Staging | None = field(default=None, compare=False, repr=False)
+    reads: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def __str__(self) -> str:
         return f"frame {self.uid}" + ("" if self.path == self.recording else f" ({self.path})")

@@ -5,6 +5,7 @@ Any cuvis.ai data module works whose loaders are torch ``DataLoader``s over map-
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from cuvis_dist.archive.frames import Archive, Frame
 from cuvis_dist.errors import CuvisDistError, InputError, one_line
 from cuvis_dist.staging import fetched_when_opened, original, staged_files, with_uris
+from cuvis_dist.storage import is_uri
 
 
 def open_archive(datamodule: pl.LightningDataModule, split: str) -> Archive:
@@ -160,6 +162,12 @@ def _recorded_refs(datamodule: Any) -> Iterator[dict[int, list[SampleRef]]]:
         del datamodule.build_dataset_from_refs
 
 
+def _name(path: Any) -> str:
+    """Return the URI that a path stands for, or the path from this process's directory."""
+    name = original(str(path))
+    return name if is_uri(name) else os.path.abspath(name)
+
+
 def _frames(loader: DataLoader, refs_of: dict[int, list[SampleRef]]) -> list[Frame]:
     """Return the identity of each item of the loader's dataset, as well as its module lets us."""
     dataset: Any = loader.dataset
@@ -179,5 +187,6 @@ def _frames(loader: DataLoader, refs_of: dict[int, list[SampleRef]]) -> list[Fra
         recording = original(source)
         uid = recording + uid.removeprefix(source) if recording != source else uid
         staging, files = staged_files(path, labels)
-        frames.append(Frame(uid, recording, original(path), files, staging))
+        named = dict.fromkeys(_name(name) for name in (path, labels) if name)
+        frames.append(Frame(uid, recording, original(path), files, staging, tuple(named)))
     return [frames[i % len(frames)] for i in range(len(dataset))]

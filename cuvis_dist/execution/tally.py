@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from loguru import logger
 
 from cuvis_dist.errors import DataError
@@ -45,6 +48,24 @@ class Tally:
                 f"{self.left_out} frames cannot be used, more than max_skipped "
                 f"({self.max_skipped}). The last: {list(self.skipped.values())[-1]}"
             )
+
+    def state(self) -> dict[str, Any]:
+        """Return what was counted, as plain values."""
+        counts = {name: getattr(self, name) for name in ("frames", "bytes", "peak", "left_out")}
+        return counts | {"skipped": dict(self.skipped), "repeated": sorted(self.repeated)}
+
+    def take(self, state: Mapping[str, Any]) -> Tally:
+        """Go on from what :meth:`state` of another tally returned; return this one.
+
+        Raises
+        ------
+        ValueError, KeyError
+            If it is no such state.
+        """
+        self.frames, self.bytes = int(state["frames"]), int(state["bytes"])
+        self.peak, self.left_out = int(state["peak"]), int(state["left_out"])
+        self.skipped, self.repeated = dict(state["skipped"]), set(state["repeated"])
+        return self
 
     @property
     def done(self) -> int:

@@ -3,37 +3,64 @@
 One small file per pass in ``<output_dir>/resume/passes``: what is merged so far, and which shards
 are in it. It is replaced as a whole every few seconds, at the end of the pass, and when the run is
 interrupted. A driver that goes on makes the same plan again, takes from the files what was
-measured, and reads what is missing.
+measured, and reads what is missing. Since a pass keeps what is merged and not what each frame gave,
+a file of frames that has changed costs what the passes have measured.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from loguru import logger
-from ray import cloudpickle
 
-from cuvis_dist.archive import Archive
+from cuvis_dist.archive import Archive, Contents, in_words, read_contents, write_contents
 from cuvis_dist.errors import CuvisDistError, one_line
 from cuvis_dist.hashing import hash_settings
 from cuvis_dist.initialization.plan import Pass
 from cuvis_dist.nodes.state import hash_state
 from cuvis_dist.nodes.upstream import nodes_before
+from cuvis_dist.plain import NotPlainError, from_bytes, to_bytes
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.storage import OutputFolder
 
 #: Folder in the output folder.
 PASSES = "resume/passes"
-_DIGEST_BYTES = 32
+#: In it: the files that the passes read, as they were.
+_FILES = f"{PASSES}/files.json"
 #: A write that took t seconds is followed by none for this many times t: at most 5 % of a run.
 _PAUSE = 20
 
 
+T = TypeVar("T")
+
+
+def renew(output: OutputFolder, contents: Contents) -> None:
+    """Remove the passes of an earlier run if the files that they read are others by now.
+
+    Parameters
+    ----------
+    output : OutputFolder
+        The output folder of the run.
+    contents : Contents
+        The files that this run's passes will read.
+    """
+    try:
+        earlier = read_contents(output.read(_FILES)).get("train", Contents({}))
+    except (OSError, CuvisDistError):
+        earlier = Contents({})
+    changed = contents.changed_since(earlier)
+    if changed and any(name != _FILES for name in output.names(PASSES)):
+        logger.warning(f"all passes are measured anew: {in_words(changed)}")
+    if changed:
+        output.remove_folder(PASSES)
+    output.write(_FILES, write_contents({"train": contents.with_checksums_of(earlier)}))
+
+
 class StoredPass:
-    """The file of one pass, read when it is opened.
+    """The file of one pass, read when it is opened. It holds plain values and no code.
 
     Parameters
     ----------
@@ -48,45 +75,56 @@ class StoredPass:
 
     Attributes
     ----------
-    earlier : object or None
-        What an earlier run left.
+    earlier : dict or None
+        The state that an earlier run left, with ``done``: how many frames it has dealt with.
     """
 
     def __init__(self, output: OutputFolder, number: int, identity: str, every: float) -> None:
-        self.output, self.name = output, f"{PASSES}/{number}.pkl"
+        self.output, self.name = output, f"{PASSES}/{number}.state"
         self.number, self.identity, self.every = number, identity, every
-        self.earlier: Any = self._load()
+        self.earlier: dict[str, Any] | None = self._load()
         self._next = time.monotonic() + every
 
-    def _load(self) -> Any:
+    def _load(self) -> dict[str, Any] | None:
         try:
-            data = self.output.read(self.name)
+            return self._content(from_bytes(self.output.read(self.name)))
         except FileNotFoundError:
             return None
+        except NotPlainError as error:
+            self._ignored(str(error))
         except (OSError, CuvisDistError) as error:
-            return self._ignored(one_line(error))
-        digest, content = data[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
-        if hashlib.sha256(content).digest() != digest:
-            return self._ignored("it is damaged")
-        try:
-            identity, state = cloudpickle.loads(content)
-        except Exception as error:  # a class that has moved since
-            return self._ignored(one_line(error))
-        if identity != self.identity:
-            return self._ignored("it belongs to another pipeline, archive or setting")
+            self._ignored(one_line(error))
+        return None
+
+    def _content(self, written: Any) -> dict[str, Any]:
+        if not isinstance(written, dict) or written.get("identity") != self.identity:
+            raise NotPlainError("it belongs to another pipeline, archive or setting")
+        state = written.get("state")
+        if not isinstance(state, dict) or not isinstance(state.get("done"), int):
+            raise NotPlainError("it is not what was written")
         return state
 
+    def taken(self, take: Callable[[dict[str, Any]], T]) -> T | None:
+        """Return what ``take`` makes of the earlier state; None where it cannot."""
+        if self.earlier is None:
+            return None
+        try:
+            return take(self.earlier)
+        except Exception as error:
+            self._ignored(f"it is not what was written: {one_line(error)}")
+            return None
+
     def _ignored(self, why: str) -> None:
+        """Say that the file is not used, and why."""
         logger.warning(
             f"pass {self.number} is measured anew: {self.output.at(self.name)} is not used: {why}"
         )
 
-    def save(self, state: Any) -> None:
+    def save(self, state: dict[str, Any]) -> None:
         """Replace the file. A folder that cannot be written to is a warning: the run goes on."""
         started = time.monotonic()
-        content = cloudpickle.dumps((self.identity, state))
         try:
-            self.output.write(self.name, hashlib.sha256(content).digest() + content)
+            self.output.write(self.name, to_bytes({"identity": self.identity, "state": state}))
         except (OSError, CuvisDistError) as error:
             logger.warning(
                 f"what pass {self.number} has measured is not kept for another try: "
@@ -95,10 +133,10 @@ class StoredPass:
         ended = time.monotonic()
         self._next = ended + max(self.every, _PAUSE * (ended - started))
 
-    def save_if_due(self, state: Any) -> None:
-        """:meth:`save`, unless the last one was a moment ago."""
+    def save_if_due(self, state: Callable[[], dict[str, Any]]) -> None:
+        """:meth:`save` what ``state`` returns, unless the last one was a moment ago."""
         if time.monotonic() >= self._next:
-            self.save(state)
+            self.save(state())
 
 
 def identify(pipeline: CuvisPipeline, archive: Archive, this_pass: Pass, scaling: Scaling) -> str:

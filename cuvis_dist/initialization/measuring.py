@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from cuvis_dist.nodes.catalogue import annotation_port, is_pixelwise
 from cuvis_dist.nodes.recipe import Recipe
 from cuvis_dist.nodes.strips import strips
 from cuvis_dist.nodes.upstream import node_inputs, nodes_before
-from cuvis_dist.statistics import PixelSample, Statistic
+from cuvis_dist.statistics import PixelSample, Statistic, from_bytes
 
 #: Pixels of a frame that are kept to check an affine map on.
 _PROBES = 256
@@ -50,6 +50,17 @@ class Partial:
                 )
             merged[key] = statistic.merge(theirs)
         return Partial(merged, self.first_frame)
+
+    def state(self) -> dict[str, Any]:
+        """Return the statistics as bytes, and the name of the frame."""
+        statistics = {key: value.to_bytes() for key, value in self.statistics.items()}
+        return {"statistics": statistics, "first_frame": self.first_frame}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Partial:
+        """Return the partial whose :meth:`state` this is; raises ValueError if it is none."""
+        statistics = {key: from_bytes(data) for key, data in state["statistics"].items()}
+        return cls(statistics, str(state["first_frame"]))
 
 
 class Measurer:

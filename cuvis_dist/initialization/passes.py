@@ -123,6 +123,27 @@ class Measured:
             self._first, self.probes = row.ordinal, shard.probes
         return True
 
+    def state(self) -> dict[str, Any]:
+        """Return all of it as plain values."""
+        return {
+            "shards": torch.tensor(self.tree.seen(), dtype=torch.int64),
+            "merged": {place: partial.state() for place, partial in self.tree.parts().items()},
+            "tally": self.tally.state(),
+            "done": self.done,
+            "probes": self.probes,
+            "first": self._first,
+            "seconds": self.seconds,
+        }
+
+    def take(self, state: dict[str, Any]) -> Measured:
+        """Go on from what :meth:`state` returned in another process; return this one."""
+        merged = {place: Partial.of(part) for place, part in state["merged"].items()}
+        self.tree.take(state["shards"].tolist(), merged)
+        self.tally.take(state["tally"])
+        self.probes, self._first = dict(state["probes"]), int(state["first"])
+        self.seconds = float(state["seconds"])
+        return self
+
 
 def measure_pass(
     pipeline: CuvisPipeline,
@@ -155,8 +176,12 @@ def measure_pass(
         If the cluster lost the work.
     """
     shards = archive.shards(scaling.measuring.shard_frames)
-    earlier: Measured | None = stored.earlier if stored else None
-    measured = earlier or Measured(len(shards), Tally(len(archive), scaling.measuring.max_skipped))
+
+    def nothing() -> Measured:
+        return Measured(len(shards), Tally(len(archive), scaling.measuring.max_skipped))
+
+    earlier = stored.taken(lambda state: nothing().take(state)) if stored else None
+    measured = earlier or nothing()
     missing = [shard for shard in shards if shard.ordinal not in measured.tree]
     restored = len(shards) - len(missing), measured.tally.done
     if missing:
@@ -215,11 +240,11 @@ def _merge(
                 whole = True
                 if added:
                     if stored:
-                        stored.save_if_due(measured)
+                        stored.save_if_due(measured.state)
                     on_shard(measured.tally.done)
     finally:
         if stored and whole:
-            stored.save(measured)
+            stored.save(measured.state())
 
 
 def freeze_fits(

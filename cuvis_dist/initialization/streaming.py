@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -34,6 +35,8 @@ from cuvis_dist.initialization.shards import GatherShard
 from cuvis_dist.nodes.probing import digest, random_states, set_random_states
 from cuvis_dist.nodes.state import adopt_all
 from cuvis_dist.nodes.upstream import nodes_before
+from cuvis_dist.nodes.written import Unwritten, read_all
+from cuvis_dist.plain import NotPlainError
 from cuvis_dist.scaling import Scaling
 
 
@@ -49,19 +52,11 @@ class Streamed:
         The random states after the fit.
     tally : Tally
         Which frames were read.
-    record : PassRecord or None
-        What is said about the pass, where it is kept.
     """
 
     nodes: list[Node]
     random: tuple
     tally: Tally
-    record: PassRecord | None = None
-
-    @property
-    def done(self) -> int:
-        """Frames dealt with."""
-        return self.tally.done
 
 
 @dataclass(frozen=True)
@@ -110,14 +105,11 @@ def stream_pass(
     """
     node = this_pass.streamed
     assert node is not None
-    if stored and stored.earlier:
-        earlier: Streamed = stored.earlier
-        _take_over(pipeline, earlier)
-        record = earlier.record
-        assert record is not None
-        return replace(record, restored_shards=record.shards, restored_frames=earlier.done)
+    if stored and (earlier := stored.taken(partial(_taken, pipeline))):
+        return earlier
     started = time.perf_counter()
     require_whole_frames(node, scaling)
+    before = Unwritten([node, *nodes_before(pipeline, [node])]) if stored else None
     fit = _Fit(node.name, bool(this_pass.after), random_states())
     for failure in count(1):
         try:
@@ -137,7 +129,8 @@ def stream_pass(
             if failure > scaling.resources.max_failures:
                 raise
             logger.warning(f"{error}. It starts anew (failure {failure})")
-    _take_over(pipeline, fitted)
+    adopt_all(pipeline, fitted.nodes)
+    set_random_states(fitted.random)
     tally = fitted.tally
     record = PassRecord(
         {node.name: {"statistic": "streamed", "pixels": None}},
@@ -149,14 +142,25 @@ def stream_pass(
         tally.skipped,
         repeated=sorted(tally.repeated),
     )
-    if stored:
-        stored.save(replace(fitted, record=record))
+    if stored and before:
+        names = {each.name for each in fitted.nodes}
+        changed = [each for each in pipeline.nodes() if each.name in names]
+        try:
+            nodes = before.write_all(changed)
+        except NotPlainError as error:
+            logger.warning(f"{node.name} is fitted again if the run is interrupted: {error}")
+            return record
+        kept = {"nodes": nodes, "random": fitted.random, "record": asdict(record)}
+        stored.save(kept | {"done": tally.done})
     return record
 
 
-def _take_over(pipeline: CuvisPipeline, fitted: Streamed) -> None:
-    adopt_all(pipeline, fitted.nodes)
-    set_random_states(fitted.random)
+def _taken(pipeline: CuvisPipeline, kept: dict[str, Any]) -> PassRecord:
+    """Take over what an earlier run fitted; return what is said about the pass."""
+    record = PassRecord(**kept["record"])
+    read_all(pipeline.nodes(), kept["nodes"])
+    set_random_states(kept["random"])
+    return replace(record, restored_shards=record.shards, restored_frames=kept["done"])
 
 
 def _fit(

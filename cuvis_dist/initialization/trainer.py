@@ -17,12 +17,12 @@ from cuvis_ai_core.training.post_fit import EmitFn, FrameProgress, TrainEvent, T
 from cuvis_ai_schemas.enums import ExecutionStage
 from loguru import logger
 
-from cuvis_dist.archive import Archive, open_archive
+from cuvis_dist.archive import Archive, Contents, open_archive
 from cuvis_dist.errors import DataError
 from cuvis_dist.evaluation.steps import Evaluator
 from cuvis_dist.execution.where import begin, settled, work_on
 from cuvis_dist.initialization.diagnosis import Finding, diagnose
-from cuvis_dist.initialization.kept import StoredPass, identify
+from cuvis_dist.initialization.kept import StoredPass, identify, renew
 from cuvis_dist.initialization.passes import PassRecord, measure_pass
 from cuvis_dist.initialization.plan import Pass, make_plan, measured_directly, share
 from cuvis_dist.initialization.streaming import require_whole_frames, stream_pass
@@ -88,7 +88,8 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
             If the data module cannot serve the train split, or ``pixels`` cannot be applied to a
             node that is streamed.
         DataError
-            If a frame cannot be read or measured; the message names it.
+            If a frame cannot be read or measured, or a file changes meanwhile; the message names
+            it.
         ClusterError
             If the cluster cannot be reached, has not what one worker needs, or lost the work.
         TrainingCancelled
@@ -104,6 +105,9 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
             scaling.measuring.sample_fraction,
             scaling.measuring.sample_seed,
         )
+        contents = Contents.of(archive.frames, scaling.reading.verify)
+        if resume:
+            renew(self.output, contents)
         work = partial(work_on, archive, self.pipeline, len(plan))
         self.scaling = settled(scaling, "the fit of phase 1", work)
         begin(self.scaling, training=False)
@@ -119,6 +123,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
                 stored = self._stored(number, this_pass, archive) if resume else None
                 try:
                     plan.extendleft(reversed(self._run(this_pass, archive, stored)))
+                    contents.require_unchanged(archive.frames, f"pass {number}")
                 except StatefulNodesError as error:
                     found |= {*error.names}
                     plan = self._planned(found)
@@ -178,7 +183,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
 
         done = 0
         if stored and stored.earlier:
-            done = stored.earlier.done
+            done = stored.earlier["done"]
             logger.warning(
                 f"pass {stored.number} goes on: {done} of {len(archive)} frames were read before"
             )

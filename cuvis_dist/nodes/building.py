@@ -18,6 +18,7 @@ from cuvis_ai_core.utils.node_registry import NodeRegistry
 from cuvis_ai_schemas.pipeline import PipelineConfig
 
 from cuvis_dist.errors import InputError
+from cuvis_dist.plain import load
 
 
 def build_pipeline(config: PipelineConfig) -> CuvisPipeline:
@@ -36,11 +37,14 @@ def load_pipeline(path: Path) -> CuvisPipeline:
 
     Raises
     ------
+    NotPlainError
+        If its ``.pt`` holds more than tensors and plain values: upstream would unpickle anything.
     RuntimeError
         If it cannot be built; a class that is no node is named.
     """
     registry: Any = _NodesAlone
     weights = path.with_suffix(".pt")
+    load(weights, mmap=True)
     return CuvisPipeline.load_pipeline(path, weights, device="cpu", node_registry=registry)
 
 

@@ -61,7 +61,7 @@ def _mark(node: Node) -> tuple:
 
 
 #: What stays a node's own when it takes over another's state: its place in the pipeline.
-_IDENTITY = frozenset({"_name", "_pipeline_counter", "_input_ports", "_output_ports"})
+IDENTITY = frozenset({"_name", "_pipeline_counter", "_input_ports", "_output_ports"})
 
 
 def adopt(node: Node, fitted: Node) -> None:
@@ -70,7 +70,7 @@ def adopt(node: Node, fitted: Node) -> None:
     Buffers, parameters, hyperparameters and plain attributes (fitted flags, temperatures,
     calibrated thresholds): many of these are in no state dict.
     """
-    node.__dict__.update({k: v for k, v in fitted.__dict__.items() if k not in _IDENTITY})
+    node.__dict__.update({k: v for k, v in fitted.__dict__.items() if k not in IDENTITY})
 
 
 def adopt_all(pipeline: CuvisPipeline, fitted: list[Node]) -> None:
@@ -85,7 +85,20 @@ def hash_state(nodes: Iterable[Node]) -> str:
     digest = hashlib.sha256()
     for node in nodes:
         for name, value in sorted(node.state_dict().items()):
-            digest.update(f"{node.name}.{name}{tuple(value.shape)}{value.dtype}".encode())
-            flat = value.detach().cpu().reshape(-1).contiguous()
-            digest.update(flat.view(torch.uint8).numpy().tobytes())
+            digest.update(_content(f"{node.name}.{name}", value))
     return digest.hexdigest()
+
+
+def hash_tensors(nodes: Iterable[Node]) -> dict[str, str]:
+    """Return the hash of each buffer and parameter, by node and name."""
+    return {
+        f"{node.name}.{name}": hashlib.sha256(_content(name, value)).hexdigest()
+        for node in nodes
+        for name, value in node.state_dict().items()
+    }
+
+
+def _content(name: str, value: torch.Tensor) -> bytes:
+    flat = value.detach().cpu().reshape(-1).contiguous()
+    shape = f"{name}{tuple(value.shape)}{value.dtype}".encode()
+    return shape + flat.view(torch.uint8).numpy().tobytes()

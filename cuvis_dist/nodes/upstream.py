@@ -47,6 +47,7 @@ from cuvis_ai_schemas.enums import ExecutionStage
 from cuvis_ai_schemas.training import DataConfig
 
 from cuvis_dist.errors import DataError
+from cuvis_dist.plain import load
 
 __all__ = [
     "accumulated_mean",
@@ -126,8 +127,15 @@ def _manifests_of(folder: Path) -> dict[str, Any]:
 def restore_weights(pipeline: CuvisPipeline, path: Path) -> list[str]:
     """Load a saved pipeline's weights on the CPU; return the nodes that they do not have.
 
-    Private: ``pipeline._restore_weights_from_checkpoint``, as restore-trainrun uses it.
+    Private: ``pipeline._restore_weights_from_checkpoint``, as restore-trainrun uses it. It would
+    unpickle anything.
+
+    Raises
+    ------
+    NotPlainError
+        If the file holds more than tensors and plain values.
     """
+    load(path, mmap=True)
     return pipeline._restore_weights_from_checkpoint(path, device="cpu")
 
 

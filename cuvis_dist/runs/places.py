@@ -76,8 +76,8 @@ def check_output(path: Path, config: TrainRunConfig, archive: Collection[Path]) 
     Raises
     ------
     InputError
-        If the output folder cannot be made, is the root of the file system, or lies in one of
-        ``archive``.
+        If the output folder cannot be made, is the root of the file system, or is or lies in one
+        of ``archive``. Where a trainrun lies beside its recordings, its results may do so, too.
     """
     said = f"output_dir of trainrun {path} is {config.output_dir!r}"
     instead = "name a folder of its own (output_dir, --output-dir)"
@@ -95,7 +95,8 @@ def check_output(path: Path, config: TrainRunConfig, archive: Collection[Path]) 
     if output == Path(output.anchor):
         raise InputError(f"{said}, the root of the file system: {instead}")
     for folder in archive:
-        if output.is_relative_to(folder):
+        beside = path.is_relative_to(folder) and output != folder
+        if output.is_relative_to(folder) and not beside:
             raise InputError(f"{said}, in {folder}, which holds frames of the archive: {instead}")
 
 

@@ -1,10 +1,10 @@
 """What of an earlier run in this output folder can be used again?
 
-``<output_dir>/resume`` belongs to one fingerprint: the trainrun, its pipeline, its frames, and
-the settings of :class:`~cuvis_dist.scaling.Measuring`. It holds the passes of
-phase 1 as far as they got (:mod:`cuvis_dist.initialization.kept`), the nodes as phase 1 left
-them and, from :mod:`cuvis_dist.training.checkpoint`, the last finished epoch of phase 2. Another
-fingerprint starts anew. How many workers there are is no part of it.
+``<output_dir>/resume`` says what the steps of its run depended on
+(:mod:`cuvis_dist.runs.dependences`), and which files were read. It holds the passes of phase 1 as
+far as they got (:mod:`cuvis_dist.initialization.kept`), the nodes as phase 1 left them and, from
+:mod:`cuvis_dist.training.checkpoint`, the last finished epoch of phase 2. A step is used again if
+all that it depended on is the same, and so are the steps before it; what differs is named.
 """
 
 from __future__ import annotations
@@ -12,68 +12,40 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import pytorch_lightning as pl
-from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
-from cuvis_ai_core.training.config import TrainRunConfig
 from loguru import logger
-from pytorch_lightning.utilities.seed import isolate_rng
-from ray import cloudpickle
 
-from cuvis_dist.archive import open_split
-from cuvis_dist.errors import CuvisDistError, one_line
-from cuvis_dist.hashing import hash_settings
+from cuvis_dist.archive import Contents, in_words, read_contents, write_contents
+from cuvis_dist.errors import CuvisDistError
 from cuvis_dist.initialization.kept import PASSES
+from cuvis_dist.plain import NotPlainError, from_bytes, to_bytes
+from cuvis_dist.runs.dependences import PHASE_1, STEPS, TRAINING, Dependences
 from cuvis_dist.runs.record import RunRecord
-from cuvis_dist.scaling import Scaling
 from cuvis_dist.storage import Location, OutputFolder
+from cuvis_dist.training.checkpoint import LAST
 
-
-def fingerprint(
-    config: TrainRunConfig,
-    pipeline: CuvisPipeline,
-    datamodule: pl.LightningDataModule,
-    scaling: Scaling,
-) -> dict[str, str]:
-    """Return the SHA-256 of each thing that a result depends on, by name.
-
-    Sets up the data module for all three splits, and reads no frame.
-    """
-    structure = pipeline.serialize().model_dump(mode="json", include={"nodes", "connections"})
-    where = {"output_dir": True, "tags": True, "training": {"default_root_dir": True}}
-    parts: dict[str, Any] = {
-        "trainrun": config.model_dump(mode="json", exclude=where),
-        "pipeline": structure,
-        "measuring": scaling.measuring.model_dump(mode="json"),
-    }
-    with isolate_rng():
-        for split in ("train", "val", "test"):
-            parts[f"frames of {split}"] = _uids(datamodule, split)
-    return {name: hash_settings(part) for name, part in parts.items()}
-
-
-def _uids(datamodule: pl.LightningDataModule, split: str) -> list[str] | None:
-    try:
-        return [frame.uid for frame in open_split(datamodule, split)[1]]
-    except CuvisDistError:
-        return None  # whoever needs the split says so
+#: The name, in the output folder, of what phase 1 left.
+INITIALIZED = "resume/initialized.state"
+_STATE = {"nodes", "begun", "unfitted", "passes", "skipped_frames", "findings"}
+_FINGERPRINT, _FILES = "resume/fingerprint.json", "resume/files.json"
 
 
 class Resume:
-    """The resume folder of a run: opened, it belongs to the run's fingerprint.
+    """The resume folder of a run: opened, it holds nothing that the run cannot use.
 
     Parameters
     ----------
     output_dir : path or URI
         The run's output folder.
-    parts : dict of str to str
-        From :func:`fingerprint`.
+    depends_on : Dependences
+        What the steps of the run depend on.
     restart : bool
-        Forget what an earlier run left, whatever its fingerprint.
+        Forget what an earlier run left, whatever it depended on.
     """
 
-    def __init__(self, output_dir: Location, parts: dict[str, str], restart: bool = False) -> None:
+    def __init__(
+        self, output_dir: Location, depends_on: Dependences, restart: bool = False
+    ) -> None:
         self.output = OutputFolder(output_dir)
-        self.parts = parts
         self._same = False
         earlier = self._earlier()
         if earlier is None:
@@ -81,38 +53,92 @@ class Resume:
         elif restart:
             logger.info(f"starting anew, as asked: what an earlier run left in {self.folder} goes")
             self.output.remove_folder("resume")
-        elif earlier != parts:
-            names = sorted(
-                name for name in {**parts, **earlier} if parts.get(name) != earlier.get(name)
-            )
-            # Nothing is lost where a job that is done is followed by another, as init by train.
-            lost = earlier.get("job") == parts.get("job") or self._unfinished()
-            logger.log(
-                "WARNING" if lost else "INFO",
-                f"starting anew: an earlier run in {self.output} had another "
-                f"{', another '.join(names)}",
-            )
-            self.output.remove_folder("resume")
         else:
-            self._same = True
+            depends_on = _with_phase_1_of(earlier, depends_on)
+            self._keep(earlier, depends_on)
+        self.depends_on = depends_on
+        if self._same and earlier is not None:
+            self._note_checksums(earlier)
 
     @property
     def folder(self) -> Location:
         """Where it lies."""
         return self.output.at("resume")
 
-    def _earlier(self) -> dict[str, str] | None:
+    def _earlier(self) -> Dependences | None:
+        """Return what the earlier run depended on; None if there was none, or nobody knows."""
         try:
-            content = self.output.read("resume/fingerprint.json")
+            content = self.output.read(_FINGERPRINT)
+        except FileNotFoundError:
+            return None
         except OSError:
+            content = b""
+        try:
+            parts = json.loads(content)
+            if not all(isinstance(parts[step], dict) for step in STEPS):
+                raise ValueError
+        except (ValueError, TypeError, KeyError):
+            logger.warning(
+                f"starting anew: {self.output.at(_FINGERPRINT)} does not say of which run it is"
+            )
             return None
         try:
-            return json.loads(content)
-        except ValueError:
-            return None
+            files = read_contents(self.output.read(_FILES))
+        except OSError:
+            files = {}
+        nothing = Contents({})
+        return Dependences(parts, {step: files.get(step, nothing) for step in STEPS})
 
-    def _unfinished(self) -> bool:
-        return self.output.names("resume") != ["resume/fingerprint.json"]
+    def _keep(self, earlier: Dependences, now: Dependences) -> None:
+        """Remove what depended on something that differs, and say what that is."""
+        for step in STEPS:
+            if why := self._differences(earlier, now, step):
+                break
+        else:
+            self._same = True
+            return
+        unfinished = self._has_passes() or self.output.exists(LAST)
+        if step == PHASE_1:
+            self.output.remove_folder("resume")
+        elif step == TRAINING:
+            self.output.remove(LAST)
+        kept = [
+            name
+            for name, there in (
+                ("phase 1", self.output.exists(INITIALIZED) or self._has_passes()),
+                ("the last epoch", self.output.exists(LAST)),
+            )
+            if there
+        ]
+        # Nothing is lost where a job that is done is followed by another, as init by train.
+        job = earlier.parts[TRAINING].get("job")
+        lost = unfinished or job == now.parts[TRAINING].get("job")
+        rest = f"{' and '.join(kept)} of it is used, the rest is done anew" if kept else ""
+        logger.log("WARNING" if lost else "INFO", f"{rest or 'starting anew'}: {why}")
+
+    def _note_checksums(self, earlier: Dependences) -> None:
+        """Keep checksums that an earlier run did not ask for, to compare them the next time."""
+        files = self.depends_on.files
+        if new := sum(files[step].without_checksum_in(earlier.files[step]) for step in STEPS):
+            logger.warning(
+                f"checksums are noted for the next time: the earlier run has read none of {new} "
+                "files that have the size and time of change that they had"
+            )
+            self.output.write(_FILES, write_contents(files))
+
+    def _differences(self, earlier: Dependences, now: Dependences, step: str) -> str:
+        """Return in what a step differs from that of the earlier run, as a sentence."""
+        before, after = earlier.parts[step], now.parts[step]
+        names = sorted(n for n in {**before, **after} if before.get(n) != after.get(n))
+        if "job" in names or (names and not before):  # it left phase 1 out
+            names = ["job"]
+        if names:
+            return f"an earlier run in {self.output} had another {', another '.join(names)}"
+        changed = now.files[step].changed_since(earlier.files[step])
+        return in_words(changed) if changed else ""
+
+    def _has_passes(self) -> bool:
+        return bool(self.output.names(PASSES))
 
     def finished(self) -> RunRecord | None:
         """Return the record of the same run, if it is done and its result is there."""
@@ -120,11 +146,11 @@ class Resume:
             return None
         try:
             record = RunRecord.load(self.output.location)
+            saved = self.output.name_of(record.pipeline)
         except CuvisDistError:
             raise
         except (OSError, ValueError, TypeError, KeyError):
             return None
-        saved = self.output.name_of(record.pipeline)
         there = saved is not None and all(
             self.output.exists(name) for name in (saved, f"{saved.removesuffix('.yaml')}.pt")
         )
@@ -132,33 +158,54 @@ class Resume:
 
     def begin(self) -> None:
         """Make the folder the run's own, before it leaves anything there."""
-        content = json.dumps(self.parts, indent=2) + "\n"
-        self.output.write("resume/fingerprint.json", content.encode())
+        content = json.dumps(self.depends_on.parts, indent=2) + "\n"
+        self.output.write(_FILES, write_contents(self.depends_on.files))
+        self.output.write(_FINGERPRINT, content.encode())
 
     def load_initialized(self) -> dict[str, Any] | None:
         """Return what :meth:`save_initialized` was given by an earlier run, if it got so far."""
-        name = "resume/initialized.pkl"
-        if not self.output.exists(name):
+        if not self.output.exists(INITIALIZED):
             return None
-        content = self.output.read(name)
         try:
-            return cloudpickle.loads(content)
-        except Exception as error:  # a class that has moved since
-            logger.warning(
-                f"phase 1 starts anew: {self.output.at(name)} cannot be used: {one_line(error)}"
-            )
+            state = from_bytes(self.output.read(INITIALIZED))
+            if not isinstance(state, dict) or state.keys() != _STATE:
+                raise NotPlainError("it is not what was written")
+            return state
+        except NotPlainError as error:
+            self.reject_initialized(error)
             return None
 
+    def reject_initialized(self, error: Exception) -> None:
+        """Say that what :meth:`load_initialized` returned, or found, is not used."""
+        logger.warning(f"phase 1 starts anew: {self.output.at(INITIALIZED)} is not used: {error}")
+
     def save_initialized(self, **state: Any) -> None:
-        """Keep the fitted nodes, and what the record says about phase 1, instead of its passes."""
-        self.output.write("resume/initialized.pkl", cloudpickle.dumps(state))
+        """Keep the states of nodes, and what the record says about phase 1, instead of its passes.
+
+        Parameters
+        ----------
+        **state
+            Plain values: ``nodes``; ``begun``, a hash of what the nodes were built from, and
+            ``unfitted``, hashes of the tensors that the fit left as they were; ``passes``,
+            ``skipped_frames`` and ``findings``.
+        """
+        assert state.keys() == _STATE
+        self.output.write(INITIALIZED, to_bytes(state))
         self.output.remove_folder(PASSES)
 
     def finish(self) -> None:
-        """Keep the fingerprint alone: the result is saved."""
-        left = self.output.names("resume")
-        for entry in {"/".join(name.split("/")[:2]) for name in left}:
-            if entry not in left:
-                self.output.remove_folder(entry)
-            elif entry != "resume/fingerprint.json":
-                self.output.remove(entry)
+        """Keep phase 1 for runs that train otherwise: the result is saved."""
+        self.output.remove(LAST)
+        self.output.remove_folder(PASSES)
+
+
+def _with_phase_1_of(earlier: Dependences, now: Dependences) -> Dependences:
+    """Return what a run depends on, with what is known of an earlier one.
+
+    That is the checksums of files, and phase 1 where this run leaves it out.
+    """
+    parts, files = dict(now.parts), dict(now.files)
+    if not parts[PHASE_1]:
+        parts[PHASE_1], files[PHASE_1] = earlier.parts[PHASE_1], earlier.files[PHASE_1]
+    files = {step: files[step].with_checksums_of(earlier.files[step]) for step in STEPS}
+    return Dependences(parts, files)

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cuvis_dist.archive import open_archive
+from cuvis_dist.archive import open_archive, write_contents
 from cuvis_dist.execution.tally import Tally
 from cuvis_dist.execution.where import work_on
 from cuvis_dist.hashing import hash_files, hash_settings
@@ -15,7 +15,7 @@ from cuvis_dist.runs.job import Job, job
 from cuvis_dist.runs.record import ScoreRecord
 from cuvis_dist.runs.trainrun import TrainRun
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.scoring.plan import FINGERPRINT, ScorePlan, plan_scores, ports, scores_folder
+from cuvis_dist.scoring.plan import FINGERPRINT, READ, ScorePlan, plan_scores, ports, scores_folder
 from cuvis_dist.scoring.scores import OnFrames, check_scores, compute_scores, write_index
 from cuvis_dist.waiting import announce
 
@@ -43,7 +43,7 @@ class Scoring:
     scaling: Scaling = field(default_factory=Scaling)
 
     def plan(self, restart: bool = False) -> ScorePlan:
-        """Find out what is to be written; reads no frame, and writes nothing.
+        """Find out what is to be written; writes nothing, and reads no frame unless it verifies.
 
         Parameters
         ----------
@@ -66,7 +66,8 @@ class Scoring:
             "data": hash_settings(data),
             "device": hash_settings("gpu" if self.scaling.measuring.gpus else "cpu"),
         }
-        return plan_scores(archive, named, scores_folder(trainrun.output), depends_on, restart)
+        folder, verify = scores_folder(trainrun.output), self.scaling.reading.verify
+        return plan_scores(archive, named, folder, depends_on, restart, verify)
 
     def run(
         self, on_frames: OnFrames | None = None, verbose: bool = False, restart: bool = False
@@ -79,7 +80,7 @@ class Scoring:
         map's size and took 30 times as long. ``scores/frames.csv`` says which file belongs to
         which frame.
 
-        Frames whose file is there are left as they are.
+        Frames whose file is there are left as they are, unless they have changed since.
 
         Parameters
         ----------
@@ -114,6 +115,7 @@ class Scoring:
             for file in plan.leftover:
                 plan.folder.remove(file)
             content = json.dumps(plan.fingerprint, indent=2) + "\n"
+            plan.folder.write(READ, write_contents({"frames": plan.contents}))
             plan.folder.write(FINGERPRINT, content.encode())
             tally = Tally(len(plan.todo), self.scaling.measuring.max_skipped)
             record.scores = str(plan.folder)

@@ -20,6 +20,7 @@ from cuvis_dist.errors import CuvisDistError, InputError, one_line
 from cuvis_dist.hashing import hash_settings
 from cuvis_dist.nodes import upstream
 from cuvis_dist.nodes.building import build_pipeline, load_pipeline
+from cuvis_dist.plain import NotPlainError
 from cuvis_dist.runs.configuration import Configuration, fitted_state, read_configuration
 from cuvis_dist.runs.places import check_places
 from cuvis_dist.scaling import Scaling
@@ -44,6 +45,8 @@ class TrainRun:
         ``score`` use its data alone.
     weights : Path or None
         The ``.pt`` that the state of the pipeline's nodes was loaded from.
+    seed : int or None
+        The seed that the pipeline was built with: that of the training block, if there is one.
     """
 
     path: Path
@@ -52,6 +55,7 @@ class TrainRun:
     plugins_dirs: list[Path]
     job: str = "run"
     weights: Path | None = None
+    seed: int | None = None
 
     @property
     def loss_nodes(self) -> list[Node]:
@@ -132,6 +136,8 @@ class TrainRun:
         weights = self._initialized() if saved is None else fitted_state(saved)
         try:
             missing = set(upstream.restore_weights(self.pipeline, weights))
+        except NotPlainError as error:
+            raise InputError(f"{weights} cannot be loaded: {error}") from error
         except Exception as error:
             raise InputError(
                 f"{weights} does not fit the pipeline {self.pipeline.name} of trainrun "
@@ -241,12 +247,15 @@ def build_trainrun(
         ) from error
     _check_names(path, config, pipeline, ["unfreeze_nodes", "loss_nodes", "metric_nodes"])
     check_places(path, config, pipeline)
-    return TrainRun(path, config, pipeline, dirs)
+    seed = config.training.seed if config.training else None
+    return TrainRun(path, config, pipeline, dirs, seed=seed)
 
 
 def _load_saved(path: Path) -> CuvisPipeline:
     try:
         return load_pipeline(path)
+    except NotPlainError as error:
+        raise InputError(f"{path.with_suffix('.pt')} cannot be loaded: {error}") from error
     except Exception as error:
         raise InputError(
             f"the saved pipeline {path} cannot be loaded: {one_line(error)}"

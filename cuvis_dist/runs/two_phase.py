@@ -5,29 +5,38 @@ Everything around them is upstream's; only the two trainers are ours.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 import pytorch_lightning as pl
-from cuvis_ai_core.training.config import create_callbacks_from_config
+from cuvis_ai_core.training.config import TrainingConfig, create_callbacks_from_config
 from cuvis_ai_core.training.post_fit import EmitFn, PostFitCallback, PostFitResult, log_event
 from loguru import logger
+from pytorch_lightning.utilities.seed import isolate_rng
 
+from cuvis_dist.archive import open_split
 from cuvis_dist.errors import DataError
 from cuvis_dist.evaluation.steps import Evaluator, failed_split
 from cuvis_dist.execution.where import Work, work_on_splits
-from cuvis_dist.hashing import hash_files
+from cuvis_dist.hashing import hash_settings
+from cuvis_dist.initialization.diagnosis import Finding
+from cuvis_dist.initialization.passes import PassRecord
 from cuvis_dist.initialization.plan import make_plan, statistical_nodes
 from cuvis_dist.initialization.trainer import StatisticalTrainer
-from cuvis_dist.nodes.state import adopt_all, hash_state
+from cuvis_dist.nodes.state import hash_state, hash_tensors
 from cuvis_dist.nodes.survey import outline
+from cuvis_dist.nodes.upstream import nodes_before
+from cuvis_dist.nodes.written import Unwritten, read_all
+from cuvis_dist.plain import NotPlainError
+from cuvis_dist.runs.dependences import TRAINING, depends_on
 from cuvis_dist.runs.job import Job, job
 from cuvis_dist.runs.record import RunRecord, save_pipeline
-from cuvis_dist.runs.resume import Resume, fingerprint
+from cuvis_dist.runs.resume import Resume
 from cuvis_dist.runs.trainrun import TrainRun
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.training.configuration import check_training
+from cuvis_dist.training.monitoring import check_monitored
 from cuvis_dist.training.trainer import GradientTrainer
 from cuvis_dist.waiting import announce
 
@@ -46,7 +55,8 @@ def run_trainrun(
 
     A run of the same trainrun that was cut off in the same ``output_dir`` is continued: phase 1
     goes on in the middle of a pass, and phase 2 after its last finished epoch. One
-    that is done is left as it is.
+    that is done is left as it is. Of a run that depended on something else, phase 1 is used if it
+    did not (:mod:`cuvis_dist.runs.dependences`).
 
     Parameters
     ----------
@@ -81,13 +91,14 @@ def run_trainrun(
         scaling=scaling.model_dump(mode="json"),
     )
     with job(record, scaling, verbose, locked=trainrun.output) as entered:
-        if trainrun.config.training is not None:
-            trainrun.check_trainable()
-            check_training(trainrun.config.training, scaling)
+        training = trainrun.config.training
+        if training is not None:
+            _check_training(trainrun, training, scaling)
         announce("setting up the data")
         datamodule = trainrun.datamodule(scaling)
-        depends_on = _depends_on(trainrun, datamodule, scaling)
-        resume = Resume(trainrun.output_dir, depends_on, restart)
+        if training is not None:
+            _check_splits(datamodule, training)
+        resume = Resume(trainrun.output_dir, depends_on(trainrun, datamodule, scaling), restart)
         if finished := resume.finished():
             logger.warning(
                 f"this run is done since {finished.finished}, its result is in "
@@ -104,15 +115,18 @@ def run_trainrun(
     return record
 
 
-def _depends_on(
-    trainrun: TrainRun, datamodule: pl.LightningDataModule, scaling: Scaling
-) -> dict[str, str]:
-    """Return the SHA-256 of all that the result of this job depends on, by name."""
-    parts = fingerprint(trainrun.config, trainrun.pipeline, datamodule, scaling)
-    parts["job"] = trainrun.job
-    if trainrun.weights is not None:
-        parts["weights"] = hash_files(trainrun.weights)
-    return parts
+def _check_training(trainrun: TrainRun, training: TrainingConfig, scaling: Scaling) -> None:
+    """Raise InputError for what phase 2 cannot work with, before phase 1 takes its time."""
+    trainrun.check_trainable()
+    check_training(training, scaling)
+    check_monitored(training, trainrun.config.loss_nodes, trainrun.config.metric_nodes)
+
+
+def _check_splits(datamodule: pl.LightningDataModule, training: TrainingConfig) -> None:
+    """Raise InputError for a split that phase 2 needs and does not get, before phase 1."""
+    with isolate_rng():
+        for split in ("train", "val") if training.limit_val_batches != 0 else ("train",):
+            open_split(datamodule, split)
 
 
 def work_of(trainrun: TrainRun, datamodule: pl.LightningDataModule, scaling: Scaling) -> Work:
@@ -145,13 +159,10 @@ class _Phases:
             work = partial(work_of, trainrun, self.datamodule, self.job.scaling)
             self.job.connect(True if trains else None, work)
 
-        if earlier := self.resume.load_initialized():
+        if trainrun.weights is None and self._take_initialized():
             logger.warning(
                 f"phase 1 was finished before: its result in {self.resume.folder} is used"
             )
-            adopt_all(pipeline, earlier["nodes"])
-            record.passes, record.skipped_frames = earlier["passes"], earlier["skipped_frames"]
-            record.findings = earlier["findings"]
         elif trainrun.weights is not None:
             logger.info(f"phase 1 is left out: its result is that of {trainrun.weights}")
         elif statistical_nodes(pipeline):
@@ -171,15 +182,50 @@ class _Phases:
         if failure := failed_split(result):
             raise DataError(f"the pipeline was saved to {record.pipeline}, but {failure}")
 
+    def _take_initialized(self) -> bool:
+        """Take over what an earlier run's phase 1 left; return whether it left anything."""
+        record, earlier = self._record, self.resume.load_initialized()
+        if earlier is None:
+            return False
+        try:
+            passes = [PassRecord(**each) for each in earlier["passes"]]
+            findings = [Finding(**each) for each in earlier["findings"]]
+            self._check_beginning(earlier["begun"], earlier["unfitted"])
+            read_all(self.trainrun.pipeline.nodes(), earlier["nodes"])
+        except (NotPlainError, TypeError, AttributeError) as error:
+            self.resume.reject_initialized(error)
+            return False
+        record.passes, record.findings = passes, findings
+        record.skipped_frames = earlier["skipped_frames"]
+        return True
+
+    def _begun(self) -> str:
+        """Return a hash of what says with which weights the nodes begin."""
+        parts = self.resume.depends_on.parts[TRAINING]
+        return hash_settings([self.trainrun.seed, parts["pipeline"]])
+
+    def _check_beginning(self, begun: str, unfitted: dict[str, str]) -> None:
+        """Raise NotPlainError if phase 1 began with other random weights, and they are left."""
+        if self.trainrun.seed is None or begun == self._begun():
+            return
+        now = hash_tensors(self.trainrun.pipeline.nodes())
+        if others := [name for name, value in unfitted.items() if now.get(name) != value]:
+            raise NotPlainError(
+                f"{others[0]} begins with other random values, as training.seed says"
+            )
+
     def _initialize(self) -> None:
         """Carry out phase 1, and keep its result for a run that goes on from there."""
         trainrun, record = self.trainrun, self._record
+        fitted = statistical_nodes(trainrun.pipeline)
+        nodes = [*{*fitted, *nodes_before(trainrun.pipeline, fitted)}]
+        before, begins = Unwritten(nodes), hash_tensors(nodes)
         trainer = StatisticalTrainer(
             trainrun.pipeline,
             self.datamodule,
             metric_nodes=trainrun.metric_nodes or None,
             emit=self.emit,
-            scaling=self.job.scaling,
+            scaling=self.job.scaling.replace(reading={"verify": False}),  # Resume has done so
             output_dir=trainrun.output_dir,
         )
         with record.timed("initialization"):
@@ -191,11 +237,19 @@ class _Phases:
                     uid: reason for done in trainer.records for uid, reason in done.skipped.items()
                 }
             record.findings = trainer.diagnose()
+        try:
+            states = before.write_all(nodes)
+        except NotPlainError as error:
+            logger.warning(f"phase 1 is carried out again if the run is interrupted: {error}")
+            return
+        unfitted = {n: v for n, v in hash_tensors(nodes).items() if begins.get(n) == v}
         self.resume.save_initialized(
-            nodes=list(trainrun.pipeline.nodes()),
-            passes=record.passes,
+            nodes=states,
+            begun=self._begun(),
+            unfitted=unfitted,
+            passes=[asdict(each) for each in record.passes],
             skipped_frames=record.skipped_frames,
-            findings=record.findings,
+            findings=[asdict(each) for each in record.findings],
         )
 
     def _post_fit(self) -> PostFitResult:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_schemas.enums import ExecutionStage, NodeCategory
+from loguru import logger
 
-from cuvis_dist.archive import Archive
+from cuvis_dist.archive import Archive, Contents, in_words, read_contents
 from cuvis_dist.errors import InputError
 from cuvis_dist.hashing import hash_settings
 from cuvis_dist.scoring.naming import file_names
@@ -20,8 +21,9 @@ from cuvis_dist.storage import OutputFolder
 
 #: Ports of these names are written unless others are asked for.
 DEFAULT_PORTS = ("scores", "decisions")
-#: Files beside the maps: what they are of, and which belongs to which frame.
-FINGERPRINT, INDEX = "fingerprint.json", "frames.csv"
+#: Files beside the maps: what they are of, which belongs to which frame, and the files that the
+#: frames were read from.
+FINGERPRINT, INDEX, READ = "fingerprint.json", "frames.csv", "files.json"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class ScorePlan:
         Files of an earlier job that go when this one begins.
     fingerprint : dict of str to str
         SHA-256 of each thing that the maps depend on, by name.
+    contents : Contents
+        The files that the frames are read from.
     """
 
     folder: OutputFolder
@@ -53,6 +57,7 @@ class ScorePlan:
     todo: list[int]
     leftover: list[str]
     fingerprint: dict[str, str]
+    contents: Contents
 
 
 def plan_scores(
@@ -61,8 +66,9 @@ def plan_scores(
     folder: OutputFolder,
     depends_on: Mapping[str, str],
     restart: bool = False,
+    verify: bool = False,
 ) -> ScorePlan:
-    """Find out what is to be written; reads no frame, and writes nothing.
+    """Find out what is to be written; writes nothing, and reads no frame unless it is to verify.
 
     Parameters
     ----------
@@ -76,6 +82,8 @@ def plan_scores(
         SHA-256 of each further thing that the maps depend on, by name: the pipeline, the data.
     restart : bool
         Count nothing as there.
+    verify : bool
+        Compare the checksums of frames' files, too.
 
     Raises
     ------
@@ -83,7 +91,7 @@ def plan_scores(
         If two frames have one uid, or the folder holds the scores of something else.
     """
     archive = _each_once(archive)
-    files = file_names(archive.frames, ".npz", taken=(FINGERPRINT, INDEX))
+    files = file_names(archive.frames, ".npz", taken=(FINGERPRINT, INDEX, READ))
     fingerprint = {
         **depends_on,
         "frames": hash_settings([frame.uid for frame in archive.frames]),
@@ -93,7 +101,11 @@ def plan_scores(
     there = {name for name in folder.names() if not name.startswith(".")}
     if there and not restart:
         _refuse_others(folder, there, fingerprint)
-    done: set[str] = set() if restart else there
+    contents = Contents.of(archive.frames, verify)
+    earlier = _read_before(folder)
+    changed = {} if restart else contents.changed_since(earlier)
+    stale = _stale(archive, files, changed, there)
+    done: set[str] = set() if restart else there - stale
     ours = re.compile(r".*\.npz" if restart else r"(.*/)?\.[^/]*\.npz\.\d+")  # of lost workers
     refuse_links(folder.local, files)
     return ScorePlan(
@@ -102,9 +114,31 @@ def plan_scores(
         files,
         outputs,
         [i for i, file in enumerate(files) if file not in done],
-        [file for file in sorted(there) if file == INDEX or ours.fullmatch(file)],
+        [f for f in sorted(there) if f == INDEX or f in stale or ours.fullmatch(f)],
         fingerprint,
+        contents.with_checksums_of(earlier),
     )
+
+
+def _read_before(folder: OutputFolder) -> Contents:
+    try:
+        return read_contents(folder.read(READ)).get("frames", Contents({}))
+    except OSError:
+        return Contents({})
+
+
+def _stale(
+    archive: Archive, files: list[str], changed: Mapping[str, str], there: set[str]
+) -> set[str]:
+    """Return the files of frames that were read from other contents; say which have changed."""
+    stale = {
+        file
+        for file, frame in zip(files, archive.frames, strict=True)
+        if file in there and any(name in changed for name in frame.reads)
+    }
+    if stale:
+        logger.warning(f"{len(stale)} of the frames are scored again: {in_words(changed)}")
+    return stale
 
 
 def _refuse_others(folder: OutputFolder, there: set[str], fingerprint: dict[str, str]) -> None:

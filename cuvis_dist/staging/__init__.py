@@ -5,11 +5,14 @@ from cuvis_dist.staging.localizing import localize
 from cuvis_dist.staging.opened import fetched_when_opened
 from cuvis_dist.staging.paths import original, staged_files, with_uris
 from cuvis_dist.staging.pickling import portable
+from cuvis_dist.staging.uris import listed, opened
 
 __all__ = [
     "Staging",
     "fetched_when_opened",
+    "listed",
     "localize",
+    "opened",
     "original",
     "portable",
     "staged_files",

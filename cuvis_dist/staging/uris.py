@@ -6,13 +6,14 @@ import functools
 import os
 import random
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TypeVar
 from urllib.parse import quote, unquote
 
 from loguru import logger
-from pyarrow import ArrowException
-from pyarrow.fs import FileInfo, FileSystem
+from pyarrow import ArrowException, NativeFile
+from pyarrow.fs import FileInfo, FileSelector, FileSystem, FileType
 
 from cuvis_dist.errors import DataError, InputError, one_line
 from cuvis_dist.storage import filesystem_of, retried
@@ -23,6 +24,8 @@ T = TypeVar("T")
 ATTEMPTS = 4
 #: Seconds before the second attempt; the pauses after it double.
 PAUSE = 0.5
+#: Up to so many files of a folder are asked for by name; of more, the folder is listed.
+_ONE_BY_ONE = 8
 _SAFE = "/!$&'()*+,;=:@~"
 
 
@@ -95,6 +98,37 @@ def fetched(uri: str, call: Callable[[], T]) -> T:
         raise DataError(
             f"{uri} cannot be fetched by {socket.gethostname()}: {one_line(error)}"
         ) from error
+
+
+def listed(uris: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Return size and time of change (ns) of the files that exist, with few requests.
+
+    Raises
+    ------
+    DataError
+        If a store does not answer.
+    """
+    found = {}
+    by_folder: dict[str, list[str]] = {}
+    for uri in uris:
+        by_folder.setdefault(parent(uri), []).append(uri)
+    for folder, inside in by_folder.items():
+        filesystem, key = remote(folder)
+        keys = [remote(uri)[1] for uri in inside]
+        many = len(inside) > _ONE_BY_ONE
+        wanted = FileSelector(key.rstrip("/"), allow_not_found=True) if many else keys
+        infos = fetched(folder, partial(filesystem.get_file_info, wanted))
+        there = {info.path: info for info in infos if info.type == FileType.File}
+        for uri, key in zip(inside, keys, strict=True):
+            if key in there:
+                found[uri] = there[key].size, there[key].mtime_ns or 0
+    return found
+
+
+def opened(uri: str) -> NativeFile:
+    """Return a file of a store, open for reading; raises DataError if there is none."""
+    filesystem, key = remote(uri)
+    return fetched(uri, lambda: filesystem.open_input_stream(key))
 
 
 def look(uri: str) -> FileInfo:

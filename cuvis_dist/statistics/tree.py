@@ -7,7 +7,7 @@ is fixed by the number of shards alone, so any completion order gives the same b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -66,6 +66,32 @@ class MergeTree(Generic[T]):
 
     def __contains__(self, ordinal: int) -> bool:
         return ordinal in self._seen
+
+    def seen(self) -> list[int]:
+        """Return the ordinals of the shards that were added."""
+        return sorted(self._seen)
+
+    def parts(self) -> dict[tuple[int, int], T]:
+        """Return the merged partials that are held now, by their place in the tree."""
+        return dict(self._waiting)
+
+    def take(self, seen: Iterable[int], parts: Mapping[tuple[int, int], T]) -> None:
+        """Go on from what :meth:`seen` and :meth:`parts` of another tree of this size returned.
+
+        Raises
+        ------
+        ValueError
+            If the parts are not those of these shards.
+        """
+        seen = set(seen)
+        held = [
+            ordinal
+            for level, index in parts
+            for ordinal in range(index << level, min((index + 1) << level, self.size))
+        ]
+        if len(held) != len(seen) or set(held) != seen:
+            raise ValueError("the merged partials are not those of the shards")
+        self._seen, self._waiting = seen, dict(parts)
 
     @property
     def missing(self) -> int:

@@ -36,7 +36,7 @@ def writing_to(folder: object) -> Iterator[None]:
     ClusterError
         If there is no space left.
     InputError
-        If writing there is not allowed.
+        If writing there is not allowed, or something else lies there.
     """
     try:
         yield
@@ -48,6 +48,12 @@ def writing_to(folder: object) -> Iterator[None]:
             ) from error
         if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
             raise InputError(f"{folder} cannot be written: {one_line(error)}") from error
+        below = str(getattr(error, "filename", None)).startswith(str(folder))
+        if below and isinstance(error, IsADirectoryError | NotADirectoryError | FileExistsError):
+            raise InputError(
+                f"in {folder}, a folder lies where a file belongs, or the other way round: "
+                f"{one_line(error)}. Move it away, or choose another folder"
+            ) from error
         raise
 
 

@@ -78,8 +78,9 @@ class LocalFolder(OutputFolder):
 
     def remove(self, *names: str) -> None:
         """Remove files, as far as they are there."""
-        for name in names:
-            self.at(name).unlink(missing_ok=True)
+        with writing_to(self.location):
+            for name in names:
+                self.at(name).unlink(missing_ok=True)
 
     def remove_folder(self, folder: str) -> None:
         """Remove a folder with all that it holds."""

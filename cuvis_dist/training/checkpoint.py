@@ -5,30 +5,34 @@ what state dicts leave out: the nodes' plain attributes (temperatures, fitted fl
 of torchmetrics and the random generators of every rank. The file is written under a temporary
 name, then renamed. The user's own checkpoints are not touched. Callbacks keep the paths of files
 that they wrote; where the run's folder is another one when the fit goes on, they are changed.
+
+The file holds tensors and plain values (:mod:`cuvis_dist.plain`), and is read as such: whoever can
+write to the output folder cannot run code in the fit that goes on.
 """
 
 from __future__ import annotations
 
-import io
 import os
-import random
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 import torch.distributed
+from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from loguru import logger
 from pytorch_lightning import Callback
-from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from pytorch_lightning.loggers import Logger as RunLogger
+from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
-from ray import cloudpickle
 from torchmetrics import Metric
 
+from cuvis_dist.nodes.probing import random_states, set_random_states
 from cuvis_dist.nodes.sinks import boards_of, continue_boards, is_sink
-from cuvis_dist.nodes.state import adopt_all
+from cuvis_dist.nodes.written import Unwritten, read_all
+from cuvis_dist.plain import NotPlainError, decode, encode, load
 from cuvis_dist.storage import Mirror, relocated
 from cuvis_dist.training.dealing import DealtBatches
 
@@ -37,15 +41,24 @@ LAST = "resume/last.ckpt"
 
 
 def finished_epochs(path: Path) -> int:
-    """Return how many epochs a checkpoint has behind it, 0 without one; read no parameters."""
-    return int(_peek(path)["epoch"]) if path.is_file() else 0
+    """Return how many epochs a checkpoint has behind it, 0 without one; read no parameters.
+
+    Raises
+    ------
+    NotPlainError
+        If it is no checkpoint of tensors and plain values.
+    """
+    return _count(path, "epoch") if path.is_file() else 0
 
 
-def _peek(path: Path) -> dict[str, Any]:
-    return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+def _count(path: Path, name: str) -> int:
+    found = load(path, mmap=True)
+    if not isinstance(found, dict) or not isinstance(found.get(name), int):
+        raise NotPlainError("it is no checkpoint")
+    return found[name]
 
 
-def continued(logger: Logger, last: Path) -> Logger:
+def continued(logger: RunLogger, last: Path) -> RunLogger:
     """Return a logger that goes on in the folder of the fit that left the checkpoint ``last``.
 
     TensorBoard then shows one run: what was logged after the checkpoint counts as undone.
@@ -56,7 +69,7 @@ def continued(logger: Logger, last: Path) -> Logger:
         logger.save_dir,
         name=logger.name,
         version=max(0, logger.version - 1),
-        purge_step=int(_peek(last)["global_step"]),
+        purge_step=_count(last, "global_step"),
     )
 
 
@@ -83,7 +96,10 @@ class LastEpoch(Callback):
         self.mirror = mirror
         self.pipeline = pipeline
         self.resume_from = resume_from
+        self._unwritten = Unwritten(self._kept())
         self._saving: dict[str, Any] = {}
+        #: Why this epoch cannot be kept, and what was said of an earlier one.
+        self._unkept = self._said = ""
         self._loaded: dict[str, Any] | None = None
 
     def attach_to(self, trainer: pl.Trainer) -> None:
@@ -95,7 +111,7 @@ class LastEpoch(Callback):
         trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
         if self.resume_from is not None:
             trainer.ckpt_path = self.resume_from
-            trainer.strategy.checkpoint_io = _WholeCheckpoints()
+            trainer.strategy.checkpoint_io = _PlainCheckpoints()
             last = Path(self.resume_from)
             trainer.loggers = [continued(each, last) for each in trainer.loggers]
 
@@ -112,7 +128,7 @@ class LastEpoch(Callback):
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         own = {
-            "random": _random_state(),
+            "random": random_states(),
             "samplers": [generator.get_state() for generator in _generators(trainer)],
             "metrics": _metric_states(pl_module),
         }
@@ -120,25 +136,63 @@ class LastEpoch(Callback):
         self._saving = {"ranks": ranks, "folder": str(self.mirror.root)}
         path = self.mirror.root / LAST
         if trainer.is_global_zero:
-            self._saving["nodes"] = _dumped(self.pipeline)
+            try:
+                self._saving["nodes"] = self._unwritten.write_all(self._kept())
+            except NotPlainError as error:
+                self._unkept = str(error)
             self._saving["boards"] = boards_of(self.pipeline)
             path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         trainer.save_checkpoint(temporary)
         self._saving = {}
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and self._is_plain(temporary):
             os.replace(temporary, path)
             self.mirror.push(last=LAST)
+
+    def _kept(self) -> list[Node]:
+        """Return the nodes whose state is kept: all but sinks, which hold open files."""
+        return [node for node in self.pipeline.nodes() if not is_sink(node)]
+
+    def _is_plain(self, path: Path) -> bool:
+        """Whether a fit can go on from this file; else it is removed, which is said."""
+        try:
+            if not self._unkept:
+                load(path, mmap=True)
+                return True
+        except NotPlainError as error:  # a callback, or an optimizer, has put it there
+            self._unkept = str(error)
+        path.unlink()
+        if self._unkept != self._said:  # else each epoch would say so
+            logger.warning(
+                "epochs are not kept; if training is interrupted, it goes on from an earlier one, "
+                f"or begins anew: {self._unkept}"
+            )
+        self._said, self._unkept = self._unkept, ""
+        return False
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is added to the checkpoint, which is nothing in the user's own ones."""
         return self._saving
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Write the states of callbacks as plain values, in this file and in no other."""
+        if not self._saving:
+            return
+        for key, state in checkpoint["callbacks"].items():
+            try:
+                checkpoint["callbacks"][key] = encode(state)
+            except NotPlainError as error:
+                self._unkept = f"the state of the callback {key}: {error}"
+
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Tell callbacks where their files are now: where rank 0 has them."""
-        states = checkpoint["callbacks"]
+        states = checkpoint["callbacks"] = {
+            key: decode(state) for key, state in checkpoint["callbacks"].items()
+        }
         was = states.get(self.state_key, {}).get("folder")
         now = trainer.strategy.broadcast(str(self.mirror.root))
         if was not in (None, now):
@@ -148,8 +202,7 @@ class LastEpoch(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Give the nodes their attributes; the rest follows when the epoch starts."""
-        nodes = torch.load(io.BytesIO(state_dict["nodes"]), map_location="cpu", weights_only=False)
-        adopt_all(self.pipeline, nodes)
+        read_all(self.pipeline.nodes(), state_dict["nodes"])
         continue_boards(self.pipeline, state_dict["boards"])
         self._loaded = state_dict
 
@@ -167,7 +220,7 @@ class LastEpoch(Callback):
             metric._update_count = updates
             for key, value in states.items():
                 setattr(metric, key, _moved(value, metric.device))
-        _set_random_state(mine["random"])
+        set_random_states(mine["random"])
         for generator, state in zip(_generators(trainer), mine["samplers"], strict=True):
             generator.set_state(state)
         # A fit that was not cut off asks for this epoch's iterator now, which draws; Lightning
@@ -181,27 +234,16 @@ def _generators(trainer: pl.Trainer) -> list[torch.Generator]:
     return batches.generators() if isinstance(batches, DealtBatches) else []
 
 
-class _WholeCheckpoints(TorchCheckpointIO):
-    """Reads checkpoints with all that they hold, where Lightning would read tensors alone.
-
-    It is for :data:`LAST`, which this run wrote, and which has the nodes and random generators.
-    """
+class _PlainCheckpoints(TorchCheckpointIO):
+    """Reads checkpoints of tensors and plain values alone, whatever Lightning's default is."""
 
     def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
-        """Read a file that is trusted."""
-        return super().load_checkpoint(path, *args, **options | {"weights_only": False})
+        """Read a file that may be anybody's."""
+        return super().load_checkpoint(path, *args, **options | {"weights_only": True})
 
 
 def _moved_path(was: str, now: str, text: str) -> str:
     return now + text[len(was) :] if text == was or text.startswith(f"{was}/") else text
-
-
-def _dumped(pipeline: CuvisPipeline) -> bytes:
-    """Pickle the nodes, but for sinks: these hold open files."""
-    buffer = io.BytesIO()
-    nodes = [node for node in pipeline.nodes() if not is_sink(node)]
-    torch.save(nodes, buffer, pickle_module=cloudpickle)
-    return buffer.getvalue()
 
 
 def _world_size() -> int:
@@ -238,22 +280,3 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {key: _moved(item, device) for key, item in value.items()}
     return value
-
-
-def _random_state() -> dict[str, Any]:
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_random_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

@@ -28,6 +28,7 @@ from cuvis_dist.evaluation.steps import AfterFit, Evaluator
 from cuvis_dist.execution.asked import trains_here
 from cuvis_dist.nodes.state import adopt_all
 from cuvis_dist.nodes.survey import outline
+from cuvis_dist.plain import NotPlainError
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.staging import portable
 from cuvis_dist.storage import Location, OutputFolder, is_uri, location_of, mirror_of
@@ -132,7 +133,7 @@ class GradientTrainer(UpstreamGradientTrainer):
                 "unfreeze_nodes, or call pipeline.unfreeze_nodes_by_name first"
             )
         self.output.probe()
-        if not resume:
+        if not resume or not self._can_go_on():
             self.output.remove(LAST)
         result = self._fit()
         self.epochs, self._best = result.epochs, result.checkpoint
@@ -167,6 +168,18 @@ class GradientTrainer(UpstreamGradientTrainer):
         if ckpt_path == "best":
             ckpt_path = self._best.path if self._best and self._best.restored else None
         return self._run("test", ckpt_path).metrics
+
+    def _can_go_on(self) -> bool:
+        """Whether what an earlier fit left can be used, if it left anything."""
+        try:
+            with mirror_of(self.output) as mirror:
+                finished_epochs(mirror.pull(LAST))
+        except NotPlainError as error:
+            logger.warning(
+                f"training begins with its first epoch: {self.output.at(LAST)} is not used: {error}"
+            )
+            return False
+        return True
 
     def _fit(self) -> Outcome:
         """Train; after a loss of workers, go on from the last finished epoch.

@@ -111,7 +111,7 @@ def measure(shards: int) -> dict[str, float]:
             "wall_ms": 1e3 * wall / shards,
             "driver_cpu_ms": 1e3 * (time.process_time() - cpu) / shards,
             "driver_growth_bytes": memory(peak=True) - before,
-            "stored_bytes": sum(p.stat().st_size for p in Path(folder).rglob("*.pkl")),
+            "stored_bytes": sum(p.stat().st_size for p in Path(folder).rglob("*.state")),
         }
 
 

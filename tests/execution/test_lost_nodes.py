@@ -105,7 +105,7 @@ def test_a_node_is_lost_in_the_middle_of_a_pass_and_another_joins(
         lost = nodes.read(1, files)
         nodes.join()
         wait_for(lambda: nodes.read(2, files), run)
-        joined_in_pass_1 = not (output / PASSES / "2.pkl").exists()
+        joined_in_pass_1 = not (output / PASSES / "2.state").exists()
         said, _ = run.communicate(timeout=300)
     assert run.returncode == 0, said
     assert joined_in_pass_1
@@ -150,7 +150,7 @@ def test_the_driver_of_a_job_is_killed_and_the_job_submitted_again(
     ray_session, demo_trainrun, tmp_path, scaling
 ):
     files, output = train_files(demo_trainrun), tmp_path / "results"
-    path = output / PASSES / "1.pkl"
+    path = output / PASSES / "1.state"
     with nodes_that_note(tmp_path, 0.3, one={}, two={}) as nodes:
         command = [
             BIN / "ray", "job", "submit", "--address", nodes.cluster.address, "--",

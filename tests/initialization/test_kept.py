@@ -21,6 +21,7 @@ from cuvis_dist.archive import open_archive
 from cuvis_dist.execution.tally import Tally
 from cuvis_dist.initialization.kept import PASSES, StoredPass, identify
 from cuvis_dist.initialization.plan import make_plan
+from cuvis_dist.plain import from_bytes
 from cuvis_dist.runs.trainrun import load_trainrun
 from cuvis_dist.storage import OutputFolder
 
@@ -72,21 +73,19 @@ class Fits:
 
     def kept(self, number):
         """Frames in the file of a pass."""
-        path = self.folder / "results" / PASSES / f"{number}.pkl"
+        path = self.folder / "results" / PASSES / f"{number}.state"
         stored = StoredPass(OutputFolder(self.folder / "results"), number, identity_in(path), 0)
         shards = self.archive.shards(SETTINGS["shard_frames"])
         return {
             frame
             for shard in shards
-            if shard.ordinal in stored.earlier.tree
+            if shard.ordinal in stored.earlier["shards"]
             for frame in range(shard.start, shard.stop)
         }
 
 
 def identity_in(path):
-    from ray import cloudpickle
-
-    return cloudpickle.loads(path.read_bytes()[32:])[0]
+    return from_bytes(path.read_bytes())["identity"]
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -177,9 +176,9 @@ def test_a_streamed_node_is_kept_when_it_is_fitted(tmp_path):
 
 
 def test_a_damaged_or_foreign_file_is_ignored(tmp_path, warnings):
-    StoredPass(OutputFolder(tmp_path), 1, "mine", 5).save({"some": "state"})
-    path = tmp_path / PASSES / "1.pkl"
-    assert StoredPass(OutputFolder(tmp_path), 1, "mine", 5).earlier == {"some": "state"}
+    StoredPass(OutputFolder(tmp_path), 1, "mine", 5).save({"done": 3})
+    path = tmp_path / PASSES / "1.state"
+    assert StoredPass(OutputFolder(tmp_path), 1, "mine", 5).earlier == {"done": 3}
     assert warnings == []
 
     assert StoredPass(OutputFolder(tmp_path), 1, "another", 5).earlier is None
@@ -189,17 +188,17 @@ def test_a_damaged_or_foreign_file_is_ignored(tmp_path, warnings):
         path.write_bytes(damaged)
         assert StoredPass(OutputFolder(tmp_path), 1, "mine", 5).earlier is None
         assert "it is damaged" in warnings[-1]
-    assert [p.name for p in path.parent.iterdir()] == ["1.pkl"], "nothing temporary is left"
+    assert [p.name for p in path.parent.iterdir()] == ["1.state"], "nothing temporary is left"
 
 
 def test_writing_is_rare_and_its_failure_no_end(tmp_path, warnings):
     stored = StoredPass(OutputFolder(tmp_path), 1, "mine", every=60)
-    stored.save_if_due("too early")
+    stored.save_if_due(dict)
     assert not any(tmp_path.iterdir())
 
     blocked = tmp_path / "file"
     blocked.touch()
-    StoredPass(OutputFolder(blocked), 1, "mine", 0).save("state")
+    StoredPass(OutputFolder(blocked), 1, "mine", 0).save({"done": 3})
     assert "cannot be written" in warnings[-1]
 
 

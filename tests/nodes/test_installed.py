@@ -17,6 +17,9 @@ from cuvis_ai_core.training import StatisticalTrainer as UpstreamStatisticalTrai
 from cuvis_dist import Scaling, StatisticalTrainer
 from cuvis_dist.archive import open_archive
 from cuvis_dist.nodes.catalogue import is_known, recipe_for
+from cuvis_dist.nodes.probing import digest
+from cuvis_dist.nodes.written import Unwritten, read_all
+from cuvis_dist.plain import from_bytes, to_bytes
 from cuvis_dist.statistics import PixelSample
 
 
@@ -155,6 +158,19 @@ def test_every_class_is_fitted_as_upstream_fits_it(archive, tmp_path, ray_sessio
             difference = relative_difference(mine.state_dict()[name], value)
             exact = recipe is not None and not sampled
             assert difference <= (1e-6 if exact else 0), (mine.name, name, difference)
+
+
+@pytest.mark.slow
+def test_the_state_of_every_class_can_be_kept(demo_trainrun, tmp_path):
+    """So that a run that is typed again does not fit it again."""
+    universe = demo_trainrun.parent / "archive" / "universe.csv"
+    fitted, fresh = (force(every_node(tmp_path, universe, 12, max_fit_pixels=50)) for _ in range(2))
+    before = Unwritten(fitted.pipeline.nodes())
+    UpstreamStatisticalTrainer(fitted.pipeline, fitted.datamodule()).fit()
+    states = before.write_all(fitted.pipeline.nodes())
+    read_all(fresh.pipeline.nodes(), from_bytes(to_bytes(states)))
+    for mine, other in zip(fresh.pipeline.nodes(), fitted.pipeline.nodes(), strict=True):
+        assert digest(mine) == digest(other), mine.name
 
 
 def fitted_on_sample(node, recipe, batches, trainer):

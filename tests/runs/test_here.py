@@ -21,7 +21,7 @@ def test_a_command_is_stopped_and_typed_again(demo_trainrun, tmp_path):
         CUVIS_DIST_READING_SECONDS="0.2",
     )  # fmt: skip
     files = train_files(demo_trainrun)
-    kept = out / "resume" / "passes" / "1.pkl"
+    kept = out / "resume" / "passes" / "1.state"
     code, said, _ = command.run(until=kept.exists, number=signal.SIGTERM)
     assert code == 130, said
     assert "interrupted; the same command goes on from here" in said

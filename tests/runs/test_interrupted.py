@@ -20,6 +20,8 @@ from cuvis_dist.initialization.kept import PASSES
 from cuvis_dist.storage import OutputFolder
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.long]
+#: What of ``resume`` is left when a run is done.
+KEPT = ["files.json", "fingerprint.json", "initialized.state"]
 
 
 def test_a_command_typed_again_goes_on(demo_trainrun, tmp_path):
@@ -56,7 +58,7 @@ def test_a_command_typed_again_goes_on(demo_trainrun, tmp_path):
     pipeline = Path(record["pipeline"])
     saved = CuvisPipeline.load_pipeline(pipeline, pipeline.with_suffix(".pt"))
     assert_same_state(saved, expected.pipeline, 1e-5)
-    assert [path.name for path in (results / "resume").iterdir()] == ["fingerprint.json"]
+    assert sorted(path.name for path in (results / "resume").iterdir()) == KEPT
 
 
 def test_it_goes_on_from_a_bucket_on_another_machine(demo_trainrun, tmp_path):
@@ -87,9 +89,7 @@ def test_it_goes_on_from_a_bucket_on_another_machine(demo_trainrun, tmp_path):
         assert code == -signal.SIGKILL, said
         first = {Path(name).name for name in output.names("checkpoints")}
         assert first
-        assert {"fingerprint.json", "initialized.pkl", "last.ckpt"} == {
-            Path(name).name for name in output.names("resume")
-        }
+        assert {*KEPT, "last.ckpt"} == {Path(name).name for name in output.names("resume")}
         assert list(local.glob("cuvis-dist-*/mirror-*"))
         shutil.rmtree(local)
         local.mkdir()
@@ -109,7 +109,7 @@ def test_it_goes_on_from_a_bucket_on_another_machine(demo_trainrun, tmp_path):
         assert Path(restored["path"]).name in first
         names = output.names()
         assert output.name_of(restored["path"]) in names
-        assert [n for n in names if n.startswith("resume/")] == ["resume/fingerprint.json"]
+        assert [n for n in names if n.startswith("resume/")] == [f"resume/{n}" for n in KEPT]
         versions = {name.split("/")[1] for name in names if name.startswith("lightning_logs/")}
         assert versions == {"version_0"}
         pipeline = output.download(output.name_of(record["pipeline"]), tmp_path / "a.yaml")
@@ -151,7 +151,7 @@ def test_a_driver_killed_in_the_middle_of_a_pass(demo_trainrun, tmp_path):
     files = train_files(demo_trainrun)
     for number in (1, 2):
         disturbed, output = command(f"disturbed_{number}")
-        path = output / PASSES / f"{number}.pkl"
+        path = output / PASSES / f"{number}.state"
         enough = functools.partial(_has_shards, path, 4)
         code, said, _ = disturbed.run(until=enough, number=signal.SIGKILL)
         assert code == -signal.SIGKILL, said
@@ -167,7 +167,7 @@ def test_a_driver_killed_in_the_middle_of_a_pass(demo_trainrun, tmp_path):
         assert saved_sha256(output) == expected
         restored = [p["restored_frames"] for p in record(output)["passes"]]
         assert restored == ([len(kept), 0] if number == 1 else [len(files), len(kept)])
-        assert [path.name for path in (output / "resume").iterdir()] == ["fingerprint.json"]
+        assert sorted(path.name for path in (output / "resume").iterdir()) == KEPT
 
 
 def _has_shards(path: Path, count: int) -> bool:

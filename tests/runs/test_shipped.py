@@ -34,7 +34,8 @@ NAMES = sorted(path.stem for path in (SHIPPED / "trainrun").glob("*.yaml"))
 #: What runs here: nodes that cuvis-ai itself has, on the data that the copy has.
 RUNS = ("channel_selector", "deep_svdd", "default_statistical", "rx_statistical")
 SOURCE = "data/Lentils/Lentils_000.cu3s"
-OWN = {".lock", "run.json", "result.json", "resume/fingerprint.json"}
+KEPT = {"resume/files.json", "resume/fingerprint.json", "resume/initialized.state"}
+OWN = {".lock", "run.json", "result.json", *KEPT}
 
 
 @pytest.fixture(scope="module")

@@ -136,9 +136,9 @@ def test_a_statistical_trainrun_and_restore_trainrun_test(demo, capsys):
     assert again("--restart")[:2] == (True, True)
     ran, fitted, said = again("--override", "data.batch_size=1")
     assert ran
-    assert fitted
-    assert "starting anew: an earlier run" in said
-    assert "had another trainrun" in said
+    assert not fitted, "phase 1 does not depend on it"
+    assert "phase 1 of it is used, the rest is done anew: an earlier run" in said
+    assert "had another data.batch_size" in said
 
     from cuvis_ai_core.utils.restore import restore_trainrun
 
@@ -320,6 +320,19 @@ BAD = {
         2,
         ["train split", "selects no frames"],
     ),
+    "empty val split": (
+        lambda demo: edit(demo, lambda run: run["data"]["splits"].update(val=[])),
+        2,
+        ["val split", "selects no frames"],
+    ),
+    "monitor that nothing logs": (
+        lambda demo: edit(
+            demo,
+            lambda run: run["training"]["callbacks"]["checkpoint"].update(monitor="metric/iou"),
+        ),
+        2,
+        ["training.callbacks.checkpoint.monitor is 'metric/iou'", "metrics_anomaly/iou"],
+    ),
     "missing recording": (
         lambda demo: (demo.parent / "archive" / "recording_01_001.npz").unlink(),
         3,
@@ -351,6 +364,7 @@ def test_bad_input_is_one_message_and_an_exit_code(case, demo, capsys):
         assert word in message
     assert earlier.read_text() == "an earlier, good result"
     assert [p.name for p in earlier.parent.iterdir()] == [earlier.name]
+    assert not (demo.parent / "results" / "resume" / "initialized.state").exists(), "phase 1 ran"
     if code == 3:
         record = json.loads((demo.parent / "results" / "run.json").read_text())
         assert record["status"] == "failed"

@@ -26,10 +26,10 @@ from pyarrow.fs import FileSystem, copy_files
 from settings import nested
 
 from cuvis_dist import Scaling, StatisticalTrainer
-from cuvis_dist.archive import Shard, open_archive
+from cuvis_dist.archive import Contents, Shard, open_archive
 from cuvis_dist.errors import DataError, InputError
 from cuvis_dist.execution.engine import share_files
-from cuvis_dist.runs.resume import fingerprint
+from cuvis_dist.runs.dependences import depends_on
 from cuvis_dist.runs.trainrun import TrainRun, load_trainrun
 from cuvis_dist.staging import fetched_when_opened, localize, portable
 from cuvis_dist.staging.cache import staging_here
@@ -227,7 +227,7 @@ def test_the_fingerprint_does_not_know_the_cache(demo_trainrun, store, tmp_path,
     run, found = with_data(demo_trainrun, tmp_path, params=params), []
     for name in ("one", "two"):
         here = scaling.replace(reading={"stage_dir": tmp_path / name})
-        found.append(fingerprint(run.config, run.pipeline, run.datamodule(here), here))
+        found.append(depends_on(run, run.datamodule(here), here))
     assert found[0] == found[1]
 
 
@@ -293,6 +293,9 @@ def test_cu3s_multi_from_a_bucket(bucket, tmp_path, scaling, sessions):
         assert same_items(ours.read(i), theirs.read(i)), ours.frames[i]
     assert counters(scaling).fetched == 2 + 3 + 1
     assert len({shard.staged for shard in ours.shards(2)}) == 3
+    for archive in (theirs, ours):
+        assert [len(frame.reads) for frame in archive.frames[::4]] == [2, 2, 1], "with labels"
+        assert len(Contents.of(archive.frames).files) == 5
 
 
 def test_a_frame_that_the_recording_does_not_have(store, tmp_path, scaling, sessions):
@@ -325,6 +328,7 @@ def test_cu3s_from_a_store(store, tmp_path, scaling, sessions, kind):
     assert_same_frames(theirs, ours, sessions, store)
     files = [f for f in ours.frames[0].files if f.startswith(store.base)]
     assert len(files) == 2, "the recording and its labels"
+    assert [len(archive.frames[0].reads) for archive in (theirs, ours)] == [2, 2]
 
 
 def test_selectors_name_uris(store, tmp_path, scaling, sessions):
@@ -368,6 +372,7 @@ def test_tiffs_with_labels_from_a_store(store, tmp_path, scaling):
     assert len(ours) == 2
     for i in range(2):
         assert same_items(ours.read(i), theirs.read(i))
+        assert [len(archive.frames[i].reads) for archive in (theirs, ours)] == [2, 2]
     store.delete("scrap/a.tif")
     module = module_of("tiff_paired", scaling, tmp_path, EVERY, **more, **remote)
     names = [frame.uid for frame in open_archive(module, "train").frames]

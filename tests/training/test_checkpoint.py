@@ -45,7 +45,7 @@ class Trainer(UpstreamGradientTrainer):
         return trainer
 
 
-def fit(path, folder, *overrides, resume=None):
+def fit(path, folder, *overrides, resume=None, more=()):
     trainrun = initialized(path, folder, *overrides)
     config, module = trainrun.config.training, trainrun.datamodule()
     loader = module.train_dataloader()
@@ -60,7 +60,7 @@ def fit(path, folder, *overrides, resume=None):
         trainrun.loss_nodes,
         trainrun.metric_nodes,
         config.model_copy(update={"default_root_dir": str(folder)}),
-        callbacks=[*callbacks(trainrun), Annealing()],
+        callbacks=[*callbacks(trainrun), Annealing(), *more],
     )
     resume_from = str(resume) if resume else None
     trainer.last = LastEpoch(mirror_of(OutputFolder(folder)), trainrun.pipeline, resume_from)
@@ -137,3 +137,33 @@ def test_a_log_that_goes_on_has_each_step_once(tmp_path):
     assert [(e.step, e.value) for e in events] == [
         (step, 1.0 if step < 5 else 2.0) for step in range(10)
     ]
+
+
+class Opaque(Annealing):
+    """Lets a node hold what cannot be written without code, or has such a state itself."""
+
+    def __init__(self, where):
+        self.where = where
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if self.where == "node":
+            (selector,) = [n for n in pl_module.pipeline.nodes() if n.name == "selector"]
+            selector.own = print
+
+    def state_dict(self):
+        return {"own": print} if self.where == "callback" else {}
+
+
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [("node", "selector.own is no plain value"), ("callback", "the state of the callback Opaque")],
+)
+def test_what_cannot_be_kept_without_code_is_said_once(
+    demo_trainrun, tmp_path, warnings, where, what
+):
+    """Training goes on, and leaves nothing to go on from."""
+    _, trainer = fit(demo_trainrun, tmp_path, more=[Opaque(where)])
+    assert trainer.trainer.current_epoch == 3
+    assert not list((tmp_path / "resume").iterdir())
+    (line,) = [line for line in warnings if "epochs are not kept" in line]
+    assert what in line
