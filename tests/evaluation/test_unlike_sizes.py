@@ -65,8 +65,8 @@ def test_a_frame_that_does_not_fit_the_others_of_val(demo, capsys):
 def test_one_at_a_time_they_fit(demo):
     shrink(demo, TRAIN)
     shrink(demo, TEST)
-    options = ("--override", "data.batch_size=1", "--override", "training.max_epochs=1")
-    assert main(["run", str(demo), *options]) == 0
+    options = ["--override", "data.batch_size=1", "--override", "training.max_epochs=1"]
+    assert main(["run", str(demo), "--workers", "0", "--train-workers", "0", *options]) == 0
 
 
 class Unreadable(Dataset):
