@@ -1,14 +1,16 @@
-"""Who may write to a local output folder? One job at a time."""
+"""Who may write to an output folder? One job at a time."""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cuvis_dist.errors import InputError
+from cuvis_dist.errors import CuvisDistError, InputError
+from cuvis_dist.runs.lease import leased, read_lease
 from cuvis_dist.storage import OutputFolder, writing_to
 
 #: File in an output folder that the job's process holds.
@@ -18,10 +20,14 @@ LOCK = ".lock"
 def writer_of(output: OutputFolder) -> str | None:
     """Return which process and host have the output folder; empty where none has.
 
-    None where nobody can tell: stores at URIs have no lock.
+    None where nobody can tell: a store does not answer.
     """
     if output.local is None:
-        return None
+        try:
+            lease = read_lease(output)
+        except CuvisDistError:
+            return None
+        return lease.owner if lease is not None and lease.until > time.time() else ""
     try:
         file = open(output.local / LOCK, encoding="utf-8")  # noqa: SIM115
     except OSError:
@@ -36,10 +42,10 @@ def writer_of(output: OutputFolder) -> str | None:
 
 @contextmanager
 def only_run(output: OutputFolder) -> Iterator[None]:
-    """Keep a second job out of a local output folder for as long as the block lasts.
+    """Keep a second job out of an output folder for as long as the block lasts.
 
-    The lock is the process's: it is gone when that dies, however it does. Stores at URIs have no
-    such lock.
+    The lock of a local folder is the process's: it is gone when that dies, however it does. A store
+    has a lease (:mod:`~cuvis_dist.runs.lease`).
 
     Raises
     ------
@@ -47,7 +53,8 @@ def only_run(output: OutputFolder) -> Iterator[None]:
         If another job has the folder, with its process and host.
     """
     if output.local is None:
-        yield
+        with leased(output):
+            yield
         return
     with writing_to(output.local):
         output.local.mkdir(parents=True, exist_ok=True)
