@@ -118,8 +118,8 @@ def job(
     KeyboardInterrupt
         If the job was stopped by SIGINT, SIGTERM or SIGHUP.
     """
+    record.output.probe()
     with only_run(locked) if locked is not None else nullcontext():
-        record.output.probe()
         entered = Job(record, scaling, verbose)
         with last_words(entered.ended), _recorded(entered), terminable(), entered.around:
             yield entered

@@ -39,7 +39,7 @@ def test_the_loss_of_the_cluster_is_said_at_once(demo_trainrun, tmp_path, name):
         tmp_path, "init", demo_trainrun, *options, "--workers", 1,
         "--set", "resources.save_seconds=0", **SLOWLY,
     )  # fmt: skip
-    kept = out / "resume" / "passes" / "1.pkl"
+    kept = out / "resume" / "passes" / "1.state"
     killed = []
 
     def kill() -> bool:

@@ -69,7 +69,7 @@ def test_evaluation_and_scoring_name_it(demo, capsys):
     saved = str(demo.parent / "results/trained_models/Channel_Selector_initialized.yaml")
     path = hang(demo, VAL)
     for command in (["evaluate", saved, "--split", "val"], ["score", saved, "--split", "val"]):
-        assert main([*command, "--data", str(demo), *SOON]) == 3
+        assert main([*command, "--data", str(demo), "--workers", "0", *SOON]) == 3
         said = capsys.readouterr().err
         assert_warned(said, path)
         assert f"({path}): TimeoutError" in result(demo)["error"]
