@@ -50,6 +50,8 @@ def connect(scaling: Scaling, verbose: bool = False) -> bool:
     if address:
         options["address"] = address
     else:
+        # Nobody announces that he takes this machine away: no process need wait for that.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         options |= {
             "include_dashboard": False,
             "num_cpus": max(os.cpu_count() or 1, cpus_wanted(scaling)),
