@@ -10,7 +10,11 @@ import pytest
 
 from cuvis_dist.cli import main
 
-SOON = ["--set", "resources.stall_seconds=0.5", "--set", "resources.read_seconds=1.5"]
+#: In this process: what a worker warns of takes a moment to come, and the run is over by then.
+SOON = [
+    *("--workers", "0"),
+    *("--set", "resources.stall_seconds=0.5", "--set", "resources.read_seconds=1.5"),
+]
 #: Frames of recording_00, of train and of val: not the first, which data modules open at once.
 TRAIN, VAL = 2, 5
 
@@ -69,7 +73,7 @@ def test_evaluation_and_scoring_name_it(demo, capsys):
     saved = str(demo.parent / "results/trained_models/Channel_Selector_initialized.yaml")
     path = hang(demo, VAL)
     for command in (["evaluate", saved, "--split", "val"], ["score", saved, "--split", "val"]):
-        assert main([*command, "--data", str(demo), "--workers", "0", *SOON]) == 3
+        assert main([*command, "--data", str(demo), *SOON]) == 3
         said = capsys.readouterr().err
         assert_warned(said, path)
         assert f"({path}): TimeoutError" in result(demo)["error"]
