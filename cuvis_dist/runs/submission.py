@@ -102,7 +102,8 @@ def submit(
     Returns
     -------
     int
-        Of the job: 130 when it was stopped. Without ``follow``, 0 once it is submitted.
+        The job's exit code, which is 130 when it was stopped. Without ``follow`` it is 0 once the
+        job is submitted.
 
     Raises
     ------

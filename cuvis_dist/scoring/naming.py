@@ -26,7 +26,7 @@ def file_names(frames: Sequence[Frame], suffix: str, taken: Iterable[str] = ()) 
         The names depend on all of them: those that would be alike get a hash of what they stand
         for.
     suffix : str
-        Of the files, such as ``.npz``.
+        What the names of the files end in, such as ``.npz``.
     taken : iterable of str
         What a recording's folder must not be called.
     """

@@ -37,7 +37,7 @@ class ScorePlan:
     archive : Archive
         The frames, each once, in canonical order.
     files : list of str
-        Of each frame, relative to ``folder``.
+        The name of each frame's file, relative to ``folder``.
     outputs : list of tuple of str
         Node and port of each map.
     todo : list of int

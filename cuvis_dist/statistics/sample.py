@@ -70,7 +70,7 @@ class PixelSample(Statistic):
         uid : str
             Identity of the frame, which the ranks depend on.
         position : int
-            Of the frame in the archive: a sample is handed out in that order.
+            The frame's place in the archive: a sample is handed out in that order.
         index : Tensor, optional
             ``[N]`` int64, of each pixel in its frame; ``0 .. N - 1`` by default.
         bound : float

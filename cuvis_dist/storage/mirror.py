@@ -73,7 +73,7 @@ class Mirror:
     def pull_folder(self, folder: str, suffix: str) -> None:
         """Copy the folder's files with this suffix to this machine.
 
-        Of the other files in it, only the folders are made.
+        The folders of its other files are made, without the files.
         """
 
     def push(self, last: str = "") -> None:

@@ -74,7 +74,7 @@ class DealtBatches(Sampler[list[int]]):
         Training batches are cut; those of validation and test stay whole, and go to every worker
         for nodes that each batch changes.
     limit : int or float or None
-        Of the global batches only the first so many (int) or this fraction (float).
+        Only the first so many (int) of the global batches are dealt, or this fraction (float).
     share : callable, optional
         Takes the global batches that this rank has drawn and returns rank 0's; called once in
         every epoch, on every rank.

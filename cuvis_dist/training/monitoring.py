@@ -54,7 +54,7 @@ def monitored(config: TrainingConfig) -> dict[str, str]:
     keys: dict[str, str] = {}
     callbacks = config.callbacks
     if callbacks is not None:
-        if callbacks.checkpoint is not None:
+        if callbacks.checkpoint is not None and callbacks.checkpoint.save_top_k:
             keys["callbacks.checkpoint.monitor"] = callbacks.checkpoint.monitor
         for number, stopping in enumerate(callbacks.early_stopping):
             if stopping.strict:
