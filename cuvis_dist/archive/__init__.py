@@ -2,6 +2,12 @@
 
 from cuvis_dist.archive.batching import NamingCollate, Numbered
 from cuvis_dist.archive.contents import Contents, in_words, read_contents, write_contents
+from cuvis_dist.archive.frame_cache import (
+    FrameCache,
+    caches_in_use,
+    clear_caches,
+    frame_cache,
+)
 from cuvis_dist.archive.frames import Archive, Frame, NamedFrames, Shard, batch_bytes
 from cuvis_dist.archive.opening import open_archive, open_split, setup_error
 from cuvis_dist.archive.patience import Patience, be_patient, patience
@@ -10,6 +16,7 @@ __all__ = [
     "Archive",
     "Contents",
     "Frame",
+    "FrameCache",
     "NamedFrames",
     "NamingCollate",
     "Numbered",
@@ -17,6 +24,9 @@ __all__ = [
     "Shard",
     "batch_bytes",
     "be_patient",
+    "caches_in_use",
+    "clear_caches",
+    "frame_cache",
     "in_words",
     "open_archive",
     "open_split",

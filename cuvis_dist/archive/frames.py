@@ -21,9 +21,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, SequentialSampler, default_collate
 
 from cuvis_dist.archive.batching import collate_frames, is_array
+from cuvis_dist.archive.frame_cache import FrameCache
 from cuvis_dist.archive.patience import read_in_time
 from cuvis_dist.errors import CuvisDistError, DataError, one_line
 from cuvis_dist.nodes import upstream
+from cuvis_dist.nodes.probing import random_states
 from cuvis_dist.staging import Staging, portable, with_uris
 
 
@@ -101,11 +103,15 @@ class NamedFrames(Dataset):
         The data module's own.
     frames : sequence of Frame
         One per item of the dataset.
+    cache : FrameCache, optional
+        It keeps what was read, unless reading it drew random numbers.
     """
 
-    def __init__(self, dataset: Any, frames: Sequence[Frame]) -> None:
+    def __init__(
+        self, dataset: Any, frames: Sequence[Frame], cache: FrameCache | None = None
+    ) -> None:
         self.dataset = dataset
-        self.frames = frames
+        self.frames, self.cache = frames, cache
         self._directory = os.getcwd()
 
     def __len__(self) -> int:
@@ -139,16 +145,26 @@ class NamedFrames(Dataset):
         upstream.only_real_numbers()
         if os.path.isdir(self._directory):
             os.chdir(self._directory)
-        frame = self.frames[index]
+        frame, kept = self.frames[index], self.kept(index)
+        if kept is not None:
+            return kept
         try:
             with frame.held():
-                return _with_a_cube(read())
+                before = random_states() if self.cache else None
+                item = _with_a_cube(read())
         except DataError as error:
             raise DataError(f"cannot read {frame}: {error}") from error
         except CuvisDistError:
             raise
         except Exception as error:
             raise DataError(f"cannot read {frame}: {with_uris(one_line(error))}") from error
+        if self.cache and random_states() == before:
+            self.cache.put(frame, index, item)
+        return item
+
+    def kept(self, index: int) -> Any:
+        """Return the item of a frame that this node has read before and keeps, else None."""
+        return self.cache.get(self.frames[index], index) if self.cache else None
 
     def __getstate__(self) -> dict[str, Any]:
         """Let the paths of staged files mean those of the node where this arrives."""
@@ -166,6 +182,8 @@ class Archive:
         its sampler is not.
     frames : sequence of Frame
         One per item of the dataset.
+    cache : FrameCache, optional
+        Where a node keeps the frames that it has read.
 
     Attributes
     ----------
@@ -177,8 +195,10 @@ class Archive:
         Whether that loader gives them in another order than the canonical one.
     """
 
-    def __init__(self, loader: DataLoader, frames: Sequence[Frame]) -> None:
-        self.dataset = NamedFrames(loader.dataset, tuple(frames))
+    def __init__(
+        self, loader: DataLoader, frames: Sequence[Frame], cache: FrameCache | None = None
+    ) -> None:
+        self.dataset = NamedFrames(loader.dataset, tuple(frames), cache)
         self.collate = loader.collate_fn
         self.batch_size = loader.batch_size or 1
         self.shuffled = not isinstance(loader.sampler, SequentialSampler)
@@ -187,6 +207,11 @@ class Archive:
 
     def __len__(self) -> int:
         return len(self.frames)
+
+    @property
+    def cache(self) -> FrameCache | None:
+        """Where a node keeps the frames that it has read."""
+        return self.dataset.cache
 
     def sampled(self, count: int | None, fraction: float | None, seed: int = 0) -> Archive:
         """Return an archive of some of the frames, those whose uids have the smallest hashes.

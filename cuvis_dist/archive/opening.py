@@ -15,15 +15,21 @@ import pytorch_lightning as pl
 from cuvis_ai_schemas.training.data import SampleRef
 from torch.utils.data import DataLoader, Dataset
 
+from cuvis_dist.archive.frame_cache import FrameCache
 from cuvis_dist.archive.frames import Archive, Frame
 from cuvis_dist.errors import CuvisDistError, InputError, one_line
 from cuvis_dist.staging import fetched_when_opened, original, staged_files, with_uris
 from cuvis_dist.storage import is_uri
 
 
-def open_archive(datamodule: pl.LightningDataModule, split: str) -> Archive:
-    """Return the archive of ``split``; raises as :func:`open_split` does."""
-    return Archive(*open_split(datamodule, split))
+def open_archive(
+    datamodule: pl.LightningDataModule, split: str, cache: FrameCache | None = None
+) -> Archive:
+    """Return the archive of ``split``; raises as :func:`open_split` does.
+
+    ``cache`` keeps the frames that are read, of all splits of the data module.
+    """
+    return Archive(*open_split(datamodule, split), cache.of(split) if cache else None)
 
 
 def open_split(datamodule: pl.LightningDataModule, split: str) -> tuple[DataLoader, list[Frame]]:

@@ -26,7 +26,7 @@ from cuvis_ai_schemas.execution import Context
 from loguru import logger
 from torch.utils.data import DataLoader
 
-from cuvis_dist.archive import Archive, open_split
+from cuvis_dist.archive import Archive, FrameCache, open_split
 from cuvis_dist.errors import DataError
 from cuvis_dist.evaluation.merging import merge_pooled
 from cuvis_dist.evaluation.parts import Evaluated, EvaluatePart, Outputs, Part, Port, load
@@ -54,6 +54,8 @@ class Split:
         Set up for ``name`` here.
     name : str
         ``val`` or ``test``.
+    cache : FrameCache, optional
+        Where each node keeps the frames that it has read.
 
     Raises
     ------
@@ -61,10 +63,12 @@ class Split:
         If the data module cannot serve the split.
     """
 
-    def __init__(self, datamodule: pl.LightningDataModule, name: str) -> None:
+    def __init__(
+        self, datamodule: pl.LightningDataModule, name: str, cache: FrameCache | None = None
+    ) -> None:
         loader, frames = open_split(datamodule, name)
         self.name = name
-        self.archive = Archive(loader, frames)
+        self.archive = Archive(loader, frames, cache.of(name) if cache else None)
         self.dataset = self.archive.dataset  # where upstream looks for the number of frames
         self._sampler: Any = loader.batch_sampler
 

@@ -38,6 +38,7 @@ from cuvis_ai_core.training.post_fit import (
 from cuvis_ai_schemas.enums import ExecutionStage, NodeCategory, NodeTag
 from loguru import logger
 
+from cuvis_dist.archive import FrameCache, frame_cache
 from cuvis_dist.errors import without_traceback
 from cuvis_dist.evaluation.cluster import ClusterPipeline, Split
 from cuvis_dist.evaluation.merging import unmergeable
@@ -117,7 +118,9 @@ class Evaluator:
         if reason:
             logger.info(f"calibrated and evaluated on one worker: {reason}")
         announce("calibrating and evaluating")
-        steps = _PostFit([node.name for node in nodes], after or AfterFit(), bool(reason))
+        steps = _PostFit(
+            [node.name for node in nodes], after or AfterFit(), bool(reason), self._cache()
+        )
         # The loop itself mostly waits for the workers, and another of them would have to start.
         place = Workers.evaluating(scaling) if reason else Workers.none(scaling)
         result, fitted = in_one_process(
@@ -167,12 +170,12 @@ class Evaluator:
                 self.datamodule,
                 stage,
                 [node.name for node in metric_nodes],
-                scaling,
+                (scaling, self._cache()),
                 emit=self.emit,
                 workers=Workers.evaluating(scaling),
             )
         spread: Any = ClusterPipeline(self.pipeline, metric_nodes, scaling)
-        split: Any = Split(self.datamodule, stage.value)
+        split: Any = Split(self.datamodule, stage.value, self._cache())
         with closing(spread), raise_cause(f"evaluating {stage.value}"):
             return evaluate_split(
                 spread,
@@ -182,6 +185,10 @@ class Evaluator:
                 stop_event=stop_event,
                 on_batch=_progress(stage, self.emit),
             )
+
+    def _cache(self) -> FrameCache | None:
+        reading = self.scaling.reading
+        return frame_cache(self.datamodule, reading.cache, reading.cache_bytes)
 
     def _settled(self, times: dict[str, int]) -> Scaling:
         """Return the settings with the choice of where these splits are read, so often each."""
@@ -226,8 +233,8 @@ def _progress(stage: ExecutionStage, emit: EmitFn) -> OnBatch:
 class _NamedSplits:
     """A data module whose val and test loaders are :class:`Split`, or load as one."""
 
-    def __init__(self, datamodule: pl.LightningDataModule, here: bool) -> None:
-        self._datamodule, self._here = datamodule, here
+    def __init__(self, datamodule: pl.LightningDataModule, steps: _PostFit) -> None:
+        self._datamodule, self._here, self._cache = datamodule, steps.here, steps.cache
         self.opened: dict[str, Split] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -245,17 +252,30 @@ class _NamedSplits:
 
     def _open(self, name: str) -> Any:
         if name not in self.opened:
-            self.opened[name] = Split(self._datamodule, name)
+            self.opened[name] = Split(self._datamodule, name, self._cache)
         return self.opened[name].loader() if self._here else self.opened[name]
 
 
 @dataclass(frozen=True)
 class _PostFit:
-    """Metric nodes by name, the fit that has ended, and whether this process does everything."""
+    """What post-fit steps need to know.
+
+    Attributes
+    ----------
+    metric_nodes : list of str
+        Names of the metric nodes.
+    after : AfterFit
+        The fit that has ended.
+    here : bool
+        Whether the process of the loop computes everything.
+    cache : FrameCache or None
+        Where each node keeps the frames that it has read.
+    """
 
     metric_nodes: list[str]
     after: AfterFit
     here: bool
+    cache: FrameCache | None
 
 
 def _post_fit(
@@ -274,7 +294,7 @@ def _post_fit(
     if steps.here:
         pipeline.to("cuda" if scaling.resources.train_gpus else "cpu")
     spread = ClusterPipeline(pipeline, nodes, scaling)
-    splits = _NamedSplits(datamodule, steps.here)
+    splits = _NamedSplits(datamodule, steps)
     computing: Any = NamingPipeline(pipeline if steps.here else spread, splits.opened)
     with closing(spread):
         try:
@@ -296,12 +316,13 @@ def _evaluate(
     datamodule: pl.LightningDataModule,
     stage: ExecutionStage,
     metric_nodes: list[str],
-    scaling: Scaling,
+    reading: tuple[Scaling, FrameCache | None],
     emit: EmitFn,
 ) -> EvaluationSummary:
+    scaling, cache = reading
     use_patience(scaling)
     pipeline.to("cuda" if scaling.resources.train_gpus else "cpu")
-    split = Split(datamodule, stage.value)
+    split = Split(datamodule, stage.value, cache)
     naming: Any = NamingPipeline(pipeline, {stage.value: split})
     return evaluate_split(
         naming,

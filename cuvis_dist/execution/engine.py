@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,7 @@ from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from loguru import logger
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cuvis_dist.archive import Archive
+from cuvis_dist.archive import Archive, FrameCache
 from cuvis_dist.errors import CuvisDistError, DataError
 from cuvis_dist.execution.importing import await_imports
 from cuvis_dist.execution.pool import Pool, Workers
@@ -36,6 +36,8 @@ from cuvis_dist.execution.worker import attempts_before, peak_bytes
 _OTHER_NODES = 3
 #: Tasks at most, unless there are very many workers, which need some each.
 _TASKS, _TASKS_PER_WORKER = 1000, 32
+#: How many bundles are looked at to find one whose frames a node with little to do keeps.
+_LOOKED_AT = 64
 #: How many shards of a staged file one task takes at most, where rows carry cubes.
 _CUBES_TOGETHER = 4
 
@@ -59,6 +61,7 @@ class RayEngine:
     def __init__(self, workers: Workers) -> None:
         self.workers = workers
         self._pool = Pool(_compute, workers)
+        self._caches: dict[Any, FrameCache | None] = {}
 
     def __enter__(self) -> RayEngine:
         return self
@@ -76,8 +79,10 @@ class RayEngine:
 
     def make_order(self, pipeline: CuvisPipeline, archive: Archive, skip: bool = False) -> Order:
         """Put the pipeline as it is now, and the archive, where every worker can fetch them."""
+        kept = self.keep(archive)
+        self._caches[kept] = archive.cache
         return Order(
-            self.keep(archive),
+            kept,
             self.keep(pipeline),
             threads=math.floor(self.workers.cpus),
             skip=skip,
@@ -89,7 +94,8 @@ class RayEngine:
         """Yield the rows of every shard as they come, or in order if the function wants that.
 
         In order, at most twice as many tasks as there are workers have been started and not been
-        asked for their rows, so that few of them wait in memory for an earlier one.
+        asked for their rows, so that few of them wait in memory for an earlier one. Where nodes
+        keep frames, a shard goes to the node that computed it in the pass before.
 
         Raises
         ------
@@ -100,6 +106,7 @@ class RayEngine:
         bundles = self._bundles(shards, cubes=function.ordered)
         kept = ray.put(function)
         waiting = deque(range(len(bundles)))
+        cached = _CachedFrames(self._caches.get(function.order.archive), bundles)
         running: dict[ray.ObjectRef, int] = {}
         ended: dict[int, ray.ObjectRef] = {}
         rows: list[Row] = []
@@ -108,8 +115,9 @@ class RayEngine:
             while True:
                 room = min(self._pool.room, 2 * self._pool.places - len(ended))
                 while waiting and len(running) < room:
-                    number = waiting.popleft()
-                    running[self._pool.start(kept, bundles[number])] = number
+                    number = cached.take(waiting, running.values(), function.ordered)
+                    ref = self._pool.start(kept, bundles[number], on=cached.node(number))
+                    running[ref] = number
                 for row in rows:
                     yield from self._settled(row, function, shards)
                 if not running and not ended:
@@ -122,6 +130,7 @@ class RayEngine:
                 rows = []
                 if number in ended:
                     rows = ray.get(ended.pop(number))
+                    cached.note(number, rows)
                     due += function.ordered
         finally:
             self._pool.abandon(running)
@@ -180,6 +189,46 @@ class RayEngine:
         (row,) = rows
         assert row.error is not None
         return [replace(row, error=_located(row.error, tried))]
+
+
+class _CachedFrames:
+    """Which node keeps the frames of which bundle, as far as the cache of an archive tells.
+
+    Parameters
+    ----------
+    cache : FrameCache or None
+        Without one, no node keeps any.
+    bundles : sequence of shards
+        What is to be computed.
+    """
+
+    def __init__(self, cache: FrameCache | None, bundles: Sequence[Sequence[Piece]]) -> None:
+        self.cache, self.bundles = cache, bundles
+
+    def node(self, number: int) -> str | None:
+        """Return the node that keeps the frames of a bundle."""
+        return self.cache.nodes.get(self._key(number)) if self.cache else None
+
+    def note(self, number: int, rows: Sequence[Row]) -> None:
+        """Remember the node that has computed a bundle."""
+        if self.cache and rows and rows[-1].error is None:
+            self.cache.nodes[self._key(number)] = rows[-1].node
+
+    def take(self, waiting: deque[int], running: Iterable[int], ordered: bool) -> int:
+        """Take the next bundle: among the first few one for the node with the least to do."""
+        if self.cache is None or ordered:
+            return waiting.popleft()
+        busy = Counter(self.node(number) for number in running)
+        few = range(min(len(waiting), _LOOKED_AT))
+        place = min(few, key=lambda i: busy[self.node(waiting[i])])
+        number = waiting[place]
+        del waiting[place]
+        return number
+
+    def _key(self, number: int) -> tuple[Any, ...]:
+        first = self.bundles[number][0]
+        assert self.cache is not None
+        return self.cache.split, type(first).__name__, first.start
 
 
 def _compute(function: ShardFunction, shards: Sequence[Piece]) -> list[Row]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cuvis_dist.execution.worker import places
 from cuvis_dist.scaling import Scaling
@@ -123,10 +124,15 @@ class Pool:
         """How many calls may be under way; without a limit, so many that no worker waits."""
         return self.places if self.workers.gpus or self.workers.most else 2 * self.places
 
-    def start(self, *args: Any) -> ray.ObjectRef:
-        """Start a call; there must be :attr:`room` for it."""
+    def start(self, *args: Any, on: str | None = None) -> ray.ObjectRef:
+        """Start a call; there must be :attr:`room` for it.
+
+        ``on`` is the node that is to compute it, as long as there is that node; actors are where
+        they are.
+        """
         if not self.workers.gpus:
-            return self._task.remote(*args)
+            there = NodeAffinitySchedulingStrategy(on, soft=True) if on else "SPREAD"
+            return self._task.options(scheduling_strategy=there).remote(*args)
         actor = self._idle.popleft() if self._idle else self._actor.remote(self._function)
         ref = actor.call.remote(*args)
         self._busy[ref] = actor

@@ -7,6 +7,7 @@ import functools
 import os
 import resource
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import pytorch_lightning as pl
@@ -14,6 +15,7 @@ import ray
 import torch
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training.post_fit import EmitFn
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cuvis_dist.execution.copies import Snapshot
 from cuvis_dist.execution.events import relayed
@@ -22,6 +24,9 @@ from cuvis_dist.nodes.sinks import close_sinks
 from cuvis_dist.staging import portable
 
 T = TypeVar("T")
+
+#: Seconds that other nodes have at the end of a job to remove what they have kept for it.
+_TIDY_SECONDS = 20.0
 
 
 def prepare_worker(threads: int) -> None:
@@ -129,6 +134,25 @@ def on_worker(
     with relayed(emit) as worker_emit, raise_cause(in_words(function)):
         threads, args = max(1, int(cpus)), travelling(args)
         return ray.get(remote.remote(function, args, worker_emit, threads, os.getcwd()))
+
+
+def on_other_nodes(function: Callable[..., Any], *args: Any) -> None:
+    """Run ``function(*args)`` once on each node but this one, as far as they answer in time."""
+    if not ray.is_initialized():
+        return
+    here = ray.get_runtime_context().get_node_id()
+    others = [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["NodeID"] != here]
+    with suppress(ray.exceptions.RayError):
+        refs = []
+        for node in others:
+            options: dict[str, Any] = {
+                "num_cpus": 0,
+                "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
+            }
+            remote: Any = ray.remote(**options)(function)
+            refs.append(remote.remote(*args))
+        if refs:
+            ray.wait(refs, num_returns=len(refs), timeout=_TIDY_SECONDS)
 
 
 def travelling(args: tuple) -> tuple:

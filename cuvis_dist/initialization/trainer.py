@@ -17,7 +17,7 @@ from cuvis_ai_core.training.post_fit import EmitFn, FrameProgress, TrainEvent, T
 from cuvis_ai_schemas.enums import ExecutionStage
 from loguru import logger
 
-from cuvis_dist.archive import Archive, Contents, open_archive
+from cuvis_dist.archive import Archive, Contents, frame_cache, open_archive
 from cuvis_dist.errors import DataError
 from cuvis_dist.evaluation.steps import Evaluator
 from cuvis_dist.execution.where import begin, settled, work_on
@@ -100,7 +100,8 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         if not plan:
             logger.info("No statistical nodes to train")
             return
-        archive = open_archive(self.datamodule, "train").sampled(
+        cache = frame_cache(self.datamodule, scaling.reading.cache, scaling.reading.cache_bytes)
+        archive = open_archive(self.datamodule, "train", cache).sampled(
             scaling.measuring.sample_frames,
             scaling.measuring.sample_fraction,
             scaling.measuring.sample_seed,

@@ -13,10 +13,12 @@ from typing import Generic, TypeVar
 
 from loguru import logger
 
+from cuvis_dist.archive import caches_in_use, clear_caches
 from cuvis_dist.errors import INTERRUPTED, CuvisDistError, one_line
 from cuvis_dist.execution.failures import out_of_space
 from cuvis_dist.execution.outage import watched_cluster
 from cuvis_dist.execution.where import Work, begin, settled
+from cuvis_dist.execution.worker import on_other_nodes
 from cuvis_dist.runs.lock import only_run
 from cuvis_dist.runs.record import JobRecord, now
 from cuvis_dist.scaling import Scaling
@@ -72,6 +74,7 @@ class Job(Generic[R]):
         with terminable():  # Ray sets a handler of its own
             begin(self.scaling, training, self.verbose)
         self.around.enter_context(watched_cluster())
+        self.around.callback(_forget_frames)
 
     def done(self) -> None:
         """Write down that the job ended well."""
@@ -123,6 +126,13 @@ def job(
         entered = Job(record, scaling, verbose)
         with last_words(entered.ended), _recorded(entered), terminable(), entered.around:
             yield entered
+
+
+def _forget_frames() -> None:
+    """Remove the decoded frames that nodes have kept for this job."""
+    if caches := caches_in_use():
+        clear_caches(caches)
+        on_other_nodes(clear_caches, caches)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from cuvis_ai_core.training.config import TrainingConfig
 from cuvis_ai_core.training.post_fit import CheckpointRestored, EmitFn
 from pytorch_lightning import Callback
 
+from cuvis_dist.archive import FrameCache
 from cuvis_dist.nodes.survey import NodePlan
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.storage import OutputFolder
@@ -96,6 +97,8 @@ class Assignment:
         Where checkpoints and logs belong.
     scaling : Scaling
         The settings of the run.
+    cache : FrameCache or None
+        Where each node keeps the frames that it has read.
     """
 
     verb: str
@@ -103,6 +106,7 @@ class Assignment:
     parts: TrainerParts
     output: OutputFolder
     scaling: Scaling
+    cache: FrameCache | None = None
 
     @property
     def on_gpu(self) -> bool:

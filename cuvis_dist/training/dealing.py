@@ -242,13 +242,8 @@ class WatchedFrames(Dataset):
         return self.__dict__ | {"_seen": True, "drawing": None}
 
 
-def deal(
-    loader: DataLoader, dataset: Dataset, batches: DealtBatches, keep_workers: bool = False
-) -> DataLoader:
-    """Return ``loader`` as its module made it, over ``dataset`` and in ``batches``.
-
-    ``keep_workers`` lets its processes, if it has any, live from one epoch to the next.
-    """
+def deal(loader: DataLoader, dataset: Dataset, batches: DealtBatches) -> DataLoader:
+    """Return ``loader`` as its module made it, over ``dataset`` and in ``batches``."""
     options: dict[str, Any] = (
         {"prefetch_factor": loader.prefetch_factor} if loader.num_workers else {}
     )
@@ -261,7 +256,7 @@ def deal(
         timeout=loader.timeout,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
-        persistent_workers=loader.persistent_workers or (keep_workers and loader.num_workers > 0),
+        persistent_workers=loader.persistent_workers,
         generator=batches.generator,
         **options,
     )

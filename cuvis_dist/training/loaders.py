@@ -1,8 +1,8 @@
 """Which batches does a rank get, and how are their frames read?
 
 The user's data module opens each split; its batches are dealt (:mod:`~cuvis_dist.training.dealing`)
-over the ranks. A rank may keep frames (:mod:`~cuvis_dist.training.frame_cache`), and have them read
-elsewhere (:mod:`~cuvis_dist.training.read_ahead`).
+over the ranks. Each node may keep frames (:mod:`~cuvis_dist.archive.frame_cache`), and a rank have
+them read elsewhere (:mod:`~cuvis_dist.training.read_ahead`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from cuvis_dist.training.dealing import (
     deal,
     keeps_own_order,
 )
-from cuvis_dist.training.frame_cache import CachedFrames, FrameCache, make_cache
 from cuvis_dist.training.heartbeat import Heartbeat
 from cuvis_dist.training.read_ahead import ReadAhead
 from cuvis_dist.training.watch import STARTING
@@ -62,8 +61,7 @@ class DealtDataModule(pl.LightningDataModule):
         self.module, self.heartbeat = assignment.parts.datamodule, heartbeat
         self.config, self.scaling = assignment.parts.config, assignment.scaling
         self.rank, self.world_size = seat.rank, seat.world_size
-        self._run = seat.run
-        self._caches: dict[str, FrameCache] = {}
+        self.cache = assignment.cache
         self.notes: list[str] = []
         self.in_order: set[str] = set()
         self._parted = False
@@ -104,17 +102,21 @@ class DealtDataModule(pl.LightningDataModule):
                 f"{len(loader)} batches of the {split} split"
             )
         reading = self.scaling.reading
-        named: Dataset = NamedFrames(loader.dataset, frames)
+        named = NamedFrames(
+            loader.dataset, frames, self.cache.of(split) if self.cache is not None else None
+        )
+        watched: Dataset = named
         if self.world_size > 1:
-            named = WatchedFrames(named, self._note_parting)
-        dataset = Numbered(self._cached(split, named, loader.num_workers))
-        dealt = deal(loader, dataset, batches, keep_workers=reading.cache == "memory")
+            watched = WatchedFrames(named, self._note_parting)
+        dealt = deal(loader, Numbered(watched), batches)
         dealt.collate_fn = NamingCollate(loader.collate_fn, frames)
         if not reading.read_ahead:
             return dealt
         starting = partial(self.heartbeat.doing, STARTING)
         retries = self.scaling.resources.max_failures
-        return ReadAhead(dealt, reading.read_ahead, retries=retries, starting=starting)
+        return ReadAhead(
+            dealt, reading.read_ahead, kept=named.kept, retries=retries, starting=starting
+        )
 
     def _dealing(self, split: str) -> Dealing:
         if split == "train":
@@ -172,25 +174,6 @@ class DealtDataModule(pl.LightningDataModule):
                 f"each frame, and each of {self.world_size} workers for its own: after the first "
                 "epoch the order of frames is rank 0's, and not upstream's"
             )
-
-    def _cached(self, split: str, frames: Dataset, processes: int) -> Dataset:
-        """Keep the frames of a split as the scaling says, over all of its loaders.
-
-        Each of the ``processes`` of a loader has a cache of its own, which share the bytes.
-        """
-        reading = self.scaling.reading
-        if reading.cache == "none":
-            return frames
-        if split not in self._caches:
-            limit = reading.cache_bytes - sum(cache.held for cache in self._caches.values())
-            limit //= max(1, processes)
-            self._caches[split] = make_cache(reading.cache, limit, f"{self._run}-{split}")
-        return CachedFrames(frames, self._caches[split])
-
-    def close(self) -> None:
-        """Give back what the caches hold."""
-        for cache in self._caches.values():
-            cache.clear()
 
     def train_dataloader(self) -> DataLoader | ReadAhead:
         """Return this rank's part of every training batch."""

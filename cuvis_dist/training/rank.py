@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
 
@@ -77,7 +76,7 @@ class _Rank:
         if not self.is_first:
             silence_sinks(self.parts.pipeline)
         metrics: Sequence[Mapping[str, float]] = ()
-        with self.heartbeat, closing(module.datamodule):
+        with self.heartbeat:
             if self.assignment.verb == "fit":
                 module.fit()
             else:

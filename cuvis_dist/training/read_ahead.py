@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 from cuvis_dist.archive import Numbered
 from cuvis_dist.execution.worker import prepare_worker
 from cuvis_dist.training.dealing import DealtBatches
-from cuvis_dist.training.frame_cache import CachedFrames
 
 
 class ReadAhead(DataLoader):
@@ -33,6 +32,8 @@ class ReadAhead(DataLoader):
         Its dataset, batches and ``collate_fn`` are used.
     ahead : int
         Frames beyond the next batch.
+    kept : callable, optional
+        Returns the item of a frame that need not be read, by its index, or None.
     retries : int
         Ray repeats a reading so often if it loses the process that reads.
     starting : callable
@@ -45,6 +46,7 @@ class ReadAhead(DataLoader):
         loader: DataLoader,
         ahead: int,
         *,
+        kept: Callable[[int], Any] = lambda index: None,
         retries: int = 3,
         starting: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
@@ -55,9 +57,8 @@ class ReadAhead(DataLoader):
         self._draws_at_once = loader.num_workers > 0  # as that loader, for its processes
         source: Any = self.dataset
         self._numbered = isinstance(source, Numbered)
-        source = source.dataset if self._numbered else source
-        self._cache = source.cache if isinstance(source, CachedFrames) else None
-        self._source = ray.put(source.dataset if self._cache else source)
+        self._source = ray.put(source.dataset if self._numbered else source)
+        self._kept = kept
         self._starting = starting
         options: dict[str, Any] = {"num_cpus": 1, "max_retries": retries}
         self._read: Any = ray.remote(**options)(_read)
@@ -85,7 +86,7 @@ class ReadAhead(DataLoader):
 
     def _start(self, index: int) -> tuple[int, Any, Any]:
         """Return a frame's index, and its item or a reference to the reading of it."""
-        kept = self._cache.get(index) if self._cache else None
+        kept = self._kept(index)
         if kept is not None:
             return index, kept, None
         if self._opening is None:
@@ -98,10 +99,7 @@ class ReadAhead(DataLoader):
             return kept
         with self._starting():
             ray.get(self._opening)
-        item = ray.get(reading)
-        if self._cache:
-            self._cache.put(index, item)
-        return item
+        return ray.get(reading)
 
 
 def _open(dataset: Any) -> None:

@@ -23,6 +23,7 @@ from cuvis_ai_core.training.post_fit import (
 from loguru import logger
 from pytorch_lightning.callbacks import ModelCheckpoint
 
+from cuvis_dist.archive import frame_cache
 from cuvis_dist.errors import InputError, LostWorkerError
 from cuvis_dist.evaluation.steps import AfterFit, Evaluator
 from cuvis_dist.execution.asked import trains_here
@@ -208,7 +209,10 @@ class GradientTrainer(UpstreamGradientTrainer):
         """Let workers, or this process, carry out ``verb``, and take over the nodes' state."""
         what = "training" if verb == "fit" else verb
         parts = self._parts()
-        assignment = Assignment(verb, checkpoint, parts, self.output, self.scaling)
+        cache = frame_cache(
+            self.datamodule, self.scaling.reading.cache, self.scaling.reading.cache_bytes
+        )
+        assignment = Assignment(verb, checkpoint, parts, self.output, self.scaling, cache)
         if trains_here(self.scaling):
             outcome = train_here(assignment, what, self.emit)
         else:  # what it needs of Ray takes seconds to import

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
 import tempfile
-from collections import Counter
 from contextlib import contextmanager
 
 import pytest
 import torch
 from faults import FragileCubes
-from readings import counted
 from torch.utils.data import DataLoader
 
-from cuvis_dist.archive import Frame, NamedFrames
+from cuvis_dist.archive import Frame, FrameCache, NamedFrames
 from cuvis_dist.errors import DataError
-from cuvis_dist.training.frame_cache import CachedFrames, FrameCache, make_cache
 from cuvis_dist.training.read_ahead import ReadAhead
 
 BATCHES = [[3, 1, 4], [1, 5], [9, 2, 6], [5]]
@@ -35,74 +29,27 @@ def assert_same_batches(ours, theirs):
         assert all(torch.equal(mine[key], other[key]) for key in mine)
 
 
-@pytest.mark.parametrize("on_disk", [False, True])
-def test_a_cache_gives_back_what_was_read_once(tmp_path, on_disk):
-    cubes = FragileCubes(tmp_path, False)
-    kept = CachedFrames(cubes, FrameCache(10**9, tmp_path if on_disk else None))
-    for _ in range(3):
-        assert_same_batches(loader(kept), loader(FragileCubes(tmp_path / "..", False)))
-    readings = counted(tmp_path / "read.log")
-    assert readings == Counter({index: 1 for batch in BATCHES for index in batch})
-    assert not [p for p in tmp_path.iterdir() if p.suffix not in (".frame", ".log")]
-
-
-@pytest.mark.parametrize("on_disk", [False, True])
-def test_a_cache_is_bounded_and_keeps_what_came_first(tmp_path, on_disk):
-    cubes = FragileCubes(tmp_path, False)
-    cache = FrameCache(4000, tmp_path if on_disk else None)
-    kept = CachedFrames(cubes, cache)  # a frame is 1,440 bytes and its wavelengths
-    for _ in range(2):
-        for index in range(6):
-            kept[index]
-    held = [index for index in range(6) if cache.get(index) is not None]
-    assert held == [0, 1]
-    if on_disk:
-        assert sum(p.stat().st_size for p in tmp_path.glob("*.frame")) <= 4000
-
-
-def test_a_full_disk_is_no_error(tmp_path):
-    gone = tmp_path / "gone"
-    kept = CachedFrames(FragileCubes(tmp_path, False), FrameCache(10**9, gone))
-    assert kept[3]["cube"].shape == (9, 8, 5)
-    assert kept.cache.left == 0
-
-
 @pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 64 KB; needs the right to mount one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("no right to mount a disk here")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_a_disk_that_runs_full_keeps_what_it_has(tmp_path, small_disk, monkeypatch, warnings):
-    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
-    kept = CachedFrames(FragileCubes(tmp_path, False, bands=50), make_cache("disk", 10**9, "run"))
-    first, second = ([kept[index]["cube"] for index in range(12)] for _ in range(2))
-    assert all((a == b).all() for a, b in zip(first, second, strict=True))
-    read = (tmp_path / "read.log").read_text().split()
-    assert 12 < len(read) < 24, "some are kept, the others are read again"
-    assert len(warnings) == 1
-    assert re.search(r"no more frames are kept in .*No space left on device", warnings[0])
-    left = {path.suffix for path in small_disk.rglob("*") if path.is_file()}
-    assert left == {".frame"}, "nothing half written is left"
+def named(tmp_path, monkeypatch):
+    """Frames that a cache of this test alone keeps."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    frames = [Frame(f"rec#{i}", "rec", "rec") for i in range(12)]
+    return NamedFrames(
+        FragileCubes(tmp_path, False), frames, FrameCache("disk", 10**9, "run", "train")
+    )
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_reading_ahead_keeps_the_order(tmp_path, ray_session, cached):
+def test_reading_ahead_keeps_the_order(tmp_path, ray_session, named, cached):
     plain = FragileCubes(tmp_path, False)
-    dataset = CachedFrames(plain, FrameCache(10**9)) if cached else plain
-    ahead = ReadAhead(loader(dataset), 2)
+    options = {"kept": named.kept} if cached else {}
+    ahead = ReadAhead(loader(named if cached else plain), 2, **options)
     for _ in range(2):
         assert_same_batches(ahead, loader(plain))
     assert len(ahead) == len(BATCHES)
 
 
-def test_a_reader_is_waited_for_where_frames_are_to_be_read(tmp_path, ray_session):
+def test_a_reader_is_waited_for_where_frames_are_to_be_read(tmp_path, ray_session, named):
     waited = []
 
     @contextmanager
@@ -110,10 +57,11 @@ def test_a_reader_is_waited_for_where_frames_are_to_be_read(tmp_path, ray_sessio
         waited.append(True)
         yield
 
-    kept = CachedFrames(FragileCubes(tmp_path, False), FrameCache(10**9))
-    ahead = ReadAhead(loader(kept), 2, starting=starting)
+    ahead = ReadAhead(loader(named), 2, kept=named.kept, starting=starting)
     list(ahead)
     assert waited
+    for index in range(12):  # the reader may have another folder for temporary files
+        named[index]
     waited.clear()
     list(ahead)
     assert not waited, "all frames are kept"
