@@ -45,6 +45,7 @@ bench: $(INSTALLED)
 	$(BIN)/python tests/benchmarks/initialization.py $(BENCH_ARGS)
 	$(BIN)/python tests/benchmarks/commands.py
 	$(BIN)/python tests/benchmarks/training.py
+	$(BIN)/python tests/benchmarks/decoding.py
 	$(BIN)/python tests/benchmarks/scheduling.py
 
 install: $(INSTALLED)

@@ -127,19 +127,20 @@ class Measuring(_Settings):
 
 
 class Reading(_Settings):
-    """How frames reach training workers, and files at URIs a node. Changes no result."""
+    """How frames reach workers, and files at URIs a node. Changes no result."""
 
     read_ahead: int = Field(default=0, ge=0)
     """Frames that Ray tasks decode ahead of each training worker's next batch, on any CPU of the
     cluster; 0: the data module's own loader reads, in the worker."""
 
     cache: Literal["none", "memory", "disk"] = "none"
-    """Where a training worker keeps decoded frames for the next epochs: ``none``, ``memory``, or
-    ``disk`` (a temporary folder of its machine, shared by the workers there). Not for data modules
-    that change a frame at random when it is read."""
+    """Where each node keeps the frames that were decoded on it, for later passes, epochs and
+    evaluations, shared by its processes: ``none``; ``memory``, at most a third of ``/dev/shm``; or
+    ``disk``, below its folder for temporary files. A frame that draws random numbers when it is
+    read is not kept; not for data modules that change frames in other ways each time."""
 
     cache_bytes: int = Field(default=4 * 10**9, ge=0)
-    """How many bytes each training worker may keep in its cache."""
+    """How many bytes each node may keep in that cache."""
 
     verify: bool = False
     """Read all files once before they are used, and compare their checksums with those that an
