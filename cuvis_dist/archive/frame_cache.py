@@ -7,32 +7,20 @@ next one on that node removes what nobody uses.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import os
 import shutil
-import stat
 import tempfile
-import time
 import uuid
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from loguru import logger
-
 from cuvis_dist.archive.frame_file import PackedFrame, read_frame
+from cuvis_dist.archive.shelf import MEMORY, Shelf
 from cuvis_dist.errors import one_line
 from cuvis_dist.storage import is_uri
-
-#: Where Linux keeps files in memory. What Ray's object store may take of it by default is left.
-_MEMORY, _SHARE_OF_MEMORY = Path("/dev/shm"), 1 / 3
-#: Seconds that a folder which nobody uses is left alone: between two phases nobody does.
-_LEFT_ALONE = 600.0
-_LOCK, _BOOKS = ".lock", ".bytes"
 
 
 class FrameCache:
@@ -56,12 +44,12 @@ class FrameCache:
     Attributes
     ----------
     nodes : dict
-        For whoever spreads the work: which node has computed what; it does not travel.
+        In the driver: which node has computed the shard that begins where; see :meth:`note`.
     """
 
     def __init__(self, kind: str, limit: int, name: str, split: str = "") -> None:
         self.kind, self.limit, self.name, self.split = kind, limit, name, split
-        self.nodes: dict[tuple[Any, ...], str] = {}
+        self.nodes: dict[tuple[str, str, int], tuple[str, int]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FrameCache, (self.kind, self.limit, self.name, self.split)
@@ -72,11 +60,39 @@ class FrameCache:
         other.nodes = self.nodes
         return other
 
+    def note(self, kind: str, numbers: range, node: str) -> None:
+        """Remember the node that has read some frames, or batches of them.
+
+        Parameters
+        ----------
+        kind : str
+            What is numbered, by the name of a kind of shards.
+        numbers : range
+            Which of the split.
+        node : str
+            The id of the node.
+        """
+        self.nodes[self.split, kind, numbers.start] = node, numbers.stop
+
+    def node(self, kind: str, start: int) -> str | None:
+        """Return the node that has read what begins there, as far as it was noted."""
+        node, _ = self.nodes.get((self.split, kind, start), (None, 0))
+        return node
+
+    def decoded(self) -> dict[int, str]:
+        """Return the node that has read each frame of the split in shards."""
+        return {
+            frame: node
+            for (split, kind, start), (node, stop) in self.nodes.items()
+            if (split, kind) == (self.split, "Shard")
+            for frame in range(start, stop)
+        }
+
     @property
     def folder(self) -> Path:
         """Where this node keeps the frames of all splits; it need not be there."""
-        in_memory = self.kind == "memory" and _MEMORY.is_dir()
-        place = _MEMORY if in_memory else Path(tempfile.gettempdir())
+        in_memory = self.kind == "memory" and MEMORY.is_dir()
+        place = MEMORY if in_memory else Path(tempfile.gettempdir())
         return place / f"cuvis-dist-{os.getuid()}-frames" / self.name
 
     def get(self, frame: Any, index: int) -> Any:
@@ -134,80 +150,9 @@ class FrameCache:
         return f"{hashlib.blake2b(repr(identity).encode(), digest_size=16).hexdigest()}.frame"
 
 
-class _Shelf:
-    """The folder of a node's frames, as this process uses it, and the bytes taken there.
-
-    It has a lock as long as it uses the folder, by which others know that somebody does.
-
-    Attributes
-    ----------
-    ours : bool
-        Whether the folder is this user's alone, so that what is read there was written by them.
-    full : bool
-        Whether no more frames are kept.
-    """
-
-    def __init__(self, folder: Path, limit: int) -> None:
-        self.folder, self.limit, self.full, self.ours = folder, limit, False, False
-        try:
-            _make_private(folder.parent)
-            _make_private(folder)
-            # Open until this process ends.
-            lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            total = shutil.disk_usage(folder).total
-        except OSError as error:
-            self.full = True
-            logger.warning(f"frames are decoded anew each time they are read: {one_line(error)}")
-            return
-        self.ours = True
-        if _MEMORY in folder.parents:
-            self.limit = min(limit, int(total * _SHARE_OF_MEMORY))
-        _remove_unused(folder)
-
-    def take_room(self, size: int) -> bool:
-        """Count the bytes of a file that is to be written, unless they are too many."""
-        try:
-            with self._books() as file:
-                held = int(file.read() or 0)
-                if held + size > self.limit:
-                    return False
-                _write(file, held + size)
-        except (OSError, ValueError) as error:  # another process has ended the run
-            self.close(f"no more frames are kept: {one_line(error)}")
-            return False
-        return True
-
-    def give_back(self, size: int) -> None:
-        """Count the bytes of a file no more that could not be written."""
-        with suppress(OSError, ValueError), self._books() as file:
-            _write(file, max(0, int(file.read() or 0) - size))
-
-    def held(self) -> int:
-        """Return how many bytes are taken."""
-        try:
-            with self._books() as file:
-                return int(file.read() or 0)
-        except (OSError, ValueError):
-            return 0
-
-    def close(self, why: str) -> None:
-        """Keep no more frames from now on, and say why, unless the driver has ended the run."""
-        self.full = True
-        if self.folder.is_dir():
-            logger.warning(why)
-
-    @contextmanager
-    def _books(self) -> Iterator[Any]:
-        with open(self.folder / _BOOKS, "a+", encoding="ascii") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            yield file
-
-
 @functools.lru_cache(maxsize=8)
-def _shelf(folder: Path, limit: int) -> _Shelf:
-    return _Shelf(folder, limit)
+def _shelf(folder: Path, limit: int) -> Shelf:
+    return Shelf(folder, limit)
 
 
 _caches: weakref.WeakKeyDictionary[Any, dict[str, FrameCache]] = weakref.WeakKeyDictionary()
@@ -246,33 +191,6 @@ def clear_caches(caches: list[FrameCache]) -> None:
     """Remove from this node what it keeps for some caches."""
     for cache in caches:
         cache.clear()
-
-
-def _make_private(folder: Path) -> None:
-    """Make a folder that nobody else can write to; raises OSError if it is somebody else's."""
-    folder.mkdir(mode=0o700, exist_ok=True)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise PermissionError(f"{folder} is not a folder of this user")
-    folder.chmod(0o700)
-
-
-def _remove_unused(used: Path) -> None:
-    """Remove what drivers that were killed have left beside the folder that is in use."""
-    for folder in used.parent.iterdir():
-        with suppress(OSError):
-            recent = time.time() - folder.stat().st_mtime < _LEFT_ALONE
-            if folder == used or recent:
-                continue
-            with open(folder / _LOCK, "wb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def _write(file: Any, held: int) -> None:
-    file.seek(0)
-    file.truncate()
-    file.write(str(held))
 
 
 def _stamp(path: str) -> tuple[int, int] | None:

@@ -207,12 +207,15 @@ class _CachedFrames:
 
     def node(self, number: int) -> str | None:
         """Return the node that keeps the frames of a bundle."""
-        return self.cache.nodes.get(self._key(number)) if self.cache else None
+        first = self.bundles[number][0]
+        return self.cache.node(type(first).__name__, first.start) if self.cache else None
 
     def note(self, number: int, rows: Sequence[Row]) -> None:
         """Remember the node that has computed a bundle."""
         if self.cache and rows and rows[-1].error is None:
-            self.cache.nodes[self._key(number)] = rows[-1].node
+            for piece in self.bundles[number]:
+                frames = range(piece.start, piece.stop)
+                self.cache.note(type(piece).__name__, frames, rows[-1].node)
 
     def take(self, waiting: deque[int], running: Iterable[int], ordered: bool) -> int:
         """Take the next bundle: among the first few one for the node with the least to do."""
@@ -224,11 +227,6 @@ class _CachedFrames:
         number = waiting[place]
         del waiting[place]
         return number
-
-    def _key(self, number: int) -> tuple[Any, ...]:
-        first = self.bundles[number][0]
-        assert self.cache is not None
-        return self.cache.split, type(first).__name__, first.start
 
 
 def _compute(function: ShardFunction, shards: Sequence[Piece]) -> list[Row]:

@@ -54,7 +54,7 @@ def train_here(assignment: Assignment, what: str, emit: EmitFn) -> Outcome:
     ):
         driver = Driver(delivering(emit), watch, os.getcwd())
         name = uuid.uuid4().hex
-        seat = Seat(0, 1, name, name, driver, _lightning_keywords())
+        seat = Seat(0, 1, name, name, "", driver, _lightning_keywords())
         outcome = run_rank(copied(assignment), seat)
     assert outcome is not None
     return outcome

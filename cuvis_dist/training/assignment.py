@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import pytorch_lightning as pl
@@ -99,6 +99,8 @@ class Assignment:
         The settings of the run.
     cache : FrameCache or None
         Where each node keeps the frames that it has read.
+    decoded : dict of int to str
+        By frame of the train split, the Ray node that has decoded it in phase 1.
     """
 
     verb: str
@@ -107,6 +109,7 @@ class Assignment:
     output: OutputFolder
     scaling: Scaling
     cache: FrameCache | None = None
+    decoded: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def on_gpu(self) -> bool:
@@ -125,6 +128,8 @@ class Seat:
     run, group : str
         Names that this training, and this group of ranks, has and no other; where ranks come or
         go, another group carries on with the training.
+    node : str
+        The Ray node of its process, where there is one.
     driver : Driver
         The process that gave the assignment.
     lightning : dict
@@ -135,6 +140,7 @@ class Seat:
     world_size: int
     run: str
     group: str
+    node: str
     driver: Driver
     lightning: dict[str, Any]
 

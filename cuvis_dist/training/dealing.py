@@ -92,6 +92,9 @@ class DealtBatches(Sampler[list[int]]):
     generator : torch.Generator
         For this worker's loader, whose processes are seeded from it: from the base seed that the
         module's own loader would have drawn, and the rank.
+    arrange : callable
+        Takes the frames of a batch that is to be cut, and returns them in another order, the same
+        on every rank; by default in theirs.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class DealtBatches(Sampler[list[int]]):
         self.sizes: list[int] = []
         self.frames = _frames(loader)
         self.generator = torch.Generator()
+        self.arrange: Callable[[list[int]], list[int]] = list
         self._begun = False
 
     @property
@@ -162,7 +166,8 @@ class DealtBatches(Sampler[list[int]]):
             if not mine and batches:
                 mine = [(batches[0], 0.0)]
         else:
-            mine = [cut(batch, self.rank, self.world_size) for batch in batches]
+            arranged = map(self.arrange, batches)
+            mine = [cut(batch, self.rank, self.world_size) for batch in arranged]
         self.weights = [weight for _, weight in mine]
         yield from [batch for batch, _ in mine]
 

@@ -41,6 +41,7 @@ def begin_rank(config: dict[str, Any]) -> bytes:
         context.get_world_size(),
         context.get_experiment_name(),
         group[0],
+        ray.get_runtime_context().get_node_id(),
         ray.get(config["driver"]),
         lightning_keywords(),
     )

@@ -27,6 +27,7 @@ from cuvis_dist.training.dealing import (
     keeps_own_order,
 )
 from cuvis_dist.training.heartbeat import Heartbeat
+from cuvis_dist.training.places import Places
 from cuvis_dist.training.read_ahead import ReadAhead
 from cuvis_dist.training.watch import STARTING
 
@@ -61,7 +62,7 @@ class DealtDataModule(pl.LightningDataModule):
         self.module, self.heartbeat = assignment.parts.datamodule, heartbeat
         self.config, self.scaling = assignment.parts.config, assignment.scaling
         self.rank, self.world_size = seat.rank, seat.world_size
-        self.cache = assignment.cache
+        self.cache, self.node, self.decoded = assignment.cache, seat.node, assignment.decoded
         self.notes: list[str] = []
         self.in_order: set[str] = set()
         self._parted = False
@@ -88,6 +89,8 @@ class DealtDataModule(pl.LightningDataModule):
             limit=limit,
             share=partial(self._agree, split),
         )
+        if split == "train" and (places := self._places()):
+            batches.arrange = places.arrange
         if split == "train" and keeps_own_order(loader):
             self.notes.append(
                 f"the train loader of {type(self.module).__name__} keeps a random state of its "
@@ -122,6 +125,18 @@ class DealtDataModule(pl.LightningDataModule):
         if split == "train":
             return Dealing.CUT
         return Dealing.ALL if split in self.in_order else Dealing.TURNS
+
+    def _places(self) -> Places | None:
+        """Return where frames of the train split have been decoded, if nodes keep them.
+
+        On one node, every rank has what another has decoded.
+        """
+        if self.cache is None or self.world_size == 1:
+            return None
+        nodes = [""] * self.world_size
+        with self.heartbeat.doing("agreeing on the order"):
+            torch.distributed.all_gather_object(nodes, self.node)
+        return Places(nodes, self.decoded) if len(set(nodes)) > 1 else None
 
     def _agree(self, split: str, batches: Batches) -> Batches:
         """Return rank 0's batches, and go on from rank 0's random state as it has drawn them.

@@ -212,7 +212,8 @@ class GradientTrainer(UpstreamGradientTrainer):
         cache = frame_cache(
             self.datamodule, self.scaling.reading.cache, self.scaling.reading.cache_bytes
         )
-        assignment = Assignment(verb, checkpoint, parts, self.output, self.scaling, cache)
+        decoded = cache.of("train").decoded() if cache else {}
+        assignment = Assignment(verb, checkpoint, parts, self.output, self.scaling, cache, decoded)
         if trains_here(self.scaling):
             outcome = train_here(assignment, what, self.emit)
         else:  # what it needs of Ray takes seconds to import

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import pytest
 from archives import buffers_sha256
+from commands import train_files
 from gradients import train
-from readings import CountedCubes, counted
+from heads import cluster
+from readings import CountedCubes, counted, counting
 from settings import scaling_of
 from torch.utils.data import DataLoader
 
@@ -76,3 +81,35 @@ def test_every_frame_is_decoded_once(
         assert set(more) <= set(range(first)), split
     assert min(often["train"].values()) >= 2 + 3
     assert min(often["val"].values()) >= 3 + 2
+
+
+@pytest.mark.cluster
+@pytest.mark.long
+def test_each_node_decodes_what_it_computes_once(demo_trainrun, tmp_path):
+    """On two raylets: a shard, and most frames of a batch, go to the node that has decoded them."""
+    files = set(train_files(demo_trainrun))
+    logs = [tmp_path / "node_1.log", tmp_path / "node_2.log"]
+    with cluster(tmp_path, 9600) as started:
+        for log in logs:
+            log.touch()
+            disk = tmp_path / log.stem
+            disk.mkdir()
+            started.join(TMPDIR=str(disk), **counting(log, seconds=0.05))
+        started.wait()
+        done = subprocess.run(
+            [
+                Path(sys.executable).parent / "cuvis-dist", "run", demo_trainrun,
+                "--address", f"127.0.0.1:{started.port + 1}", "--output-dir", tmp_path / "out",
+                "--workers", "2", "--train-workers", "2", "--set", "reading.cache=disk",
+                "--set", "measuring.shard_frames=1",
+            ],
+            env=started.environment, capture_output=True, text=True, timeout=500, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    each = [Counter({f: n for f, n in counted(log).items() if f in files}) for log in logs]
+    often = sum(each, Counter())
+    setups = 8  # what a data module opens when it is set up, in every process
+    # Five readings of each, and on two nodes; half of a batch finds its node's places taken.
+    assert len(files) <= sum(often.values()) <= 1.5 * len(files) + setups
+    for log in logs:
+        assert not [*(tmp_path / log.stem).glob("cuvis-dist-*-frames/*")], "it is left"

@@ -20,6 +20,7 @@ from cuvis_dist.training.dealing import (
     deal,
     keeps_own_order,
 )
+from cuvis_dist.training.places import Places
 from cuvis_dist.training.read_ahead import ReadAhead
 
 frames = st.integers(1, 40)
@@ -185,15 +186,6 @@ def test_the_order_is_that_of_the_modules_own_loader(kind, read_ahead, request):
     assert three_epochs(loader, batches) == expected
 
 
-def test_kept_processes_do_not_change_the_order():
-    theirs = KINDS["with processes"]()
-    expected = three_epochs(theirs, theirs.batch_sampler)
-    mine = KINDS["with processes"]()
-    batches = DealtBatches(mine, 0, 1)
-    loader = deal(mine, mine.dataset, batches, keep_workers=True)
-    assert three_epochs(loader, batches) == expected
-
-
 def test_ranks_follow_rank_zero():
     loaders = [seeded(), shuffled(7, 2)]
     shared = []
@@ -245,3 +237,42 @@ def test_frames_that_draw_are_noticed_once(draws):
     for index in range(3):
         frames[index]
     assert told == [True] * draws
+
+
+# ---- on nodes that keep frames ---------------------------------------------------------
+
+
+@given(st.integers(1, 30), st.lists(st.sampled_from("abc"), min_size=1, max_size=5), st.data())
+def test_places_change_the_order_alone(n, nodes, data):
+    decoded = data.draw(st.dictionaries(st.integers(0, n - 1), st.sampled_from("abcd")))
+    places, others = Places(nodes, decoded), Places(nodes, decoded)
+    for _ in range(3):
+        batch = data.draw(st.permutations(range(n)))
+        arranged = places.arrange(batch)
+        assert sorted(arranged) == sorted(batch)
+        assert others.arrange(batch) == arranged, "every rank deals alike"
+
+
+def test_a_frame_goes_to_a_rank_of_a_node_that_has_decoded_it():
+    places = Places(["a", "b", "b"], {0: "b", 1: "a", 2: "c", 3: "b"})
+    assert places.arrange([0, 1, 2]) == [1, 0, 2]
+    assert places.arrange([2, 1, 0]) == [1, 2, 0], "2 was decoded on b meanwhile"
+    assert places.arrange([3, 0, 2, 4, 5, 6]) == [4, 5, 3, 0, 2, 6], "no rank gets more"
+    assert places.arrange([6, 5, 4]) == [5, 6, 4]
+
+
+def test_in_later_epochs_most_frames_are_where_they_were_decoded():
+    """64 frames in batches of 8 on two nodes: three quarters in the second epoch, then more."""
+    places, kept = Places(["a", "b"], {}), {"a": set(), "b": set()}
+    shares = []
+    for epoch in range(4):
+        order = np.random.default_rng(epoch).permutation(64).reshape(8, 8).tolist()
+        again = 0
+        for batch in map(places.arrange, order):
+            for node, frames in (("a", batch[:4]), ("b", batch[4:])):
+                again += len(kept[node] & {*frames})
+                kept[node] |= {*frames}
+        shares.append(again / 64)
+    assert shares[0] == 0
+    assert shares[1] >= 0.75
+    assert shares[-1] > shares[1]

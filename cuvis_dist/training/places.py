@@ -1,0 +1,44 @@
+"""Which rank gets which frames of a global batch, where nodes keep frames that were decoded?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from cuvis_dist.training.gathering import Cut
+
+
+class Places:
+    """Deals the frames of a batch to ranks on nodes that have decoded them.
+
+    A rank gets as many frames as it would get anyway, and the same batch is dealt, so that only the
+    order within a batch differs. Every rank makes the same places of the same batches.
+
+    Parameters
+    ----------
+    nodes : sequence of str
+        The node of each rank.
+    decoded : mapping of int to str
+        By frame, a node that has decoded it before.
+    """
+
+    def __init__(self, nodes: Sequence[str], decoded: Mapping[int, str]) -> None:
+        self.nodes = list(nodes)
+        self._decoded = {frame: {node} for frame, node in decoded.items()}
+
+    def arrange(self, batch: list[int]) -> list[int]:
+        """Return the frames of a batch in an order in which each rank's part suits its node."""
+        ranks = range(len(self.nodes))
+        room = Cut.of(len(batch), 0, len(ranks)).sizes
+        dealt: list[list[int]] = [[] for _ in ranks]
+        left = []
+        for frame in batch:
+            has = self._decoded.get(frame, ())
+            rank = next(
+                (r for r in ranks if self.nodes[r] in has and len(dealt[r]) < room[r]), None
+            )
+            left.append(frame) if rank is None else dealt[rank].append(frame)
+        for frame in left:
+            rank = next(r for r in ranks if len(dealt[r]) < room[r])
+            dealt[rank].append(frame)
+            self._decoded.setdefault(frame, set()).add(self.nodes[rank])
+        return [frame for frames in dealt for frame in frames]
