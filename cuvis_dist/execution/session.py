@@ -82,12 +82,27 @@ def beside_driver() -> NodeAffinitySchedulingStrategy:
 
 def cpus_wanted(scaling: Scaling) -> int:
     """CPUs that a cluster started here must offer: the wider of the two phases."""
-    training = scaling.resources.train_workers * scaling.resources.cpus_per_worker + bool(
-        scaling.reading.read_ahead
-    )
-    return math.ceil(
-        max((scaling.resources.workers or 1) * scaling.resources.cpus_per_worker, training)
-    )
+    workers = (scaling.resources.workers or 1) * scaling.resources.cpus_per_worker
+    return math.ceil(max(workers, _cpus_of_ranks(scaling, scaling.resources.train_workers)))
+
+
+def _cpus_of_ranks(scaling: Scaling, ranks: int) -> float:
+    return ranks * scaling.resources.cpus_per_worker + bool(scaling.reading.read_ahead)
+
+
+def has_room_for_both(scaling: Scaling) -> bool:
+    """Whether training workers can start beside those of phase 1 and leave them their room.
+
+    So not where there may be fewer training workers than asked for, and phase 1 takes all there
+    is if nobody has said how many workers it has.
+    """
+    resources = scaling.resources
+    if not resources.workers or not resources.train_workers or resources.min_train_workers:
+        return False
+    have, ranks = ray.cluster_resources(), resources.train_workers
+    cpus = resources.workers * resources.cpus_per_worker + _cpus_of_ranks(scaling, ranks)
+    gpus = resources.workers * scaling.measuring.gpus + ranks * resources.train_gpus
+    return cpus <= have.get("CPU", 0) and gpus <= have.get("GPU", 0)
 
 
 def require_resources(scaling: Scaling, training: bool = True) -> None:
@@ -110,7 +125,7 @@ def require_resources(scaling: Scaling, training: bool = True) -> None:
         workers = scaling.resources.least_train_workers
         who = f"{workers} training workers"
         need = {
-            "CPU": workers * scaling.resources.cpus_per_worker + bool(scaling.reading.read_ahead),
+            "CPU": _cpus_of_ranks(scaling, workers),
             "GPU": workers * scaling.resources.train_gpus,
         }
         fewer = "--train-workers, --train-gpus"

@@ -5,6 +5,7 @@ Everything around them is upstream's; only the two trainers are ours.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,8 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from cuvis_dist.archive import open_split
 from cuvis_dist.errors import DataError
 from cuvis_dist.evaluation.steps import Evaluator, failed_split
+from cuvis_dist.execution.asked import trains_here
+from cuvis_dist.execution.session import has_room_for_both
 from cuvis_dist.execution.where import Work, work_on_splits
 from cuvis_dist.hashing import hash_settings
 from cuvis_dist.initialization.diagnosis import Finding
@@ -39,6 +42,9 @@ from cuvis_dist.training.configuration import check_training
 from cuvis_dist.training.monitoring import check_monitored
 from cuvis_dist.training.trainer import GradientTrainer
 from cuvis_dist.waiting import announce
+
+#: Training workers start beside a phase 1 that one process would end in so many seconds.
+_SHORT_SECONDS = 60.0
 
 
 def run_trainrun(
@@ -166,6 +172,7 @@ class _Phases:
         elif trainrun.weights is not None:
             logger.info(f"phase 1 is left out: its result is that of {trainrun.weights}")
         elif statistical_nodes(pipeline):
+            self._start_ranks_early(work)
             self._initialize()
         record.initialized = hash_state(pipeline.nodes())
         record.nodes = outline(pipeline, trainrun.loss_nodes)
@@ -181,6 +188,19 @@ class _Phases:
         record.pipeline = str(save_pipeline(pipeline, trainrun.output, trainrun.result_name))
         if failure := failed_split(result):
             raise DataError(f"the pipeline was saved to {record.pipeline}, but {failure}")
+
+    def _start_ranks_early(self, work: Callable[[], Work]) -> None:
+        """Let training workers start beside phase 1, if the cluster has room and that is short.
+
+        Where it is long, they would occupy memory and GPUs for nothing.
+        """
+        scaling = self.job.scaling
+        trains = self.trainrun.config.training is not None and not trains_here(scaling)
+        if trains and has_room_for_both(scaling) and work().seconds < _SHORT_SECONDS:
+            from cuvis_dist.training.group import end_early, start_early
+
+            self.job.around.callback(end_early)
+            start_early(scaling, self.trainrun.output)
 
     def _take_initialized(self) -> bool:
         """Take over what an earlier run's phase 1 left; return whether it left anything."""

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+#: How many seconds a rank waits before it asks again what it is to do.
+_ASK_AGAIN = 0.1
+
 
 def begin_rank(config: dict[str, Any]) -> bytes:
     """Carry out an assignment as one rank of a group; return the pickled outcome.
@@ -17,10 +20,11 @@ def begin_rank(config: dict[str, Any]) -> bytes:
     Parameters
     ----------
     config : dict
-        ``assignment`` and ``driver``: references to the
+        ``desk``: the actor that gives references to the
         :class:`~cuvis_dist.training.assignment.Assignment` and its
-        :class:`~cuvis_dist.training.assignment.Driver`.
+        :class:`~cuvis_dist.training.assignment.Driver`, as soon as there are any.
     """
+    import time
     import uuid
 
     import ray
@@ -36,13 +40,16 @@ def begin_rank(config: dict[str, Any]) -> bytes:
     group = [uuid.uuid4().hex]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(group)
+    while (given := ray.get(config["desk"].take.remote())) is None:
+        time.sleep(_ASK_AGAIN)
+    assignment, driver = ray.get(given)
     seat = Seat(
         context.get_world_rank(),
         context.get_world_size(),
         context.get_experiment_name(),
         group[0],
         ray.get_runtime_context().get_node_id(),
-        ray.get(config["driver"]),
+        driver,
         lightning_keywords(),
     )
-    return cloudpickle.dumps(run_rank(ray.get(config["assignment"]), seat))
+    return cloudpickle.dumps(run_rank(assignment, seat))

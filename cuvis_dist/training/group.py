@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,113 @@ from cuvis_dist.execution.session import beside_driver, connect, require_resourc
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.storage import OutputFolder, temporary_folder
 from cuvis_dist.training.assignment import Assignment, Driver, Outcome
+from cuvis_dist.training.desk import Desk
 from cuvis_dist.training.entry import begin_rank
 from cuvis_dist.training.rendezvous import OneAddressConfig
-from cuvis_dist.training.watch import Beat, Watch
+from cuvis_dist.training.watch import Beat
 from cuvis_dist.waiting import announce
 
 #: How long workers of a training that was interrupted may take to end, in seconds.
 _ABORT_SECONDS = 10.0
+
+
+class Group:
+    """Ranks that Ray Train starts, and that wait for what they are to do.
+
+    They import what they compute with at once, so that a group may be started while there is other
+    work.
+
+    Parameters
+    ----------
+    scaling : Scaling
+        How many ranks there are, and what each of them has.
+    output : OutputFolder
+        Where the run writes.
+    """
+
+    def __init__(self, scaling: Scaling, output: OutputFolder) -> None:
+        self.ranks = _scaling_config(scaling)
+        self._around = ExitStack()
+        storage = self._around.enter_context(folder_for_ray(output))
+        options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": beside_driver()}
+        self._desk: Any = ray.remote(**options)(Desk).remote(scaling.resources.stall_seconds)
+        gpus = scaling.resources.train_gpus
+        self._trainer = _Trainer(
+            begin_rank,  # type: ignore[arg-type]
+            train_loop_config={"desk": self._desk},
+            # nccl refuses two processes on one GPU
+            torch_config=OneAddressConfig("nccl" if gpus >= 1 else "gloo"),
+            scaling_config=self.ranks,
+            run_config=RunConfig(
+                storage_path=str(storage),
+                # Ray Train would try again after an error of any kind: see GradientTrainer._fit.
+                failure_config=FailureConfig(max_failures=0),
+            ),
+        )
+        self._result: Future[Any] = Future()
+        threading.Thread(target=self._run, name="cuvis-dist-ranks", daemon=True).start()
+
+    def __enter__(self) -> Group:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        try:
+            self._result.set_result(self._trainer.fit())
+        except BaseException as error:
+            self._result.set_exception(error)
+
+    def carry_out(self, assignment: Assignment, what: str, emit: EmitFn) -> Outcome:
+        """Let the ranks carry out an assignment, once; return and raise as train_on_workers."""
+        with relayed(emit) as remote_emit, self._named(what), raise_cause(what):
+            driver = Driver(remote_emit, _RemoteWatch(self._desk), os.getcwd())
+            given = [ray.put(assignment), ray.put(driver)]
+            ray.get(self._desk.give.remote(given))
+            outcome = cloudpickle.loads(self._result.result().return_value)
+        if outcome is None:
+            raise ClusterError(f"the workers ended {assignment.verb} without a result")
+        return outcome
+
+    @contextmanager
+    def _named(self, what: str) -> Iterator[None]:
+        """Raise ClusterError if the block failed because a rank was stuck; it is named."""
+        try:
+            yield
+            sizes = ray.get(self._desk.sizes.remote())
+            if len(sizes) > 1:
+                logger.warning(f"{what} ran on {', then '.join(map(str, sizes))} workers")
+        except CuvisDistError:
+            verdict = ray.get(self._desk.verdict.remote())
+            if verdict:
+                raise ClusterError(f"{what} was ended: {verdict}") from None
+            raise
+
+    def close(self) -> None:
+        """End the ranks, if they are still there."""
+        if not self._result.done():
+            self._trainer.abort()
+        with suppress(ray.exceptions.RayError):
+            ray.kill(self._desk)
+        self._around.close()
+
+
+_early: list[Group] = []
+
+
+def start_early(scaling: Scaling, output: OutputFolder) -> None:
+    """Start the ranks that a later call of :func:`train_on_workers` needs.
+
+    Whoever calls this calls :func:`end_early`, too, however the work ends.
+    """
+    _early.append(Group(scaling, output))
+
+
+def end_early() -> None:
+    """End the ranks that were started early and not used."""
+    while _early:
+        _early.pop().close()
 
 
 def train_on_workers(assignment: Assignment, what: str, emit: EmitFn) -> Outcome:
@@ -52,42 +154,14 @@ def train_on_workers(assignment: Assignment, what: str, emit: EmitFn) -> Outcome
     CuvisDistError
         As :func:`~cuvis_dist.execution.failures.raise_cause` says.
     """
-    connect(assignment.scaling)
-    require_resources(assignment.scaling)
-    announce(f"waiting for {workers_in_words(assignment.scaling)} to begin {what}")
-    with (
-        folder_for_ray(assignment.output) as storage,
-        relayed(emit) as remote_emit,
-        watched(what, assignment.scaling.resources.stall_seconds) as watch,
-        raise_cause(what),
-    ):
-        driver = Driver(remote_emit, _RemoteWatch(watch), os.getcwd())
-        outcome = _run_group(assignment, driver, storage)
-    if outcome is None:
-        raise ClusterError(f"the workers ended {assignment.verb} without a result")
-    return outcome
-
-
-def _run_group(assignment: Assignment, driver: Driver, storage: Path) -> Outcome | None:
-    gpus = assignment.scaling.resources.train_gpus
-    trainer = _Trainer(
-        begin_rank,  # type: ignore[arg-type]
-        train_loop_config={"assignment": ray.put(assignment), "driver": ray.put(driver)},
-        # nccl refuses two processes on one GPU
-        torch_config=OneAddressConfig("nccl" if gpus >= 1 else "gloo"),
-        scaling_config=_scaling_config(assignment.scaling),
-        run_config=RunConfig(
-            storage_path=str(storage),
-            # Ray Train would try again after an error of any kind: see GradientTrainer._fit.
-            failure_config=FailureConfig(max_failures=0),
-        ),
-    )
-    try:
-        result: Any = trainer.fit()
-    except KeyboardInterrupt:
-        trainer.abort()
-        raise
-    return cloudpickle.loads(result.return_value)
+    scaling = assignment.scaling
+    connect(scaling)
+    require_resources(scaling)
+    announce(f"waiting for {workers_in_words(scaling)} to begin {what}")
+    if _early and _early[0].ranks != _scaling_config(scaling):
+        end_early()
+    with _early.pop() if _early else Group(scaling, assignment.output) as group:
+        return group.carry_out(assignment, what, emit)
 
 
 class _Trainer(TorchTrainer):
@@ -160,35 +234,3 @@ def folder_for_ray(output: OutputFolder) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def watched(what: str, stall_seconds: float) -> Iterator[Any]:
-    """Let an actor watch the ranks of the block, which is given the actor's handle.
-
-    Parameters
-    ----------
-    what : str
-        What the ranks do, for messages.
-    stall_seconds : float
-        How long a rank may do nothing at all.
-
-    Raises
-    ------
-    ClusterError
-        If the block failed because a rank was stuck; the message names it.
-    """
-    options: dict[str, Any] = {"num_cpus": 0, "scheduling_strategy": beside_driver()}
-    watch: Any = ray.remote(**options)(Watch).remote(stall_seconds)
-    try:
-        yield watch
-        sizes = ray.get(watch.sizes.remote())
-        if len(sizes) > 1:
-            logger.warning(f"{what} ran on {', then '.join(map(str, sizes))} workers")
-    except CuvisDistError:
-        verdict = ray.get(watch.verdict.remote())
-        if verdict:
-            raise ClusterError(f"{what} was ended: {verdict}") from None
-        raise
-    finally:
-        ray.kill(watch)
