@@ -24,7 +24,7 @@ from torchmetrics import Metric
 from cuvis_dist.nodes.survey import NodePlan
 from cuvis_dist.training.agreement import agree_on_order, agree_on_training
 from cuvis_dist.training.assignment import TrainerParts
-from cuvis_dist.training.checkpoint import LastEpoch
+from cuvis_dist.training.checkpoint import LastState
 from cuvis_dist.training.dealing import DealtBatches
 from cuvis_dist.training.gathering import Cut
 from cuvis_dist.training.heartbeat import Heartbeat
@@ -48,8 +48,8 @@ class RankTrainer(UpstreamGradientTrainer):
         The training configuration of this rank.
     heartbeat : Heartbeat
         It tells the watch what the rank is doing.
-    last : LastEpoch, optional
-        It keeps the state of each epoch of a fit, and takes it up again.
+    last : LastState, optional
+        It keeps the state of a fit, and takes it up again.
     events : EpochEvents, optional
         It reports epochs; on rank 0 alone.
     """
@@ -61,7 +61,7 @@ class RankTrainer(UpstreamGradientTrainer):
         config: RankConfig,
         heartbeat: Heartbeat,
         *,
-        last: LastEpoch | None = None,
+        last: LastState | None = None,
         events: EpochEvents | None = None,
     ) -> None:
         named = {node.name: node for node in parts.pipeline.nodes()}
@@ -82,7 +82,8 @@ class RankTrainer(UpstreamGradientTrainer):
             self.monitors = [StepMonitor(self._of_all_frames, told)]
         #: The weight of this rank's values: in evaluation, its batch's share in the split.
         self._share = 1.0
-        #: What a training step logs, until its gradients have met.
+        #: Frames of a training step, and what it logs, until its gradients have met.
+        self._frames = 0
         self._to_log: list[tuple[str, torch.Tensor, dict[str, Any]]] | None = None
 
     def fit(self) -> None:
@@ -170,7 +171,8 @@ class RankTrainer(UpstreamGradientTrainer):
         weight, whole = dealt.weights[batch_idx], dealt.whole
         self._share = weight * batch_frames(batch) / dealt.frames if whole else 1.0
         self._to_log = None if whole else []
-        joint = nullcontext() if whole else self._joint.of(self._cut(dealt.sizes[batch_idx]))
+        self._frames = 0 if whole else dealt.sizes[batch_idx]
+        joint = nullcontext() if whole else self._joint.of(self._cut(self._frames))
         pooled = [m for m in self.pipeline_modules.modules() if isinstance(m, Metric)]
         with _not_synchronized(pooled), self.heartbeat.doing(COMPUTING), joint:
             loss = super()._run_step(batch, batch_idx, **kwargs)
@@ -202,16 +204,23 @@ class RankTrainer(UpstreamGradientTrainer):
                 super().log(name, share, sync_dist=True, reduce_fx=torch.sum, **kwargs)
 
     def on_after_backward(self) -> None:
-        """Reduce what the step logged, all at once: its gradients have just met, too."""
+        """Reduce what the step logged, all at once: its gradients have just met, too.
+
+        With it goes the wish of rank 0 to save the state, so that all ranks do at the same step.
+        """
         super().on_after_backward()
-        logged, self._to_log = self._to_log, None
-        if not logged:
+        logged, self._to_log = self._to_log or [], None
+        shares = [share.double().flatten()[0] for _, share, _ in logged]
+        if self.last is not None:
+            shares.append(torch.as_tensor(self.last.wish, dtype=torch.double, device=self.device))
+        if not shares:
             return
         with self.heartbeat.doing("logging"):
-            shares = torch.stack([share.double().flatten()[0] for _, share, _ in logged])
-            values = self.trainer.strategy.reduce(shares, reduce_op="mean")
-        for (name, _, options), value in zip(logged, values, strict=True):
-            super().log(name, value, **options)
+            values = self.trainer.strategy.reduce(torch.stack(shares), reduce_op="mean")
+        for (name, _, options), value in zip(logged, values, strict=False):
+            super().log(name, value, **{"batch_size": self._frames, **options})
+        if self.last is not None:
+            self.last.agreed = values[-1]
 
     def _of_all_frames(self, value: torch.Tensor) -> torch.Tensor:
         """Return a training step's value over all of its frames; other values as they are."""
