@@ -37,7 +37,13 @@ from cuvis_dist.pace import Pace
 from cuvis_dist.plain import NotPlainError, decode, encode, load
 from cuvis_dist.storage import Mirror, relocated
 from cuvis_dist.training.epoch_loop import EpochLoop
-from cuvis_dist.training.rank_state import dealt_to, give_back, rank_here, ranks_now, states_of_ranks
+from cuvis_dist.training.rank_state import (
+    dealt_to,
+    give_back,
+    rank_here,
+    ranks_now,
+    states_of_ranks,
+)
 
 #: The name, in the output folder, of the state that a fit goes on from.
 LAST = "resume/last.ckpt"
@@ -157,7 +163,9 @@ class LastState(Callback):
         # It comes before the user's callbacks, which may change nodes at an epoch's start.
         trainer.callbacks.insert(0, self)  # type: ignore[attr-defined]
         trainer.fit_loop.epoch_loop = EpochLoop(
-            trainer.fit_loop.epoch_loop, partial(self._restore, trainer), partial(self._step, trainer)
+            trainer.fit_loop.epoch_loop,
+            partial(self._restore, trainer),
+            partial(self._step, trainer),
         )
         if self.resume_from is not None:
             trainer.ckpt_path = self.resume_from

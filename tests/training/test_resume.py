@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import signal
 
 import pytest
+import pytorch_lightning as pl
 from archives import assert_same_state, buffers_sha256
 from cuvis_ai_core.training.post_fit import TrainHook
 from faults import OwnFrames, TroubledModule
@@ -18,19 +20,28 @@ pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.slow]
 OVERRIDES = ("data.batch_size=3", "training.scheduler.patience=0")
 
 
+class EveryStep(pl.Callback):
+    """Has the state kept after every step, however long that takes."""
+
+    def setup(self, trainer, pl_module, stage):
+        pl_module.last.pace.pause = 0
+
+
 def test_a_killed_worker_is_replaced_and_training_goes_on(demo_trainrun, tmp_path, warnings):
+    """At the next step, within its epoch."""
     expected = initialized(demo_trainrun, tmp_path / "one", *OVERRIDES)
     reference = train_upstream(expected)
 
     trainrun = initialized(demo_trainrun, tmp_path / "two", *OVERRIDES)
-    module = TroubledModule(trainrun.datamodule(), tmp_path, "die", at=25)  # third epoch of 10
-    trainer = train(trainrun, 2, module)
+    module = TroubledModule(trainrun.datamodule(), tmp_path, "die", at=28)  # third epoch of 10
+    trainer = train(trainrun, 2, module, {"save_seconds": 0}, more=[EveryStep()])
 
     assert (tmp_path / "happened").exists()
     (line,) = [text for text in warnings if "lost" in text]
-    assert "Training goes on from the end of epoch 2 (failure 1, at most 3)" in line
-    read = counted(tmp_path / "read.log").total()
-    assert read <= 20 + 10 + 10, "epochs before the last checkpoint were read again"
+    assert re.search(r"Training goes on after batch [12] of epoch 3 \(failure 1, at most 3\)", line)
+    read = counted(tmp_path / "read.log")
+    assert read.total() <= 3 * 10 + 2 * 3, "more than the steps at hand was read again"
+    assert min(read.values()) == 3
     (board,) = (trainrun.output_dir / "lightning_logs").iterdir()  # one run, each step once
     logged = EventAccumulator(str(board)).Reload().Scalars("val_loss")
     assert len(logged) == len({event.step for event in logged}) == 3
