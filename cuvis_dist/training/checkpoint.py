@@ -220,7 +220,7 @@ class LastState(Callback):
             self._saving["boards"] = boards_of(self.pipeline)
             path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        trainer.save_checkpoint(temporary)
+        trainer.save_checkpoint(temporary, weights_only=False)
         self._saving = {}
         if trainer.is_global_zero and self._is_plain(temporary):
             os.replace(temporary, path)

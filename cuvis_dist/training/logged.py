@@ -52,7 +52,7 @@ def log_again(trainer: pl.Trainer, module: pl.LightningModule, found: dict[str, 
             batch_size=1,
             **options,
         )
-        metric = results[f"{options['fx']}.{options['name']}"]
+        metric = results[_key(each)]
         for name, state in move_data_to_device(each["state"], module.device).items():
             setattr(metric, name, state)
     moved = move_data_to_device(found, module.device)
@@ -68,34 +68,43 @@ def for_other_ranks(ranks: Sequence[dict[str, Any]], world_size: int) -> dict[st
     Parameters
     ----------
     ranks : sequence of dict
-        What each of the former ranks had :func:`logged`. A value that they reduced in each step
-        is the same on all of them; of one that is reduced at the epoch's end each has its part.
+        What each of the former ranks had :func:`logged`. A value of a training step is that of all
+        frames, on all ranks alike; of others each rank has its own, and they are reduced in the
+        end.
     world_size : int
         How many ranks there are now.
     """
-    everyones = [
-        {(v["options"]["fx"], v["options"]["name"]): v for v in each["values"]} for each in ranks
-    ]
+    everyones = [{_key(value): value for value in each["values"]} for each in ranks]
     values = []
     for key, first in everyones[0].items():
-        if first["options"]["sync_dist"] and "value" in first["state"]:
-            parts = [each[key]["state"] for each in everyones if key in each]
-            reduction = first["options"]["reduce_fx"]
-            together = {
-                name: _together([part[name] for part in parts], reduction, world_size)
-                for name in ("value", "cumulated_batch_size")
-                if name in first["state"]
-            }
-            first = {**first, "state": first["state"] | together}
-        values.append(first)
+        options, state = first["options"], first["state"]
+        alone = len(ranks) == 1 and options["fx"] != "training_step"
+        if "value" in state and (options["sync_dist"] or alone):
+            parts = torch.stack([each[key]["state"]["value"] for each in everyones if key in each])
+            value = _together(parts, options["reduce_fx"], world_size)
+            options, state = options | {"sync_dist": True}, state | {"value": value}
+        values.append({"options": options, "state": state})
     return {**ranks[0], "values": values}
 
 
-def _together(parts: list[torch.Tensor], reduction: str, world_size: int) -> torch.Tensor:
-    stacked = torch.stack(parts)
+def reduce_as_asked(trainer: pl.Trainer, key: str, sync_dist: bool) -> None:
+    """Let a value that another number of ranks began to log be reduced as it is asked for here."""
+    value = trainer.fit_loop.epoch_loop._results.get(key)
+    if value is not None:
+        value.meta.sync.should = sync_dist and trainer._accelerator_connector.is_distributed
+
+
+def _together(parts: torch.Tensor, reduction: str, world_size: int) -> torch.Tensor:
+    """Return what each rank shall have, so that it comes to the same when it is reduced."""
     if reduction.endswith("max"):
-        return stacked.amax(0)
-    return stacked.amin(0) if reduction.endswith("min") else stacked.sum(0) / world_size
+        return parts.amax(0)
+    if reduction.endswith("min"):
+        return parts.amin(0)
+    return parts.mean(0) if reduction.endswith("mean") else parts.sum(0) / world_size
+
+
+def _key(value: dict[str, Any]) -> str:
+    return f"{value['options']['fx']}.{value['options']['name']}"
 
 
 def _written(metric: _ResultMetric) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from cuvis_dist.training.heartbeat import Heartbeat
 from cuvis_dist.training.joint import JointStep
 from cuvis_dist.training.lightning import RankConfig
 from cuvis_dist.training.loaders import DealtDataModule
+from cuvis_dist.training.logged import reduce_as_asked
 from cuvis_dist.training.reporting import EpochEvents, StepMonitor
 from cuvis_dist.training.watch import COMPUTING, GATHERING
 
@@ -82,8 +83,7 @@ class RankTrainer(UpstreamGradientTrainer):
             self.monitors = [StepMonitor(self._of_all_frames, told)]
         #: The weight of this rank's values: in evaluation, its batch's share in the split.
         self._share = 1.0
-        #: Frames of a training step, and what it logs, until its gradients have met.
-        self._frames = 0
+        #: What a training step logs, until its gradients have met.
         self._to_log: list[tuple[str, torch.Tensor, dict[str, Any]]] | None = None
 
     def fit(self) -> None:
@@ -171,8 +171,7 @@ class RankTrainer(UpstreamGradientTrainer):
         weight, whole = dealt.weights[batch_idx], dealt.whole
         self._share = weight * batch_frames(batch) / dealt.frames if whole else 1.0
         self._to_log = None if whole else []
-        self._frames = 0 if whole else dealt.sizes[batch_idx]
-        joint = nullcontext() if whole else self._joint.of(self._cut(self._frames))
+        joint = nullcontext() if whole else self._joint.of(self._cut(dealt.sizes[batch_idx]))
         pooled = [m for m in self.pipeline_modules.modules() if isinstance(m, Metric)]
         with _not_synchronized(pooled), self.heartbeat.doing(COMPUTING), joint:
             loss = super()._run_step(batch, batch_idx, **kwargs)
@@ -198,7 +197,7 @@ class RankTrainer(UpstreamGradientTrainer):
             if isinstance(value, Metric):
                 super().log(name, value, **kwargs)
             elif self.trainer.training:  # by a callback, between two steps
-                super().log(name, value, **{"sync_dist": True, **kwargs})
+                self._log_together(name, value, {"sync_dist": True} | kwargs)
             else:
                 share = torch.as_tensor(value, device=self.device) * self._share
                 super().log(name, share, sync_dist=True, reduce_fx=torch.sum, **kwargs)
@@ -218,9 +217,18 @@ class RankTrainer(UpstreamGradientTrainer):
         with self.heartbeat.doing("logging"):
             values = self.trainer.strategy.reduce(torch.stack(shares), reduce_op="mean")
         for (name, _, options), value in zip(logged, values, strict=False):
-            super().log(name, value, **{"batch_size": self._frames, **options})
+            self._log_together(name, value, options)
         if self.last is not None:
             self.last.agreed = values[-1]
+
+    def _log_together(self, name: str, value: Any, options: dict[str, Any]) -> None:
+        """Log a value, which counts in an epoch's mean by the frames of the global batch."""
+        trainer = self.trainer
+        key, sync_dist = f"{self._current_fx_name}.{name}", options.get("sync_dist", False)
+        reduce_as_asked(trainer, key, sync_dist)
+        loop = trainer.fit_loop.epoch_loop
+        frames = 1 if loop._results.batch is None else self._dealt.sizes[loop.batch_idx]
+        super().log(name, value, **{"batch_size": frames} | options)
 
     def _of_all_frames(self, value: torch.Tensor) -> torch.Tensor:
         """Return a training step's value over all of its frames; other values as they are."""
