@@ -86,27 +86,36 @@ def test_this_process_is_named_and_interrupted_where_it_is_stuck(demo_trainrun, 
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
-@pytest.mark.parametrize("later", [0, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("later", [0, pytest.param(2, marks=pytest.mark.long)])
 def test_this_process_is_interrupted_and_goes_on(demo_trainrun, tmp_path, later):
-    """What it leaves is what a worker leaves, and the other way round."""
+    """What it leaves is what workers leave, and the other way round; within an epoch, too."""
     expected = initialized(demo_trainrun, tmp_path / "one", *OVERRIDES)
-    here = {"workers": 0}
-    train(expected, 0, scaling=here)
+    scaling = {"workers": 0, "save_seconds": 0}
+    train(expected, 0, scaling=scaling)
 
     trainrun = initialized(demo_trainrun, tmp_path / "two", *OVERRIDES)
-
-    def interrupt(event):
-        if event.hook is TrainHook.EPOCH_END and event.epochs.current == 2:
-            signal.raise_signal(signal.SIGINT)
-
+    at = 10 + 8  # in the third batch of the second epoch
+    module = TroubledModule(trainrun.datamodule(), tmp_path, "interrupt", at)
     with pytest.raises(KeyboardInterrupt):
-        train(trainrun, 0, scaling=here, emit=interrupt)
+        train(trainrun, 0, module, scaling, more=[EveryStep()])
+    assert counted(tmp_path / "read.log").total() == at
+
     again = initialized(demo_trainrun, tmp_path / "two", *OVERRIDES)
+    module = TroubledModule(again.datamodule(), tmp_path, "interrupt", at)
     epochs = []
-    train(again, later, scaling=here, resume=True, emit=epochs.append)
+    train(again, later, module, scaling, resume=True, emit=epochs.append)
     ended = [e.epochs.current for e in epochs if e.hook is TrainHook.EPOCH_END]
-    assert ended[0] in (2, 3), "epochs that were over were trained again"
-    assert buffers_sha256(again.pipeline) == buffers_sha256(expected.pipeline)
+    assert ended == [2, 3]
+    (first, _) = [e for e in epochs if e.hook is TrainHook.EPOCH_START]
+    assert (first.epochs.current, first.progress.done) == (2, 5), "half of 10 frames in 4 batches"
+    read = counted(tmp_path / "read.log")
+    tried = 2 if later else 0  # workers find out how nodes treat frames
+    assert read.total() == 3 * 10 + tried + 2, "two of the step at hand were read again"
+    assert min(read.values()) == 3
+    if later:
+        assert_same_state(again.pipeline, expected.pipeline, 1e-5)
+    else:
+        assert buffers_sha256(again.pipeline) == buffers_sha256(expected.pipeline)
 
 
 @pytest.mark.long
