@@ -47,8 +47,6 @@ from cuvis_dist.training.rank_state import (
 
 #: The name, in the output folder, of the state that a fit goes on from.
 LAST = "resume/last.ckpt"
-
-
 #: What callbacks set of a trainer.
 _OF_TRAINER = ("should_stop", "accumulate_grad_batches")
 #: What a checkpoint callback of Lightning's goes by, and leaves out of its state.
