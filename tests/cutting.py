@@ -14,6 +14,7 @@ from cases import CASES
 from cuvis_ai_core.training.config import TrainingConfig, create_callbacks_from_config
 from faults import die
 from gradients import Epochs
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 from readings import note
@@ -172,6 +173,9 @@ def _trainer(name: str, folder: Path, options: dict, dies_at: int = 0) -> Gradie
     )  # fmt: skip
     config.callbacks.checkpoint.dirpath = str(folder / "checkpoints")
     more = create_callbacks_from_config(config.callbacks)
+    if config.accumulate_grad_batches > 1:  # said by a callback, which is no state of its own
+        more.append(GradientAccumulationScheduler({0: config.accumulate_grad_batches}))
+        config.accumulate_grad_batches = 1
     return GradientTrainer(
         pipeline, Module(Cubes(folder, dies_at)), losses, [], config,
         callbacks=[Watching(folder.parent / "cut off"), Epochs(), *more],

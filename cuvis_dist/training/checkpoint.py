@@ -47,8 +47,6 @@ from cuvis_dist.training.rank_state import (
 
 #: The name, in the output folder, of the state that a fit goes on from.
 LAST = "resume/last.ckpt"
-#: What callbacks set of a trainer.
-_OF_TRAINER = ("should_stop", "accumulate_grad_batches")
 #: What a checkpoint callback of Lightning's goes by, and leaves out of its state.
 _LEFT_OUT = ("_last_global_step_saved", "_last_checkpoint_saved", "_defer_save_until_validation")
 
@@ -203,7 +201,7 @@ class LastState(Callback):
             "folder": str(self.mirror.root),
             "batches": batches,
             "order": dealt_to(trainer).order() if batches else None,
-            "trainer": {name: getattr(trainer, name) for name in _OF_TRAINER},
+            "accumulate": trainer.accumulate_grad_batches,  # a callback may change it
             "checkpoints": {
                 callback.state_key: {name: vars(callback).get(name) for name in _LEFT_OUT}
                 for callback in trainer.checkpoint_callbacks
@@ -288,8 +286,7 @@ class LastState(Callback):
         """Give the trainer, and this rank, the state that they had."""
         assert self._loaded is not None
         loaded, self._loaded = self._loaded, None
-        for name, value in loaded["trainer"].items():
-            setattr(trainer, name, value)
+        trainer.accumulate_grad_batches = loaded["accumulate"]
         for callback in trainer.checkpoint_callbacks:
             vars(callback).update(loaded["checkpoints"].get(callback.state_key, {}))
         give_back(trainer, loaded["ranks"])

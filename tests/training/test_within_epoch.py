@@ -23,13 +23,14 @@ ACCUMULATING = {
 PLAIN = {
     "max_epochs": 3, "optimizer": {"name": "sgd", "lr": 0.02}, "check_val_every_n_epoch": 2,
     "scheduler": {"name": "cosine", "t_max": 3},
-    "callbacks": {"checkpoint": {"monitor": "val_loss", "save_last": True}},
+    # Of which the first waits for a validation.
+    "callbacks": {"checkpoint": {"monitor": "val_loss", "every_n_train_steps": 5}},
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def ranks():
-    pool = Ranks("cases")
+    pool = Ranks("cutting")
     yield pool
     pool.close()
 
@@ -86,7 +87,10 @@ def test_a_killed_process_goes_on_within_its_epoch(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("mixer_with_batch_norm-None", ACCUMULATING), ("unknown-Noise", PLAIN)],
+    [
+        pytest.param("mixer_with_batch_norm-None", ACCUMULATING, marks=pytest.mark.long),
+        ("unknown-Noise", PLAIN),
+    ],
     ids=["batch norm, accumulation, plateau", "noise, cosine"],
 )
 def test_goes_on_with_as_many_ranks_and_with_others(ranks, tmp_path, name, options):
