@@ -66,6 +66,8 @@ class DealtDataModule(pl.LightningDataModule):
         self.notes: list[str] = []
         self.in_order: set[str] = set()
         self._parted = False
+        #: Whether the train loader waits until it is told where a fit goes on.
+        self._goes_on = assignment.verb == "fit" and assignment.checkpoint is not None
 
     def setup(self, stage: str | None = None) -> None:
         """Do nothing: :func:`~cuvis_dist.archive.open_split` sets the module up per split."""
@@ -91,6 +93,7 @@ class DealtDataModule(pl.LightningDataModule):
         )
         if split == "train" and (places := self._places()):
             batches.arrange = places.arrange
+        batches.held = split == "train" and self._goes_on
         if split == "train" and keeps_own_order(loader):
             self.notes.append(
                 f"the train loader of {type(self.module).__name__} keeps a random state of its "
