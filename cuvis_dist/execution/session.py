@@ -57,7 +57,7 @@ def connect(scaling: Scaling, verbose: bool = False) -> bool:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         options |= {
             "include_dashboard": False,
-            "num_cpus": max(os.cpu_count() or 1, _cpus_here(scaling)),
+            "num_cpus": max(os.cpu_count() or 1, cpus_here(scaling)),
         }
     announce(f"joining the Ray cluster at {address}" if address else "starting Ray here")
     try:
@@ -93,10 +93,15 @@ def cpus_wanted(scaling: Scaling) -> int:
     )
 
 
-def _cpus_here(scaling: Scaling) -> int:
-    """Return the CPUs that the workers want; raises ClusterError if no machine like this has them.
+def cpus_here(scaling: Scaling) -> int:
+    """Return the CPUs that a cluster on this machine is to have for the workers.
 
-    More workers than CPUs are fine, since they also wait for frames. Ray starts a process per CPU.
+    They may be more than there are, since workers also wait for frames.
+
+    Raises
+    ------
+    ClusterError
+        If they are far more: Ray starts a process for each.
     """
     cpus, resources = os.cpu_count() or 1, scaling.resources
     most, wanted = _PER_CPU * cpus, cpus_wanted(scaling)

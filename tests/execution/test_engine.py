@@ -73,8 +73,12 @@ def test_a_worker_may_be_lost_as_often_as_the_setting_says(tmp_path, failures):
 @pytest.mark.parametrize("failures", [0, 1])
 def test_and_no_more_often(tmp_path, failures):
     dying = Dying(tmp_path, times=failures + 1)
-    with pytest.raises(LostWorkerError, match="the test lost a worker"), raise_cause("the test"):
+    with pytest.raises(LostWorkerError) as raised, raise_cause("the test"):
         list(spread(shards_of(3), dying, engine(failures=failures)))
+    assert str(raised.value) == (
+        "the test lost a worker, which was killed, crashed, or ran out of memory. A worker that "
+        "ran out of memory needs more of it, or fewer workers per machine"
+    )
     assert len(list(tmp_path.iterdir())) == failures + 1
 
 
