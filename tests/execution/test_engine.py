@@ -76,10 +76,17 @@ def test_and_no_more_often(tmp_path, failures):
     with pytest.raises(LostWorkerError) as raised, raise_cause("the test"):
         list(spread(shards_of(3), dying, engine(failures=failures)))
     assert str(raised.value) == (
-        "the test lost a worker, which was killed, crashed, or ran out of memory. A worker that "
-        "ran out of memory needs more of it, or fewer workers per machine"
+        "the test lost a worker, which was killed, crashed, or ran out of memory: then it needs "
+        "more of it, or fewer workers per machine"
     )
     assert len(list(tmp_path.iterdir())) == failures + 1
+
+
+def test_who_notices_a_lost_worker_by_its_connection_says_so():
+    said = "... (Output truncated) ... c10d_logger.py, line 83\nConnection closed by peer [::1]:80"
+    with pytest.raises(LostWorkerError) as raised, raise_cause("training"):
+        raise RuntimeError(said)
+    assert str(raised.value) == "training lost a worker: its connection to the others broke off"
 
 
 @pytest.mark.parametrize("most", [0, 2])
