@@ -49,8 +49,8 @@ def writing_to(folder: object) -> Iterator[None]:
             ) from error
         if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
             raise InputError(
-                f"{folder} cannot be written on {socket.gethostname()}: {one_line(error)}. Let this "
-                "user write there, or choose another folder; the same command then goes on"
+                f"{folder} cannot be written on {socket.gethostname()}: {one_line(error)}. Let "
+                "this user write there, or choose another folder; the same command then goes on"
             ) from error
         below = str(getattr(error, "filename", None)).startswith(str(folder))
         if below and isinstance(error, IsADirectoryError | NotADirectoryError | FileExistsError):
