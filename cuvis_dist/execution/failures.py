@@ -118,14 +118,14 @@ def _how(lost: BaseException) -> str:
     if isinstance(lost, NodeDiedError) or "node has died" in said:
         return f"{where} together with its node"
     if isinstance(lost, _LOST) and "creation task" not in said:
-        return f"{where}, which was killed, crashed, or ran out of memory: {_MORE}"
+        return f"{where}, which was killed, crashed, or ran out of memory: then {_MORE}"
     if isinstance(lost, _LOST):
         return f"{where}: {one_line(lost)}"
     return ": its connection to the others broke off"
 
 
 _WHERE = ("process", "on")
-_MORE = "then it needs more of it, or fewer workers per machine"
+_MORE = "give it more, or run fewer workers per machine"
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

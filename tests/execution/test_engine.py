@@ -76,8 +76,8 @@ def test_and_no_more_often(tmp_path, failures):
     with pytest.raises(LostWorkerError) as raised, raise_cause("the test"):
         list(spread(shards_of(3), dying, engine(failures=failures)))
     assert str(raised.value) == (
-        "the test lost a worker, which was killed, crashed, or ran out of memory: then it needs "
-        "more of it, or fewer workers per machine"
+        "the test lost a worker, which was killed, crashed, or ran out of memory: then give it "
+        "more, or run fewer workers per machine"
     )
     assert len(list(tmp_path.iterdir())) == failures + 1
 
