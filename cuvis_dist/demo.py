@@ -125,7 +125,7 @@ def _write_archive(folder: Path, settings: DemoSettings) -> list[tuple[str, int]
         for frame in range(settings.frames):
             recording = frame * settings.recordings // settings.frames
             source = f"recording_{recording:02d}.cu3s"
-            index = sum(name == source for name, _ in rows)
+            index = rows[-1][1] + 1 if rows and rows[-1][0] == source else 0
             size = settings.height, settings.width
             anomalies = 0 if index % 2 else max(1, size[0] * size[1] // 800)
             cube, mask = make_cube(spectra, *size, anomalies, rng)
@@ -192,8 +192,10 @@ def _pipeline(settings: DemoSettings) -> dict:
 
 def _trainrun(folder: Path, rows: list[tuple[str, int]], settings: DemoSettings) -> dict:
     splits: dict[str, dict[str, list[int]]] = {"train": {}, "val": {}, "test": {}}
-    for source in dict.fromkeys(name for name, _ in rows):
-        ids = [index for name, index in rows if name == source]
+    of_recording: dict[str, list[int]] = {}
+    for source, index in rows:
+        of_recording.setdefault(source, []).append(index)
+    for source, ids in of_recording.items():
         half, three_quarters = max(1, len(ids) // 2), max(2, 3 * len(ids) // 4)
         splits["train"][source] = ids[:half]
         splits["val"][source] = ids[half:three_quarters]

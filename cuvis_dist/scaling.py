@@ -40,7 +40,8 @@ class Resources(_Settings):
     workers: int | None = Field(default=None, ge=0, le=_MOST)
     """How many shards are measured, scored or evaluated at the same time, each by a worker; 0:
     one, in the process of the command or script itself, without Ray. By default that is chosen
-    where it ends sooner than workers start, else one worker per CPU of the cluster."""
+    where it ends sooner than workers start, else one worker per CPU of the cluster. Where Ray
+    starts on this machine, more than 8 for each of its CPUs are refused, in either phase."""
 
     cpus_per_worker: float = Field(default=1, gt=0, le=_MOST)
     """CPUs of each worker, of either phase."""

@@ -228,6 +228,22 @@ def test_links_and_files_are_there(page):
         assert (ROOT / name).exists(), name
 
 
+def test_every_end_of_a_run_has_its_test():
+    """Each row of the table names tests, and there are tests of these names."""
+    page = (ROOT / "docs" / "failures.md").read_text().split("## What happens when")[1]
+    rows = [line.strip("| ").split("|") for line in page.splitlines() if line.startswith("| ")]
+    ends = [row for row in rows[1:] if len(row) == 5]
+    assert len(ends) > 40
+    for what, _, code, _, tests in ends:
+        assert all(int(each) in (0, 1, 2, 3, 4, 130) for each in code.split(",") if each.strip())
+        named = re.findall(r"`([\w/]+\.py)::(\w+)`", tests)
+        assert named, what
+        assert tests.count("`") == 2 * len(named), what
+        for file, test in named:
+            source = (ROOT / "tests" / file).read_text()
+            assert re.search(rf"^def {test}\(", source, re.M), f"{file}::{test}"
+
+
 def test_the_architecture_names_every_folder():
     page = (ROOT / "docs" / "architecture.md").read_text()
     package = ROOT / "cuvis_dist"

@@ -1,8 +1,8 @@
 """Are the files of an archive those that an earlier run has read?
 
-A file is known by its size and time of change, which are asked for without opening it, and on
-request by a checksum of its content. What is reused from an earlier run was read from the same
-files, or it is read again.
+A file is known by its size and time of change, which are asked for without opening it, in a store
+that has ETags by that as well, and on request by a checksum of its content. What is reused from an
+earlier run was read from the same files, or it is read again.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from typing import Any
 
 from cuvis_dist.archive.frames import Frame
 from cuvis_dist.errors import DataError, one_line
-from cuvis_dist.staging import listed, opened
+from cuvis_dist.staging import etags, listed, opened
 from cuvis_dist.storage import is_uri
 
 #: So many changed files are named in a message.
 _NAMED = 3
+#: Of so many files at URIs the ETags are asked for, a request each; of more that would take long.
+_ETAGS = 1000
 #: Files whose checksums are computed at the same time.
 _READERS = 8
 
@@ -39,11 +41,14 @@ class Stamp:
         Time of change in ns, as the disk or the store tells.
     checksum : str or None
         BLAKE2b of the content, where it was asked for.
+    etag : str or None
+        The store's ETag, where it was asked for.
     """
 
     size: int
     changed: int
     checksum: str | None = None
+    etag: str | None = None
 
     def differs(self, earlier: Stamp) -> str:
         """Return in what this differs from an earlier stamp of the file; nothing if in nothing."""
@@ -51,8 +56,13 @@ class Stamp:
             return f"its size was {earlier.size} bytes and is {self.size}"
         if self.changed != earlier.changed:
             return "it was written again"
-        both = self.checksum and earlier.checksum
-        return "its checksum is another one" if both and self.checksum != earlier.checksum else ""
+        for name, now, before in (
+            ("ETag", self.etag, earlier.etag),
+            ("checksum", self.checksum, earlier.checksum),
+        ):
+            if now and before and now != before:
+                return f"its {name} is another one"
+        return ""
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,8 @@ class Contents:
         """
         names = list(dict.fromkeys(name for frame in frames for name in frame.reads))
         found = {uri: Stamp(*stamp) for uri, stamp in listed(filter(is_uri, names)).items()}
+        told = etags(found) if len(found) <= _ETAGS else {}
+        found = {uri: replace(stamp, etag=told.get(uri)) for uri, stamp in found.items()}
         for path in names:
             if not is_uri(path) and (stamp := _local(path)):
                 found[path] = stamp
@@ -94,7 +106,7 @@ class Contents:
 
     def as_json(self) -> dict[str, list[Any]]:
         """Return what JSON can say."""
-        return {n: [s.size, s.changed, s.checksum] for n, s in self.files.items()}
+        return {n: [s.size, s.changed, s.checksum, s.etag] for n, s in self.files.items()}
 
     def changed_since(self, earlier: Contents) -> dict[str, str]:
         """Return in what files differ from what they were; only files that differ are in it."""

@@ -156,6 +156,11 @@ class NamedFrames(Dataset):
             raise DataError(f"cannot read {frame}: {error}") from error
         except CuvisDistError:
             raise
+        except FileNotFoundError as error:
+            raise DataError(
+                f"cannot read {frame}: {with_uris(one_line(error))}. Put the file back, or leave "
+                "the frame out of the splits"
+            ) from error
         except Exception as error:
             raise DataError(f"cannot read {frame}: {with_uris(one_line(error))}") from error
         if self.cache and random_states() == before:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from cuvis_dist.archive.frame_cache import FrameCache
 from cuvis_dist.archive.frames import Archive, Frame
 from cuvis_dist.errors import CuvisDistError, InputError, one_line
+from cuvis_dist.nodes import upstream
 from cuvis_dist.staging import fetched_when_opened, original, staged_files, with_uris
 from cuvis_dist.storage import is_uri
 
@@ -55,6 +56,7 @@ def open_split(datamodule: pl.LightningDataModule, split: str) -> tuple[DataLoad
     DataError
         If a remote file that it opens is missing, or cannot be fetched.
     """
+    upstream.select_by_recording()
     stage = {"train": "fit", "val": "validate"}.get(split, split)
     with _recorded_refs(datamodule) as refs_of:
         try:

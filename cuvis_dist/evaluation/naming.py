@@ -51,7 +51,9 @@ class NamingPipeline:
         if context.stage is ExecutionStage.INFERENCE:
             for (_, port), value in outputs.items():
                 if port == "mask" and isinstance(value, torch.Tensor):
-                    self._sizes.setdefault(tuple(value.shape[1:]), self._names(context))
+                    size = tuple(value.shape[1:])
+                    if size not in self._sizes:  # names are looked up among all batches
+                        self._sizes[size] = self._names(context)
         return outputs
 
     def unlike_sizes(self) -> DataError | None:

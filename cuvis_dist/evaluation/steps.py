@@ -48,6 +48,7 @@ from cuvis_dist.execution.pool import Workers
 from cuvis_dist.execution.where import begin, in_one_process, settled, use_patience, work_on_splits
 from cuvis_dist.execution.worker import prepare_worker
 from cuvis_dist.nodes.state import adopt_all
+from cuvis_dist.nodes.upstream import select_by_recording
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.staging import fetched_when_opened
 from cuvis_dist.waiting import announce
@@ -241,6 +242,7 @@ class _NamedSplits:
         return getattr(self._datamodule, name)
 
     def setup(self, stage: str | None = None) -> None:
+        select_by_recording()
         with fetched_when_opened():
             self._datamodule.setup(stage)  # type: ignore[arg-type]
 

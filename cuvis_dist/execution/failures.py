@@ -67,10 +67,7 @@ def raise_cause(what: str) -> Iterator[None]:
             cause for cause in everything if _BROKEN_CONNECTION.search(str(cause))
         ]
         if lost:
-            raise LostWorkerError(
-                f"{what} lost {_which(error)}: {one_line(lost[0])}. A worker that ran out of "
-                "memory needs more of it, or fewer workers per machine"
-            ) from error
+            raise LostWorkerError(f"{what} lost {_which(error)}{_how(lost[0])}") from error
         raise CuvisDistError(f"{what} failed: {one_line(everything[-1])}") from error
 
 
@@ -105,6 +102,30 @@ def _which(error: BaseException) -> str:
         if ranks:
             return f"worker {', '.join(map(str, ranks))}"
     return "a worker"
+
+
+def _how(lost: BaseException) -> str:
+    """Return which process was lost, where, and why, as the end of a sentence.
+
+    Ray says it in a paragraph, of which these are the facts.
+    """
+    said = str(lost)
+    found = re.search(r"\bpid[:=] ?(\d+)", said), re.search(r"\bip[:=] ?([\w.]*\w)", said)
+    names = [f"{word} {match[1]}" for word, match in zip(_WHERE, found, strict=True) if match]
+    where = f" ({' '.join(names)})" if names else ""
+    if isinstance(lost, OutOfMemoryError):
+        return f"{where}, which Ray ended since its machine ran out of memory: {_MORE}"
+    if isinstance(lost, NodeDiedError) or "node has died" in said:
+        return f"{where} together with its node"
+    if isinstance(lost, _LOST) and "creation task" not in said:
+        return f"{where}, which was killed, crashed, or ran out of memory: then {_MORE}"
+    if isinstance(lost, _LOST):
+        return f"{where}: {one_line(lost)}"
+    return ": its connection to the others broke off"
+
+
+_WHERE = ("process", "on")
+_MORE = "give it more, or run fewer workers per machine"
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -21,6 +21,9 @@ from cuvis_dist.execution.privacy import (
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.waiting import announce
 
+#: So many CPUs are offered for each that this machine has.
+_PER_CPU = 8
+
 
 def connect(scaling: Scaling, verbose: bool = False) -> bool:
     """Join or start the cluster; True when this call did, False when one was there already.
@@ -32,7 +35,7 @@ def connect(scaling: Scaling, verbose: bool = False) -> bool:
     Raises
     ------
     ClusterError
-        If the cluster cannot be reached.
+        If the cluster cannot be reached, or more workers are asked for than start on this machine.
     """
     if ray.is_initialized():
         return False
@@ -54,7 +57,7 @@ def connect(scaling: Scaling, verbose: bool = False) -> bool:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         options |= {
             "include_dashboard": False,
-            "num_cpus": max(os.cpu_count() or 1, cpus_wanted(scaling)),
+            "num_cpus": max(os.cpu_count() or 1, cpus_here(scaling)),
         }
     announce(f"joining the Ray cluster at {address}" if address else "starting Ray here")
     try:
@@ -103,6 +106,28 @@ def has_room_for_both(scaling: Scaling) -> bool:
     cpus = resources.workers * resources.cpus_per_worker + _cpus_of_ranks(scaling, ranks)
     gpus = resources.workers * scaling.measuring.gpus + ranks * resources.train_gpus
     return cpus <= have.get("CPU", 0) and gpus <= have.get("GPU", 0)
+
+
+def cpus_here(scaling: Scaling) -> int:
+    """Return the CPUs that a cluster on this machine is to have for the workers.
+
+    They may be more than there are, since workers also wait for frames.
+
+    Raises
+    ------
+    ClusterError
+        If they are far more: Ray starts a process for each.
+    """
+    cpus, resources = os.cpu_count() or 1, scaling.resources
+    most, wanted = _PER_CPU * cpus, cpus_wanted(scaling)
+    if max(wanted, resources.workers or 0, resources.train_workers) > most:
+        raise ClusterError(
+            f"{resources.workers or 1} workers and {resources.train_workers} training workers with "
+            f"{resources.cpus_per_worker:g} CPUs each are too many for this machine: it has {cpus} "
+            f"CPUs, and at most {most} are offered. Ask for fewer (--workers, --train-workers, "
+            "resources.cpus_per_worker), or join a cluster (--address)"
+        )
+    return wanted
 
 
 def require_resources(scaling: Scaling, training: bool = True) -> None:

@@ -19,6 +19,7 @@ import torch
 import yaml
 from cuvis_ai.node.conversion import ScoreToLogit
 from cuvis_ai.node.monitor import TensorBoardMonitorNode
+from cuvis_ai_core.data import selectors
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training import StatisticalTrainer
@@ -45,6 +46,7 @@ from cuvis_ai_dataloader.data import (
 from cuvis_ai_dataloader.data.readers.tiff_reader import TiffCubeReader
 from cuvis_ai_schemas.enums import ExecutionStage
 from cuvis_ai_schemas.training import DataConfig
+from cuvis_ai_schemas.training.data import SampleRef, Selector, SelectorKind
 
 from cuvis_dist.errors import DataError
 from cuvis_dist.plain import load
@@ -64,6 +66,7 @@ __all__ = [
     "only_real_numbers",
     "pooled_objects",  # a metric node's live torchmetrics, as an evaluation resets and reads them
     "restore_weights",
+    "select_by_recording",
     "topological_order",
 ]
 
@@ -280,3 +283,33 @@ def only_real_numbers() -> None:
 
     reader: Any = TiffCubeReader
     reader._to_hwc = staticmethod(checked)
+
+
+@cache
+def select_by_recording() -> None:
+    """Let upstream look for the frames of a recording among those of that recording alone.
+
+    It looks through the whole archive for each selector, and a run sets its data up many times:
+    with 500 recordings of 40 frames each time took 13 s, and 0.2 s so. Private: ``_resolve_one``,
+    which still does the selecting, and ``_norm_source``, by which it compares recordings.
+    """
+    theirs, alike = selectors._resolve_one, selectors._norm_source
+    last: list[Any] = [None, 0, {}]  # the frames of an archive, how many, and by recording
+
+    def resolve(
+        sel: Selector, refs: list[SampleRef], *, name_to_id: dict[str, int] | None
+    ) -> list[SampleRef]:
+        named = [sel.source] if sel.kind is SelectorKind.FILE_INDICES else sel.paths
+        if sel.kind not in (SelectorKind.FILE_INDICES, SelectorKind.FILES) or len(named) != 1:
+            return theirs(sel, refs, name_to_id=name_to_id)
+        if last[0] is not refs or last[1] != len(refs):
+            by_recording: dict[str, list[SampleRef]] = {}
+            spelt: dict[str, str] = {}
+            for ref in refs:
+                if ref.source not in spelt:
+                    spelt[ref.source] = alike(ref.source)
+                by_recording.setdefault(spelt[ref.source], []).append(ref)
+            last[:] = refs, len(refs), by_recording
+        return theirs(sel, last[2].get(alike(named[0]), []), name_to_id=name_to_id)
+
+    selectors._resolve_one = resolve

@@ -16,6 +16,7 @@ from typing import Any, TypeGuard, Union, get_args, get_origin
 
 from cuvis_ai_schemas.pipeline import PipelineConfig
 from cuvis_ai_schemas.training import DataConfig, TrainRunConfig
+from cuvis_ai_schemas.training.data import DataSplitConfig
 from omegaconf import OmegaConf
 from pydantic import BaseModel, ValidationError
 
@@ -84,6 +85,7 @@ def read_configuration(
                 f"training.seed of trainrun {path} is {config.training.seed}; the largest is "
                 f"{_MAX_SEED} (2**32 - 1)"
             )
+        _check_splits(path, config.data)
         check_output(path, config, archive_folders(config.data))
         config = moved(config, _own_output_dir(path, overrides, config))
     except ValidationError as error:
@@ -137,6 +139,21 @@ def _read(path: Path, overrides: Sequence[str]) -> TrainRunConfig:
         merged = OmegaConf.merge(OmegaConf.create(values), OmegaConf.from_dotlist(list(overrides)))
         values = OmegaConf.to_container(merged, resolve=True)
     return TrainRunConfig.model_validate(values)
+
+
+def _check_splits(path: Path, data: DataConfig) -> None:
+    """Refuse a local splits file that is missing or says nothing valid; raises InputError."""
+    named = data.splits.splits_path if data.splits else None
+    if not _is_local(named):
+        return
+    file = path.parent / named  # as upstream has it
+    if not file.is_file():
+        raise InputError(f"the splits file of trainrun {path} is not there: {file}")
+    try:
+        DataSplitConfig.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        problems = _said(error, DataSplitConfig)
+        raise InputError(f"the splits file {file} is not valid: {problems}") from error
 
 
 def _own_output_dir(path: Path, overrides: Sequence[str], config: TrainRunConfig) -> str:

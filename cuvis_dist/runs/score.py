@@ -13,6 +13,7 @@ from cuvis_dist.execution.where import work_on
 from cuvis_dist.hashing import hash_files, hash_settings
 from cuvis_dist.runs.job import Job, job
 from cuvis_dist.runs.record import ScoreRecord
+from cuvis_dist.runs.room import require_room_for_copies, require_room_for_scores
 from cuvis_dist.runs.trainrun import TrainRun
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.scoring.plan import FINGERPRINT, READ, ScorePlan, plan_scores, ports, scores_folder
@@ -136,6 +137,8 @@ class Scoring:
         if not plan.todo:
             return
         pipeline, missing = self.trainrun.pipeline, plan.archive.only(plan.todo)
+        require_room_for_scores(self.trainrun, plan)
+        require_room_for_copies(plan.contents, self.scaling)
         entered.connect(training=False, work=lambda: work_on(missing, pipeline))
         announce(f"scoring the first of {len(plan.todo)} frames")
         compute_scores(pipeline, plan, entered.scaling, tally, on_frames)

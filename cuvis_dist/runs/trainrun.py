@@ -179,6 +179,7 @@ class TrainRun:
         DataError
             If a remote file that it opens is missing, or cannot be fetched.
         """
+        upstream.select_by_recording()
         data, base_dir = self.config.data, self.path.parent
         local = localize(data, scaling or Scaling(), base_dir)
         config = self.config.model_copy(update={"data": local})

@@ -36,6 +36,7 @@ from cuvis_dist.runs.dependences import TRAINING, depends_on
 from cuvis_dist.runs.job import Job, job
 from cuvis_dist.runs.record import RunRecord, save_pipeline
 from cuvis_dist.runs.resume import Resume
+from cuvis_dist.runs.room import require_room_for_copies, require_room_for_run
 from cuvis_dist.runs.trainrun import TrainRun
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.training.configuration import check_training
@@ -162,6 +163,9 @@ class _Phases:
         trainrun, record = self.trainrun, self._record
         pipeline, trains = trainrun.pipeline, trainrun.config.training is not None
         with record.timed("start"):
+            require_room_for_run(trainrun)
+            for contents in self.resume.depends_on.files.values():
+                require_room_for_copies(contents, self.job.scaling)
             work = partial(work_of, trainrun, self.datamodule, self.job.scaling)
             self.job.connect(True if trains else None, work)
 

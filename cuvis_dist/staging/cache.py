@@ -26,7 +26,7 @@ from typing import Any
 from pyarrow.fs import FileInfo, FileSelector, FileType
 
 from cuvis_dist.errors import ClusterError
-from cuvis_dist.staging.disk import CacheDisk
+from cuvis_dist.staging.disk import CacheDisk, FullDiskError
 from cuvis_dist.staging.entries import LockedEntry
 from cuvis_dist.staging.fetching import Fetcher
 from cuvis_dist.staging.room import Counters, NoRoomError, Room
@@ -150,7 +150,7 @@ class Staging:
         seen = 0
         while True:
             for how in (fcntl.LOCK_SH, fcntl.LOCK_EX):
-                locked, held = LockedEntry.take(self.disk, uri, how), False
+                locked, held = self._take(uri, how), False
                 if locked is None:  # another process fetches it, or is about to
                     seen = self._see(uri, seen)
                     _pause()
@@ -166,6 +166,14 @@ class Staging:
                 finally:
                     if not held:
                         locked.close()
+
+    def _take(self, uri: str, how: int) -> LockedEntry | None:
+        """Return the file's entry as :meth:`LockedEntry.take` does; others go if it has no room."""
+        try:
+            return LockedEntry.take(self.disk, uri, how)
+        except FullDiskError:
+            self.room.empty()
+            return LockedEntry.take(self.disk, uri, how)
 
     def _see(self, uri: str, seen: int) -> int:
         """Read some of what another process has fetched meanwhile; return how much it has.

@@ -56,6 +56,13 @@ def localize(data: DataConfig, scaling: Scaling, base_dir: Path | None = None) -
     return _Localizer(data, scaling, base_dir or Path()).localized()
 
 
+def cache_of(scaling: Scaling) -> Staging:
+    """Return the cache of this node that the settings name."""
+    folder = scaling.reading.stage_dir
+    configured = str(folder.expanduser().absolute()) if folder else None
+    return staging_here(configured, scaling.reading.stage_bytes)
+
+
 class _Localizer:
     """Translates one ``data`` block."""
 
@@ -65,9 +72,7 @@ class _Localizer:
 
     @property
     def staging(self) -> Staging:
-        folder = self.scaling.reading.stage_dir
-        configured = str(folder.expanduser().absolute()) if folder else None
-        return staging_here(configured, self.scaling.reading.stage_bytes)
+        return cache_of(self.scaling)
 
     def localized(self) -> DataConfig:
         params = {key: self._param(key, value) for key, value in self.data.params.items()}

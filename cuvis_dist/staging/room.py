@@ -81,8 +81,9 @@ class Room:
             if counters.bytes > free:
                 raise NoRoomError
             counters.bytes += info.size
-            counters.save(file)  # first: a death in between counts too much, not too little
-            locked.write(Entry(uri, info.size, stamp_of(info)))
+            with self.disk.writing(what=uri):
+                counters.save(file)  # first: a death in between counts too much, not too little
+                locked.write(Entry(uri, info.size, stamp_of(info)))
 
     def release(self, uri: str, locked: LockedEntry) -> None:
         """Give back the room of a file that could not be fetched."""
@@ -92,7 +93,8 @@ class Room:
     def settle(self, locked: LockedEntry, entry: Entry) -> None:
         """Count a file that is whole now."""
         with self.books() as (counters, _):
-            locked.write(entry)
+            with self.disk.writing(what=entry.uri):
+                locked.write(entry)
             counters.fetched += 1
             counters.fetched_bytes += entry.size
 
@@ -127,7 +129,8 @@ class Room:
             try:
                 yield counters, file
             finally:
-                counters.save(file)
+                with self.disk.writing():
+                    counters.save(file)
         finally:
             os.close(file)
 

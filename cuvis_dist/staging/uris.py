@@ -7,6 +7,7 @@ import os
 import random
 import socket
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 from urllib.parse import quote, unquote
@@ -26,6 +27,8 @@ ATTEMPTS = 4
 PAUSE = 0.5
 #: Up to so many files of a folder are asked for by name; of more, the folder is listed.
 _ONE_BY_ONE = 8
+#: Files that are asked for at the same time.
+_ASKING = 16
 _SAFE = "/!$&'()*+,;=:@~"
 
 
@@ -123,6 +126,28 @@ def listed(uris: Iterable[str]) -> dict[str, tuple[int, int]]:
             if key in there:
                 found[uri] = there[key].size, there[key].mtime_ns or 0
     return found
+
+
+def etags(uris: Iterable[str]) -> dict[str, str]:
+    """Return what stores that have ETags tell of files; one request each, which reads none.
+
+    Raises
+    ------
+    DataError
+        If a store does not answer.
+    """
+
+    def etag(uri: str) -> str:
+        filesystem, key = remote(uri)
+        if filesystem.type_name != "s3":
+            return ""
+        with fetched(uri, lambda: filesystem.open_input_stream(key)) as stream:
+            return (stream.metadata() or {}).get("ETag", b"").decode().strip('"')
+
+    uris = list(uris)
+    with ThreadPoolExecutor(_ASKING) as asking:
+        found = dict(zip(uris, asking.map(etag, uris), strict=True))
+    return {uri: told for uri, told in found.items() if told}
 
 
 def opened(uri: str) -> NativeFile:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -47,7 +48,10 @@ def writing_to(folder: object) -> Iterator[None]:
                 "room there, or choose another folder; the same command then goes on"
             ) from error
         if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
-            raise InputError(f"{folder} cannot be written: {one_line(error)}") from error
+            raise InputError(
+                f"{folder} cannot be written on {socket.gethostname()}: {one_line(error)}. Let "
+                "this user write there, or choose another folder; the same command then goes on"
+            ) from error
         below = str(getattr(error, "filename", None)).startswith(str(folder))
         if below and isinstance(error, IsADirectoryError | NotADirectoryError | FileExistsError):
             raise InputError(
@@ -55,6 +59,32 @@ def writing_to(folder: object) -> Iterator[None]:
                 f"{one_line(error)}. Move it away, or choose another folder"
             ) from error
         raise
+
+
+def require_free(folder: Path, needed: int, what: str) -> None:
+    """Find out whether the disk of a local folder, which need not be there, has room.
+
+    Parameters
+    ----------
+    folder : Path
+        Where something is to be written.
+    needed : int
+        How many bytes.
+    what : str
+        What they are, for the message.
+
+    Raises
+    ------
+    ClusterError
+        If fewer bytes are free.
+    """
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise ClusterError(
+            f"too little space is left in {folder} on {socket.gethostname()}: {what} need about "
+            f"{needed} bytes, and {free} are free. Make room there, or choose another folder"
+        )
 
 
 def write_atomically(path: Path, content: bytes) -> Path:

@@ -73,9 +73,20 @@ def test_a_worker_may_be_lost_as_often_as_the_setting_says(tmp_path, failures):
 @pytest.mark.parametrize("failures", [0, 1])
 def test_and_no_more_often(tmp_path, failures):
     dying = Dying(tmp_path, times=failures + 1)
-    with pytest.raises(LostWorkerError, match="the test lost a worker"), raise_cause("the test"):
+    with pytest.raises(LostWorkerError) as raised, raise_cause("the test"):
         list(spread(shards_of(3), dying, engine(failures=failures)))
+    assert str(raised.value) == (
+        "the test lost a worker, which was killed, crashed, or ran out of memory: then give it "
+        "more, or run fewer workers per machine"
+    )
     assert len(list(tmp_path.iterdir())) == failures + 1
+
+
+def test_who_notices_a_lost_worker_by_its_connection_says_so():
+    said = "... (Output truncated) ... c10d_logger.py, line 83\nConnection closed by peer [::1]:80"
+    with pytest.raises(LostWorkerError) as raised, raise_cause("training"):
+        raise RuntimeError(said)
+    assert str(raised.value) == "training lost a worker: its connection to the others broke off"
 
 
 @pytest.mark.parametrize("most", [0, 2])

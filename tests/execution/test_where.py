@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 
 import pytest
@@ -12,8 +13,9 @@ from faults import FragileModule
 from settings import scaling_of
 
 from cuvis_dist.archive import Archive, open_archive
-from cuvis_dist.errors import DataError, InputError
+from cuvis_dist.errors import ClusterError, DataError, InputError
 from cuvis_dist.execution.asked import trains_here
+from cuvis_dist.execution.session import cpus_here
 from cuvis_dist.execution.where import START_SECONDS, Work, choose, work_on
 from cuvis_dist.scaling import Scaling
 
@@ -120,3 +122,26 @@ def test_the_first_frame_that_can_be_read_says_how_much_there_is(tmp_path, monke
     monkeypatch.setattr(Archive, "read", damaged)
     assert work_on(archive, CuvisPipeline("empty")) == Work(12, 9 * 8 * 5)
     assert tried == [0, 1, 2]
+
+
+TOO_MANY = "are too many for this machine: it has "
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"workers": 33}, {"train_workers": 33}, {"workers": 1, "cpus_per_worker": 33},
+     {"workers": 33, "cpus_per_worker": 0.1}],
+)  # fmt: skip
+def test_more_workers_than_this_machine_has_are_refused(settings):
+    with pytest.raises(ClusterError, match=f"{TOO_MANY}4 CPUs, and at most 32 are offered"):
+        cpus_here(scaling_of(**settings))
+    fewer = {name: min(value, 32) for name, value in settings.items()}
+    assert cpus_here(scaling_of(**fewer)) <= 32
+
+
+def test_that_is_told_before_ray_starts(demo_trainrun):
+    command = ["cuvis_dist.cli", "run", str(demo_trainrun), "--workers", "100000"]
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
+    assert done.returncode == 4, done.stderr
+    assert TOO_MANY in done.stderr.splitlines()[-1]
+    assert "building the pipeline" not in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 
 import pytest
@@ -9,14 +10,16 @@ import torch
 from cuvis_ai.node.channel_selector import ChannelSelectorBase
 from cuvis_ai.node.conversion import ScoreToLogit
 from cuvis_ai.node.monitor import TensorBoardMonitorNode
+from cuvis_ai_core.data import selectors
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training import GradientTrainer, StatisticalTrainer, evaluation
 from cuvis_ai_core.training.config import TrainingConfig
 from cuvis_ai_core.utils import restore
 from cuvis_ai_dataloader.data import datamodule_cu3s, datamodule_cu3s_multi
 from cuvis_ai_dataloader.data.readers.tiff_reader import TiffCubeReader
+from cuvis_ai_schemas.training.data import SampleRef, Selector
 
-from cuvis_dist.nodes.upstream import accumulated_mean
+from cuvis_dist.nodes.upstream import accumulated_mean, select_by_recording
 from cuvis_dist.training.module import RankTrainer
 
 PRIVATE = {
@@ -37,6 +40,8 @@ PRIVATE = {
     (datamodule_cu3s, "count_measurements"): ["cu3s_file_path"],
     (datamodule_cu3s_multi, "count_measurements"): ["cu3s_file_path"],
     (TiffCubeReader, "_to_hwc"): ["raw", "axes", "path"],
+    (selectors, "_resolve_one"): ["sel", "refs", "name_to_id"],
+    (selectors, "_norm_source"): ["path"],
     (datamodule_cu3s, "Cu3sCubeReader"): [
         "cu3s_file_path", "processing_mode", "white_ref", "dark_ref", "cuda_cubes",
     ],
@@ -84,3 +89,55 @@ def test_every_trainer_keyword_reaches_lightning():
     source = inspect.getsource(GradientTrainer._build_trainer)
     assert "self.training_config.to_lightning_kwargs()" in source
     assert "max_epochs" in TrainingConfig().to_lightning_kwargs()
+
+
+@pytest.fixture
+def theirs():
+    """Upstream's module of selectors as it is without us."""
+    found = importlib.util.find_spec(selectors.__name__)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def of_recordings(names, frames=3):
+    return [SampleRef(source=n, index=i, uid=f"{n}#{i}") for n in names for i in range(frames)]
+
+
+def test_selectors_select_what_they_do_upstream(theirs):
+    select_by_recording()
+    archives = [of_recordings(["a/b.cu3s", "a\\c.cu3s", "d.cu3s"]), of_recordings(["d.cu3s"], 2)]
+    c, d = {"kind": "files", "paths": ["a/c.cu3s"]}, {"kind": "files", "paths": ["./d.cu3s"]}
+    some = {"kind": "file_indices", "source": "a/./c.cu3s", "ids": ["1-2", 0]}
+    for given in (
+        [c], [d], [some], [d, some], [{"kind": "all"}, c], [{"kind": "union", "of": [d, c]}],
+        [{"kind": "except", "of": [{"kind": "all"}, some]}], [{"kind": "glob", "pattern": "d*"}],
+        [{"kind": "file_indices", "source": "d.cu3s", "ids": [0, 9]}], [{"kind": "files",
+        "paths": ["d.cu3s", "x"]}], [{"kind": "files", "paths": ["x"]}],
+        [{"kind": "dir_indices", "ids": [1, 0]}],
+    ):  # fmt: skip
+        chosen = [Selector.model_validate(each) for each in given]
+        for refs in (*archives, archives[0]):
+            results = []
+            for module in (theirs, selectors):
+                try:
+                    results.append(module.resolve_selectors(chosen, refs))
+                except ValueError as error:
+                    results.append(str(error))
+            assert results[0] == results[1], given
+
+
+def test_a_recording_more_costs_no_look_at_the_others(monkeypatch):
+    select_by_recording()
+
+    def looks(recordings: int) -> int:
+        """How many names of recordings are compared where each is selected by itself."""
+        names = [f"{n}.cu3s" for n in range(recordings)]
+        looked = []
+        monkeypatch.setattr(selectors, "_norm_source", lambda path: looked.append(path) or path)
+        each = [Selector(kind="file_indices", source=name, ids=["0-2"]) for name in names]
+        assert len(selectors.resolve_selectors(each, of_recordings(names))) == 3 * recordings
+        monkeypatch.undo()
+        return len(looked)
+
+    assert looks(40) <= 2 * looks(20)

@@ -33,6 +33,11 @@ def wrong_commands(demo: Path) -> dict[str, tuple[list[str], str]]:
         (demo.parent / name).write_text(text)
         return ["run", str(demo.parent / name)]
 
+    def with_splits(name: str, text: str | None) -> list[str]:
+        if text is not None:
+            (demo.parent / f"{name}.json").write_text(text)
+        return ["run", str(demo), "--override", f"data.splits.splits_path={name}.json"]
+
     good, pipeline = demo.read_text(), (demo.parent / "pipeline.yaml").read_text()
     written("f.yaml", pipeline.replace("hparams", "params"))
     run = ["run", str(demo)]
@@ -64,6 +69,12 @@ def wrong_commands(demo: Path) -> dict[str, tuple[list[str], str]]:
         "long pipeline": (
             written("h.yaml", good.replace("pipeline.yaml", "p" * 300)),
             "the pipeline of trainrun",
+        ),
+        "no splits": (with_splits("i", None), f"is not there: {demo.parent / 'i.json'}"),
+        "no json": (with_splits("j", "{train: x}"), "j.json is not valid: Invalid JSON"),
+        "wrong splits": (
+            with_splits("k", '{"trian": []}'),
+            "k.json is not valid: trian is unknown; did you mean train?",
         ),
         "no weights": (["train", str(demo), "--pipeline", "none.yaml"], "none.pt"),
         "no saved": (["evaluate", "none.yaml", "--data", str(demo)], "saved pipeline not found: "),

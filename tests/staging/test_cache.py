@@ -8,12 +8,15 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from small_disks import on_small_disk
 
 from cuvis_dist.errors import ClusterError, DataError, InputError
 from cuvis_dist.staging import cache as module
@@ -374,6 +377,58 @@ def test_a_full_disk_evicts_what_is_there_then_says_so(cache, store, monkeypatch
     assert cache.counters().bytes == 0
     room[0] = 5000
     assert content(cache, store(1)) == bytes([1]) * 1000
+
+
+FILLED = """
+import sys
+from pathlib import Path
+from cuvis_dist.errors import ClusterError
+from cuvis_dist.staging.cache import Staging
+disk, store = map(Path, sys.argv[1:])
+cache = Staging(disk / "cache", 10**9)
+
+def content(name):
+    uri = (store / f"{name}.bin").as_uri()
+    with cache.held([uri]):
+        return cache.path_of(uri).read_bytes()
+
+def fill(name):
+    with open(disk / name, "wb", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)):
+                pass
+        except OSError:
+            pass
+
+assert [content(n)[0] for n in range(3)] == [0, 1, 2]
+fill("somebody's")
+assert content(3) == bytes([3]) * 10**5
+print(cache.counters().evicted)
+cache.room.empty()
+fill("more")
+try:
+    content(4)
+except ClusterError as error:
+    print(error)
+(disk / "more").unlink()
+assert content(4) == bytes([4]) * 10**5
+"""
+
+
+def test_a_disk_that_somebody_else_fills(store, tmp_path):
+    """A small one: copies that nobody reads go for the next, then it is said."""
+    for number in range(6):
+        (tmp_path / "store" / f"{number}.bin").write_bytes(bytes([number]) * 10**5)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    program = [sys.executable, "-c", FILLED, disk, tmp_path / "store"]
+    done = subprocess.run(on_small_disk(disk, "600k", program), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    evicted, said = done.stdout.splitlines()
+    assert evicted == "3"
+    assert f"the disk of the cache {disk}/cache on node " in said
+    assert " is full: " in said
+    assert "set stage_dir to a folder on a larger disk" in said
 
 
 @pytest.mark.parametrize(
