@@ -29,7 +29,7 @@ from cuvis_dist.initialization.plan import Fit, Pass
 from cuvis_dist.initialization.shards import Measurement, MeasureShard
 from cuvis_dist.nodes.affine import probe
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.statistics import MergeTree, Moments, Statistic, from_bytes
+from cuvis_dist.statistics import ExactMoments, MergeTree, Moments, Statistic, from_bytes
 
 OnShard = Callable[[int], None]
 """Called with the number of frames done so far."""
@@ -290,7 +290,7 @@ def _freeze(fit: Fit, statistic: Statistic) -> None:
         raise DataError(
             f"no pixel is left for node {fit.node.name}: masks and the setting pixels leave all out"
         )
-    if isinstance(statistic, Moments) and fit.recipe.options.get("diagonal"):
+    if isinstance(statistic, Moments | ExactMoments) and fit.recipe.options.get("diagonal"):
         statistic = statistic.only_diagonal()
     try:
         fit.recipe.freeze(fit.node, statistic)
