@@ -42,7 +42,8 @@ class PassRecord:
     Attributes
     ----------
     nodes : dict of str to dict
-        Per fitted node: ``statistic`` (or ``streamed``) and the number of ``pixels``.
+        Per fitted node: ``statistic`` (or ``streamed``), the number of ``pixels``, and whether
+        what was measured is ``exact``, that is free of rounding.
     frames, bytes : int
         Frames measured, and the bytes of their tensors.
     shards : int
@@ -264,13 +265,13 @@ def freeze_fits(
     Returns
     -------
     tuple of dict and list of Fit
-        Per fitted node its statistic and number of pixels, and the fits that have to be measured
+        Per fitted node what :attr:`PassRecord.nodes` says, and the fits that have to be measured
         directly (see :func:`measure_pass`).
     """
     fitted: dict[str, dict[str, Any]] = {}
     left: list[Fit] = []
     for fit in this_pass.fits:
-        statistic = merged[fit.source.key]
+        measured = statistic = merged[fit.source.key]
         if fit.chain:
             try:
                 if left:
@@ -281,7 +282,8 @@ def freeze_fits(
                 left.append(fit)
                 continue
         _freeze(fit, statistic)
-        fitted[fit.node.name] = {"statistic": str(fit), "pixels": statistic.n}
+        how = {"statistic": str(fit), "pixels": statistic.n, "exact": measured.exact}
+        fitted[fit.node.name] = how
     return fitted, left
 
 

@@ -4,14 +4,12 @@ Pixels that are whole numbers below 2¹⁶, as sensors give them, are summed wit
 (:class:`ExactMoments`), others around an estimate of their mean (:class:`Moments`); measuring finds
 out which of the two it is. Merged with the latter, the former become the latter.
 
-Sources: T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating Formulae and a Pairwise Algorithm for
-Computing Sample Variances", Stanford STAN-CS-79-773 (1979), eq. (2.1), in its matrix form. The
-surrogate is the symmetric sigma-point set of S. J. Julier and J. K. Uhlmann (1997).
+Source: T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating Formulae and a Pairwise Algorithm for
+Computing Sample Variances", Stanford STAN-CS-79-773 (1979), eq. (2.1), in its matrix form.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -25,6 +23,7 @@ from cuvis_dist.statistics.blocks import (
     shifted_sums,
     whole_sums,
 )
+from cuvis_dist.statistics.points import sigma_points, single_points
 from cuvis_dist.statistics.statistic import Statistic
 from cuvis_dist.statistics.wide import add, as_ints, subtract, wide
 
@@ -143,16 +142,18 @@ class Moments(Statistic):
         """Return the moments with the variances alone."""
         return self if self.diagonal else type(self)(self.n, self.mean, self.M2.diagonal().clone())
 
-    def surrogate(self, means: int = 0) -> Tensor:
-        """Return K = 2C + ``means`` pixels whose sample mean and covariance are these.
+    def surrogate(self, single: bool = False) -> Tensor:
+        """Return pixels whose sample mean and covariance are these.
 
-        The pixels are ``mean ± sqrt((K - 1) / 2) · L_i`` for the columns ``L_i`` of a factor
-        ``L Lᵀ`` of the covariance, and copies of the mean. With copies the others lie farther
-        out, so that rounding them to float32 costs less where the mean is large. Below two
-        pixels there is no covariance to carry: the surrogate is then the one pixel itself, or
-        none, so that a node says what it always says about too little data.
+        Below two pixels there is no covariance to carry: the surrogate is then the one pixel
+        itself, or none, so that a node says what it always says about too little data.
+
+        Parameters
+        ----------
+        single : bool
+            For a node that casts to float32: of values that float32 holds. Of the variances alone.
         """
-        return _sigma_points(self, means)
+        return _surrogate(self, single)
 
 
 @dataclass(frozen=True)
@@ -271,9 +272,9 @@ class ExactMoments(Statistic):
         row, column = _half(self.channels)
         return type(self)(self.n, True, self.sums, self.products[:, row == column])
 
-    def surrogate(self, means: int = 0) -> Tensor:
+    def surrogate(self, single: bool = False) -> Tensor:
         """Return pixels that carry the moments: see :meth:`Moments.surrogate`."""
-        return _sigma_points(self, means)
+        return _surrogate(self, single)
 
     def _centred(self) -> list[int]:
         """Return ``n Σ x xᵀ - Σ x (Σ x)ᵀ``, in the order of ``products``."""
@@ -323,20 +324,9 @@ def _product(A: Tensor, B: Tensor) -> Tensor:
     return total
 
 
-def _sigma_points(moments: Moments | ExactMoments, means: int) -> Tensor:
-    n, mean, channels = moments.n, moments.mean, moments.channels
-    if n < 2:
-        return mean.expand(n, -1).clone()
-    covariance = moments.covariance
-    factor = covariance.sqrt().diag() if moments.diagonal else _factor(covariance)
-    offsets = factor.T * math.sqrt((2 * channels + means - 1) / 2)
-    return torch.cat([mean + offsets, mean - offsets, mean.expand(means, channels)])
-
-
-def _factor(covariance: Tensor) -> Tensor:
-    """Return ``L`` with ``L Lᵀ = covariance``, also for a singular one."""
-    factor, info = torch.linalg.cholesky_ex(covariance)
-    if int(info) == 0:
-        return factor
-    eigenvalues, vectors = torch.linalg.eigh(covariance)
-    return vectors * eigenvalues.clamp(min=0).sqrt()
+def _surrogate(moments: Moments | ExactMoments, single: bool) -> Tensor:
+    if moments.n < 2:
+        return moments.mean.expand(moments.n, -1).clone()
+    if single and not moments.diagonal:
+        raise ValueError("float32 pixels carry variances alone")
+    return (single_points if single else sigma_points)(moments.mean, moments.covariance)
