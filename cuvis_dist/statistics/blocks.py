@@ -26,9 +26,9 @@ from cuvis_dist.statistics.statistic import as_array
 
 #: So many pixels of values below 2¹⁶ have sums of products below 2³² · 2²¹ = 2⁵³.
 LONGEST_WHOLE = 1 << 21
-#: Float64 values in one block on a CPU: 1 MiB, which a core's cache holds. A GPU wants larger
-#: blocks.
-_CPU_BLOCK, GPU_BLOCK = 1 << 17, 1 << 25
+#: Float64 values in one shifted block on a CPU: 1 MiB, which a core's cache holds. Blocks that need
+#: no shift may be longer, which is good for many bands. A GPU wants larger ones.
+_CPU_BLOCK, _WHOLE_BLOCK, GPU_BLOCK = 1 << 17, 1 << 18, 1 << 25
 #: Pixels in one shifted block at most: a sum over more of them, one after another, would cost a
 #: digit.
 _LONGEST = 1 << 12
@@ -131,7 +131,7 @@ def _cut(pixels: np.ndarray, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray
 
 def _whole(pixels: np.ndarray, known: bool) -> Iterator[np.ndarray]:
     """Yield the pixels in float64; what uint16 cannot hold comes back from it as another value."""
-    for part, block in _cut(pixels, max(1, _CPU_BLOCK // pixels.shape[1])):
+    for part, block in _cut(pixels, max(1, _WHOLE_BLOCK // pixels.shape[1])):
         if not known and not np.array_equal(part.astype(np.uint16), part):
             raise NotWholeError
         yield block
