@@ -91,7 +91,7 @@ class Measuring(_Settings):
 
     shard_frames: int = Field(default=4, ge=1)
     """Frames in a shard, the unit of work. Fixes the order of merging, and so the last bits of
-    moments of values that are no whole numbers (see [concepts](concepts.md#what-is-exact))."""
+    moments, but for those of whole numbers, which are exact."""
 
     fold: bool = True
     """Derive the statistics of ports that affine nodes separate from a measured one, instead of
