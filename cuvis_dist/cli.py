@@ -560,6 +560,8 @@ def _print_plan(
             print(f"  {fit.node.name}: {fit}")
         if cost.step.streamed:
             print(f"  {cost.step.streamed.name}: {plan.batches}")
+        else:
+            print(f"  {cost.rounding}")
         if cost.seconds is not None:
             print(f"  {cost.seconds:.3g} s a frame on one worker")
     if plan.seconds is not None and plan.costs:

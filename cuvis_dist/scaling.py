@@ -92,7 +92,8 @@ class Measuring(_Settings):
     """What phase 1 counts and in which order it merges. Changes results."""
 
     shard_frames: int = Field(default=4, ge=1)
-    """Frames in a shard, the unit of work. Fixes the order of merging, and so the last bits."""
+    """Frames in a shard, the unit of work. Fixes the order of merging, and so the last bits of
+    moments, but for those of whole numbers, which are exact."""
 
     fold: bool = True
     """Derive the statistics of ports that affine nodes separate from a measured one, instead of

@@ -84,6 +84,25 @@ def exact_moments(pieces: list[Piece], diagonal: bool = False) -> dict[str, Boun
     }
 
 
+def rounded_moments(pieces: list[Piece], diagonal: bool = False) -> dict[str, Bound]:
+    """Mean and M2 of whole numbers in rational arithmetic, rounded once: no tolerance."""
+    rows = [[int(v) for v in row] for piece in pieces for row in piece.pixels.tolist()]
+    n, channels = len(rows), pieces[0].pixels.shape[1]
+    mean = [Fraction(sum(row[i] for row in rows), max(n, 1)) for i in range(channels)]
+    M2 = [
+        [
+            float(sum((row[i] - mean[i]) * (row[j] - mean[j]) for row in rows))
+            for j in range(channels)
+        ]
+        for i in range(channels)
+    ]
+    exact = torch.tensor(M2, dtype=torch.float64).reshape(channels, channels)
+    return {
+        "mean": Bound(torch.tensor([float(m) for m in mean], dtype=torch.float64)),
+        "M2": Bound(exact.diagonal() if diagonal else exact),
+    }
+
+
 def exact_extrema(pieces: list[Piece]) -> dict[str, Bound]:
     """Python's own comparisons; a NaN makes its channel NaN."""
     columns = whole(pieces).T.tolist()

@@ -28,7 +28,8 @@ def test_the_node_of_the_docs(tmp_path, ray_session):
     trainer = StatisticalTrainer(pipeline, module, scaling=Scaling(resources={"workers": 2}))
     trainer.fit()
     (record,) = trainer.records
-    assert record.nodes["white"] == {"statistic": "Moments(data)", "pixels": 12 * 72}
+    fitted = {"statistic": "Moments(data)", "pixels": 12 * 72, "exact": False}
+    assert record.nodes["white"] == fitted
 
     alone = namespace["Whitening"](5, name="alone")
     cubes = [torch.as_tensor(module.cubes[i]["cube"])[None].double() for i in range(12)]

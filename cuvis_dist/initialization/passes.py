@@ -29,7 +29,7 @@ from cuvis_dist.initialization.plan import Fit, Pass
 from cuvis_dist.initialization.shards import Measurement, MeasureShard
 from cuvis_dist.nodes.affine import probe
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.statistics import MergeTree, Moments, Statistic, from_bytes
+from cuvis_dist.statistics import ExactMoments, MergeTree, Moments, Statistic, from_bytes
 
 OnShard = Callable[[int], None]
 """Called with the number of frames done so far."""
@@ -42,7 +42,8 @@ class PassRecord:
     Attributes
     ----------
     nodes : dict of str to dict
-        Per fitted node: ``statistic`` (or ``streamed``) and the number of ``pixels``.
+        Per fitted node: ``statistic`` (or ``streamed``), the number of ``pixels``, and whether
+        what was measured is ``exact``, that is free of rounding.
     frames, bytes : int
         Frames measured, and the bytes of their tensors.
     shards : int
@@ -264,13 +265,13 @@ def freeze_fits(
     Returns
     -------
     tuple of dict and list of Fit
-        Per fitted node its statistic and number of pixels, and the fits that have to be measured
+        Per fitted node what :attr:`PassRecord.nodes` says, and the fits that have to be measured
         directly (see :func:`measure_pass`).
     """
     fitted: dict[str, dict[str, Any]] = {}
     left: list[Fit] = []
     for fit in this_pass.fits:
-        statistic = merged[fit.source.key]
+        measured = statistic = merged[fit.source.key]
         if fit.chain:
             try:
                 if left:
@@ -281,7 +282,8 @@ def freeze_fits(
                 left.append(fit)
                 continue
         _freeze(fit, statistic)
-        fitted[fit.node.name] = {"statistic": str(fit), "pixels": statistic.n}
+        how = {"statistic": str(fit), "pixels": statistic.n, "exact": measured.exact}
+        fitted[fit.node.name] = how
     return fitted, left
 
 
@@ -290,7 +292,7 @@ def _freeze(fit: Fit, statistic: Statistic) -> None:
         raise DataError(
             f"no pixel is left for node {fit.node.name}: masks and the setting pixels leave all out"
         )
-    if isinstance(statistic, Moments) and fit.recipe.options.get("diagonal"):
+    if isinstance(statistic, Moments | ExactMoments) and fit.recipe.options.get("diagonal"):
         statistic = statistic.only_diagonal()
     try:
         fit.recipe.freeze(fit.node, statistic)

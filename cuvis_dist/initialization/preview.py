@@ -7,7 +7,8 @@ import os
 import statistics
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -16,7 +17,7 @@ from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from torch import Tensor
 
 from cuvis_dist.archive import Archive, batch_bytes, open_archive
-from cuvis_dist.errors import CuvisDistError, one_line
+from cuvis_dist.errors import CuvisDistError, DataError, one_line
 from cuvis_dist.execution.worker import peak_bytes, prepare_worker
 from cuvis_dist.initialization.measuring import Measurer, Partial, compute_inputs
 from cuvis_dist.initialization.passes import freeze_fits
@@ -42,11 +43,30 @@ class Cost:
         Memory of a worker, at least; measured where ``seconds`` is.
     seconds : float or None
         To read and measure one frame on one worker (median), if it was tried.
+    exact : dict of str to bool
+        Which measurements are free of rounding, as far as that was looked at.
     """
 
     step: Pass
     worker_bytes: int
     seconds: float | None = None
+    exact: dict[str, bool] = field(default_factory=dict)
+
+    @property
+    def rounding(self) -> str:
+        """What is measured without rounding and what is not, in words; empty for a stream."""
+        by_words: dict[str, list[str]] = {}
+        for key, (_, recipe) in self.step.by_key().items():
+            known = self.exact.get(key, recipe.statistic.exact or None)
+            by_words.setdefault(_ROUNDING[known], []).append(key)
+        return "; ".join(f"{words}: {', '.join(keys)}" for words, keys in by_words.items())
+
+
+_ROUNDING = {
+    True: "exact",
+    False: "rounded",
+    None: "exact where values are whole numbers below 65536",
+}
 
 
 @dataclass(frozen=True)
@@ -115,7 +135,8 @@ def preview(
         scaling.measuring.sample_fraction,
         scaling.measuring.sample_seed,
     )
-    frame_bytes = batch_bytes(archive.read(0))
+    first = archive.read(0)
+    frame_bytes = batch_bytes(first)
     if calibrate:
         threads = torch.get_num_threads()
         prepare_worker(int(scaling.resources.cpus_per_worker))
@@ -126,7 +147,14 @@ def preview(
     else:
         plan = make_plan(pipeline, scaling.measuring.fold)
         sizes = frame_bytes, archive.batch_size
-        costs = [Cost(step, _worker_bytes(pipeline, step, *sizes)) for step in plan]
+        costs = [
+            Cost(
+                step,
+                _worker_bytes(pipeline, step, *sizes),
+                exact=_exact_at_first(pipeline, archive, step, scaling, first),
+            )
+            for step in plan
+        ]
     workers = scaling.resources.workers or max(
         1, int((os.cpu_count() or 1) / scaling.resources.cpus_per_worker)
     )
@@ -151,6 +179,21 @@ def _worker_bytes(pipeline: CuvisPipeline, step: Pass, frame_bytes: int, batch_f
     return _EMPTY_WORKER_BYTES + cubes * frame_bytes
 
 
+def _exact_at_first(
+    pipeline: CuvisPipeline, archive: Archive, step: Pass, scaling: Scaling, batch: dict[str, Any]
+) -> dict[str, bool]:
+    """Measure the first frame where nothing before needs a fit; nothing where it cannot be used."""
+    measured = [measurement.node for measurement in step.measurements]
+    if any(node.requires_initial_fit for node in nodes_before(pipeline, measured)):
+        return {}
+    measurer = Measurer(copy.deepcopy(pipeline), step.by_key(), scaling.measuring.pixels)
+    try:
+        partial, _ = measurer.frame(batch, archive.frames[0], 0)
+    except DataError:
+        return {}
+    return {key: statistic.exact for key, statistic in partial.statistics.items()}
+
+
 def _tried(pipeline: CuvisPipeline, archive: Archive, scaling: Scaling) -> list[Cost]:
     """Carry the plan out on a few frames, other ones in every pass: the first reading is cold."""
     costs: list[Cost] = []
@@ -171,7 +214,8 @@ def _tried(pipeline: CuvisPipeline, archive: Archive, scaling: Scaling) -> list[
             seconds.append(time.perf_counter() - started)
         _, left = freeze_fits(step, partial.statistics, probes)
         plan.extendleft(share([measured_directly(pipeline, fit)]) for fit in reversed(left))
-        costs.append(Cost(step, peak_bytes(), statistics.median(seconds)))
+        exact = {key: statistic.exact for key, statistic in partial.statistics.items()}
+        costs.append(Cost(step, peak_bytes(), statistics.median(seconds), exact))
     return costs
 
 

@@ -212,7 +212,7 @@ def _streamed(node: Node) -> None:
 
 _DIAGONAL = {"diagonal": True}
 #: For nodes that cast their input to float32 before they measure.
-_WIDE = {"means": 8192}
+_SINGLE = {"single": True}
 
 CATALOGUE: dict[type[Node], NodeFacts] = {
     AnomalyDataNode: NodeFacts(pixelwise=True),
@@ -228,7 +228,7 @@ CATALOGUE: dict[type[Node], NodeFacts] = {
     LADGlobal: NodeFacts(recipe=Recipe("data", Moments, _DIAGONAL), pixelwise=True),
     LearnableChannelMixer: NodeFacts(recipe=Recipe("data", Moments)),
     MeanCenter: NodeFacts(
-        recipe=Recipe("cube", Moments, _DIAGONAL, _WIDE),
+        recipe=Recipe("cube", Moments, _DIAGONAL, _SINGLE),
         affine=("cube", "cube"),
         pixelwise=True,
         keeps_bands=True,
@@ -269,7 +269,7 @@ CATALOGUE: dict[type[Node], NodeFacts] = {
         health=health.components,
     ),
     UnitVarianceScaling: NodeFacts(
-        recipe=Recipe("cube", Moments, _DIAGONAL, _WIDE),
+        recipe=Recipe("cube", Moments, _DIAGONAL, _SINGLE),
         affine=("cube", "cube"),
         pixelwise=True,
         keeps_bands=True,

@@ -88,6 +88,8 @@ class FrameQuantiles(Extrema):
     """
 
     whole_frame: ClassVar[bool] = True
+    #: A quantile is interpolated in float32.
+    exact: ClassVar[bool] = False
 
     @classmethod
     def measure(cls, pixels: Tensor, low: float = 0.005, high: float = 0.995) -> Self:

@@ -1,46 +1,36 @@
-"""Count, mean and centred second moment of pixels.
+"""Count, mean and centred second moment of pixels: exact where pixels are whole numbers.
 
-Sources: T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating Formulae and a Pairwise Algorithm for
-Computing Sample Variances", Stanford STAN-CS-79-773 (1979), eq. (2.1), in its matrix form; shifted
-data, corrected by the sum of what is left, are those of the same authors, "Algorithms for Computing
-the Sample Variance", The American Statistician 37(3) (1983), eq. (1.7) and their section on shifts
-by an estimate of the mean. The surrogate is the symmetric sigma-point set of S. J. Julier and J. K.
-Uhlmann (1997).
+Pixels that are whole numbers below 2¹⁶, as sensors give them, are summed without rounding
+(:class:`ExactMoments`), others around an estimate of their mean (:class:`Moments`); measuring finds
+out which of the two it is. Merged with the latter, the former become the latter.
+
+Source: T. F. Chan, G. H. Golub, R. J. LeVeque, "Updating Formulae and a Pairwise Algorithm for
+Computing Sample Variances", Stanford STAN-CS-79-773 (1979), eq. (2.1), in its matrix form.
 """
 
 from __future__ import annotations
 
-import functools
-import math
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
-import numpy as np
 import torch
-from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
-from cuvis_dist.statistics.statistic import Statistic, as_array
-
-#: Float64 values in one block of :meth:`Moments.measure` on a CPU: 1 MiB, which a core's cache
-#: holds. A GPU wants larger blocks.
-_CPU_BLOCK, _GPU_BLOCK = 1 << 17, 1 << 25
-#: Pixels in one block at most: a sum over more of them, one after another, would cost a digit.
-_LONGEST = 1 << 12
-#: Values that NumPy shifts in one inner loop: the bands of one pixel are too few.
-_ROW_VALUES = 1 << 11
-#: One pixel of so many, or of fewer where there are few, is in the estimate of the mean.
-_EVERY = 64
-#: How many threads BLAS has is a matter of the whole process.
-_blas = threading.Lock()
+from cuvis_dist.statistics.blocks import (
+    GPU_BLOCK,
+    LONGEST_WHOLE,
+    NotWholeError,
+    shifted_sums,
+    whole_sums,
+)
+from cuvis_dist.statistics.points import sigma_points, single_points
+from cuvis_dist.statistics.statistic import Statistic
+from cuvis_dist.statistics.wide import add, as_ints, subtract, wide
 
 
 @dataclass(frozen=True)
 class Moments(Statistic):
-    """Count n, mean ``[C]`` and ``M2 = Σ (x - mean)(x - mean)ᵀ``.
+    """Count n, mean ``[C]`` and ``M2 = Σ (x - mean)(x - mean)ᵀ``, rounded to float64.
 
     Attributes
     ----------
@@ -56,36 +46,32 @@ class Moments(Statistic):
     mean: Tensor
     M2: Tensor
 
+    exact: ClassVar[bool] = False
+
     @classmethod
-    def measure(cls, pixels: Tensor, diagonal: bool = False) -> Self:
+    def measure(cls, pixels: Tensor, diagonal: bool = False) -> Moments | ExactMoments:
         """Measure the moments of ``pixels`` ``[N, C]``, block by block, in float64.
 
-        On a CPU all blocks are shifted by one estimate of the mean, and the product of a block with
-        itself is a symmetric one (BLAS ``dsyrk``), half of the arithmetic. The estimate is the mean
-        of every 64th pixel: by Cauchy and Schwarz the sum of squares around it is at most 65 times
-        that around the mean, whatever the pixels, so that neither a large mean nor a long frame
-        costs digits. One thread computes it, since several would add up in an order that depends
-        on how many they are.
+        They are exact where all pixels are whole numbers in [0, 2¹⁶), and where there are none.
         """
-        if pixels.device.type == "cpu":
-            # Whoever measures asks whether the result is finite.
-            with _one_thread(), np.errstate(invalid="ignore", over="ignore"):
-                return cls._measure_on_cpu(as_array(pixels), diagonal)
-        result = cls.empty(pixels.shape[-1], diagonal)
-        for block in pixels.detach().split(max(1, _GPU_BLOCK // pixels.shape[-1])):
-            result = result.merge(cls._measure_block(block, diagonal))
-        return result
+        try:
+            return ExactMoments.measure(pixels, diagonal)
+        except NotWholeError:
+            return cls.measure_rounded(pixels, diagonal)
 
     @classmethod
-    def _measure_on_cpu(cls, pixels: np.ndarray, diagonal: bool) -> Self:
-        n, channels = pixels.shape
-        if n == 0:
-            return cls.empty(channels, diagonal)
-        shift = _estimated_mean(pixels)
-        sums, products = _around(pixels, shift, diagonal)
+    def measure_rounded(cls, pixels: Tensor, diagonal: bool = False) -> Self:
+        """Measure any pixels ``[N, C]`` with rounding, as if they were no whole numbers."""
+        if not len(pixels) or pixels.device.type != "cpu":
+            result = cls.empty(pixels.shape[-1], diagonal)
+            for block in pixels.detach().split(max(1, GPU_BLOCK // pixels.shape[-1])):
+                result = result.merge(cls._measure_block(block, diagonal))
+            return result
+        n = len(pixels)
+        shift, sums, products = shifted_sums(pixels, diagonal)
         offset = sums / n
-        products -= n * (offset * offset if diagonal else np.outer(offset, offset))
-        return cls(n, torch.from_numpy(shift + offset), torch.from_numpy(products))
+        square = offset * offset if diagonal else torch.outer(offset, offset)
+        return cls(n, shift + offset, products - n * square)
 
     @classmethod
     def empty(cls, channels: int, diagonal: bool = False) -> Self:
@@ -109,24 +95,21 @@ class Moments(Statistic):
             M2 = centred.T @ centred - n * torch.outer(residual, residual)
         return cls(n, (shift + residual).cpu(), M2.cpu())
 
-    def merge(self, other: Self) -> Self:
+    def merge(self, other: Moments | ExactMoments) -> Self:
         """Merge by Chan, Golub & LeVeque (1979); raises ValueError on unlike channels."""
-        if self.M2.shape != other.M2.shape:
-            raise ValueError(
-                f"cannot merge moments of {self.channels} and {other.channels} channels "
-                f"(M2 {tuple(self.M2.shape)} and {tuple(other.M2.shape)})"
-            )
+        _require_alike(self, other)
         if other.n == 0:
             return self
+        theirs = other.rounded() if isinstance(other, ExactMoments) else other
         if self.n == 0:
-            return other
-        n = self.n + other.n
-        delta = other.mean - self.mean
+            return type(self)(theirs.n, theirs.mean, theirs.M2)
+        n = self.n + theirs.n
+        delta = theirs.mean - self.mean
         square = delta * delta if self.diagonal else torch.outer(delta, delta)
         return type(self)(
             n,
-            self.mean + delta * (other.n / n),
-            self.M2 + other.M2 + square * (self.n * (other.n / n)),
+            self.mean + delta * (theirs.n / n),
+            self.M2 + theirs.M2 + square * (self.n * (theirs.n / n)),
         )
 
     @property
@@ -145,93 +128,205 @@ class Moments(Statistic):
         return self.M2 / (self.n - 1)
 
     def affine(self, A: Tensor, b: Tensor) -> Self:
-        """Return the moments of ``A x + b``; those of a diagonal need a full covariance."""
+        """Return the moments of ``A x + b``; those of a diagonal need a full covariance.
+
+        The products are added in one order, so that no processor has bits of its own.
+        """
         if self.diagonal:
             raise ValueError("variances alone do not give the moments of mapped pixels")
         A = A.double()
-        return type(self)(self.n, A @ self.mean + b.double(), A @ self.M2 @ A.T)
+        mean = _product(A, self.mean[:, None])[:, 0] + b.double()
+        return type(self)(self.n, mean, _product(A, _product(A, self.M2).T))
 
     def only_diagonal(self) -> Self:
         """Return the moments with the variances alone."""
         return self if self.diagonal else type(self)(self.n, self.mean, self.M2.diagonal().clone())
 
-    def surrogate(self, means: int = 0) -> Tensor:
-        """Return K = 2C + ``means`` pixels whose sample mean and covariance are these.
+    def surrogate(self, single: bool = False) -> Tensor:
+        """Return pixels whose sample mean and covariance are these.
 
-        The pixels are ``mean ± sqrt((K - 1) / 2) · L_i`` for the columns ``L_i`` of a factor
-        ``L Lᵀ`` of the covariance, and copies of the mean. With copies the others lie farther
-        out, so that rounding them to float32 costs less where the mean is large. Below two
-        pixels there is no covariance to carry: the surrogate is then the one pixel itself, or
-        none, so that a node says what it always says about too little data.
+        Below two pixels there is no covariance to carry: the surrogate is then the one pixel
+        itself, or none, so that a node says what it always says about too little data.
+
+        Parameters
+        ----------
+        single : bool
+            For a node that casts to float32: of values that float32 holds. Of the variances alone.
         """
-        if self.n < 2:
-            return self.mean.expand(self.n, -1).clone()
-        factor = self.covariance.sqrt().diag() if self.diagonal else _factor(self.covariance)
-        offsets = factor.T * math.sqrt((2 * self.channels + means - 1) / 2)
-        return torch.cat(
-            [self.mean + offsets, self.mean - offsets, self.mean.expand(means, self.channels)]
+        return _surrogate(self, single)
+
+
+@dataclass(frozen=True)
+class ExactMoments(Statistic):
+    """The sums of pixels that are whole numbers in [0, 2¹⁶), without rounding.
+
+    They have the same bits for any order, partition, thread, processor or GPU, and pixels can be
+    taken out again. ``mean``, ``M2`` and ``covariance`` are computed when they are asked for: each
+    entry is the float64 next to the true value.
+
+    Attributes
+    ----------
+    n : int
+        Number of pixels.
+    diagonal : bool
+        Whether only the variances are kept.
+    sums : Tensor
+        ``Σ x``, ``[2, C]`` int64 (see :mod:`~cuvis_dist.statistics.wide`).
+    products : Tensor
+        ``Σ x xᵀ``: its rows from the diagonal on, one after another, ``[2, C (C + 1) / 2]`` int64;
+        or the diagonal, ``[2, C]``.
+    """
+
+    n: int
+    diagonal: bool
+    sums: Tensor
+    products: Tensor
+
+    exact: ClassVar[bool] = True
+
+    @classmethod
+    def measure(cls, pixels: Tensor, diagonal: bool = False) -> Self:
+        """Measure ``pixels`` ``[N, C]``; raises NotWholeError if they are not whole numbers."""
+        result: Self | None = None
+        for part in pixels.detach().split(LONGEST_WHOLE):
+            sums, products = whole_sums(part, diagonal)
+            if not diagonal:
+                products = products[*_half(len(sums))]
+            one = cls(len(part), diagonal, wide(sums), wide(products))
+            result = result._with(one) if result else one
+        assert result is not None  # also no pixels are a part
+        return result
+
+    def merge(self, other: Moments | ExactMoments) -> Moments | ExactMoments:
+        """Add the sums up, or merge what is rounded: see :meth:`Moments.merge`.
+
+        Raises ValueError on unlike channels.
+        """
+        _require_alike(self, other)
+        if isinstance(other, Moments):
+            return self.rounded().merge(other) if self.n else other
+        return self._with(other)
+
+    def _with(self, other: ExactMoments) -> Self:
+        return type(self)(
+            self.n + other.n,
+            self.diagonal,
+            add(self.sums, other.sums),
+            add(self.products, other.products),
         )
 
+    def without(self, other: ExactMoments) -> Self:
+        """Return the moments of these pixels without those of ``other``, as never measured.
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let BLAS compute with one thread; how many there were comes back in the end."""
-    with _blas, _blas_libraries().limit(limits=1, user_api="blas"):
-        yield
+        Raises
+        ------
+        ValueError
+            If the pixels of ``other`` cannot be among these.
+        """
+        _require_alike(self, other)
+        left = type(self)(
+            self.n - other.n,
+            self.diagonal,
+            subtract(self.sums, other.sums),
+            subtract(self.products, other.products),
+        )
+        negative = left.n < 0 or bool((left.sums[0] < 0).any() | (left.products[0] < 0).any())
+        if negative or (left.n == 0 and bool(left.products.any())):
+            raise ValueError(
+                f"{other.n} pixels cannot be taken out of {self.n} that they are not among"
+            )
+        return left
+
+    @property
+    def channels(self) -> int:
+        """Number of channels C."""
+        return self.sums.shape[1]
+
+    @property
+    def mean(self) -> Tensor:
+        """``[C]`` float64, zeros when ``n`` is 0."""
+        return _quotients(as_ints(self.sums), self.n)
+
+    @property
+    def M2(self) -> Tensor:  # noqa: N802
+        """``Σ (x - mean)(x - mean)ᵀ``, ``[C, C]`` float64, or its diagonal ``[C]``."""
+        return self._square(_quotients(self._centred(), self.n))
+
+    @property
+    def covariance(self) -> Tensor:
+        """Sample covariance (divisor n - 1), ``[C, C]`` or ``[C]``; needs two pixels."""
+        return self._square(_quotients(self._centred(), self.n * (self.n - 1)))
+
+    def rounded(self) -> Moments:
+        """Return the same moments in float64."""
+        return Moments(self.n, self.mean, self.M2)
+
+    def affine(self, A: Tensor, b: Tensor) -> Moments:
+        """Return the moments of ``A x + b``; those of a diagonal need a full covariance."""
+        return self.rounded().affine(A, b)
+
+    def only_diagonal(self) -> Self:
+        """Return the moments with the variances alone."""
+        if self.diagonal:
+            return self
+        row, column = _half(self.channels)
+        return type(self)(self.n, True, self.sums, self.products[:, row == column])
+
+    def surrogate(self, single: bool = False) -> Tensor:
+        """Return pixels that carry the moments: see :meth:`Moments.surrogate`."""
+        return _surrogate(self, single)
+
+    def _centred(self) -> list[int]:
+        """Return ``n Σ x xᵀ - Σ x (Σ x)ᵀ``, in the order of ``products``."""
+        sums, products = as_ints(self.sums), as_ints(self.products)
+        if self.diagonal:
+            return [self.n * xx - x * x for xx, x in zip(products, sums, strict=True)]
+        pairs = zip(products, *_half(self.channels).tolist(), strict=True)
+        return [self.n * xy - sums[i] * sums[j] for xy, i, j in pairs]
+
+    def _square(self, half: Tensor) -> Tensor:
+        if self.diagonal:
+            return half
+        row, column = _half(self.channels)
+        whole = half.new_empty(self.channels, self.channels)
+        whole[row, column] = whole[column, row] = half
+        return whole
 
 
-@functools.cache
-def _blas_libraries() -> ThreadpoolController:
-    """Find the libraries once, which takes milliseconds; NumPy's has been loaded with NumPy."""
-    return ThreadpoolController().select(user_api="blas")
+def _require_alike(a: Moments | ExactMoments, b: Moments | ExactMoments) -> None:
+    if (a.channels, a.diagonal) != (b.channels, b.diagonal):
+        kept = [
+            f"{each.channels} channels" + " (variances alone)" * each.diagonal for each in (a, b)
+        ]
+        raise ValueError(f"cannot merge moments of {kept[0]} and {kept[1]}")
 
 
-def _estimated_mean(pixels: np.ndarray) -> np.ndarray:
-    """Return ``[C]`` float64; it is exact in a channel where all pixels are the same."""
-    few = pixels[:: max(1, min(_EVERY, len(pixels) // _EVERY))].astype(np.float64)
-    first = few[0].copy()
-    few -= first
-    return first + few.mean(axis=0)
+def _half(channels: int) -> Tensor:
+    """Return rows and columns of the upper half of a matrix, its diagonal included, ``[2, K]``."""
+    return torch.triu_indices(channels, channels)
 
 
-def _around(pixels: np.ndarray, shift: np.ndarray, diagonal: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return ``Σ (x - shift)`` ``[C]``, and ``Σ (x - shift)(x - shift)ᵀ`` or its diagonal."""
-    channels = len(shift)
-    sums = np.zeros(channels)
-    products = np.zeros(channels if diagonal else (channels, channels))
-    for block in _shifted(pixels, shift):
-        ones = np.ones(len(block))
-        sums += ones @ block
-        if diagonal:
-            np.multiply(block, block, out=block)
-            products += ones @ block
-        else:
-            products += block.T @ block
-    return sums, products
+def _quotients(numerators: list[int], denominator: int) -> Tensor:
+    """Return ``[K]`` float64, each rounded once: Python promises that of its whole numbers."""
+    # All sums of no pixels are 0.
+    return torch.tensor([a / (denominator or 1) for a in numerators], dtype=torch.float64)
 
 
-def _shifted(pixels: np.ndarray, shift: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield ``x - shift`` in float64, block by block, each in the memory of the one before."""
-    n, channels = pixels.shape
-    width = max(1, _ROW_VALUES // channels)
-    rows = max(1, min(_CPU_BLOCK // channels, _LONGEST) // width) * width
-    wide = np.tile(shift, width)
-    memory = np.empty((min(n, rows), channels))
-    for start in range(0, n, rows):
-        part = pixels[start : start + rows]
-        block = memory[: len(part)]
-        block[...] = part
-        whole = len(part) // width * width
-        rows_of_many = block[:whole].reshape(-1, len(wide))
-        rows_of_many -= wide
-        block[whole:] -= shift
-        yield block
+def _product(A: Tensor, B: Tensor) -> Tensor:
+    """Return ``A @ B``, added in the order of the columns of A; BLAS has one for each processor."""
+    used = A != 0
+    if int(used.sum(dim=1).max()) <= 1:  # scaled or chosen channels: one product each
+        first = used.to(torch.uint8).argmax(dim=1)
+        return A.gather(1, first[:, None]) * B[first]
+    total = A.new_zeros(A.shape[0], B.shape[1])
+    for column, row in zip(A.T, B, strict=True):
+        total += column[:, None] * row
+    return total
 
 
-def _factor(covariance: Tensor) -> Tensor:
-    """Return ``L`` with ``L Lᵀ = covariance``, also for a singular one."""
-    factor, info = torch.linalg.cholesky_ex(covariance)
-    if int(info) == 0:
-        return factor
-    eigenvalues, vectors = torch.linalg.eigh(covariance)
-    return vectors * eigenvalues.clamp(min=0).sqrt()
+def _surrogate(moments: Moments | ExactMoments, single: bool) -> Tensor:
+    if moments.n < 2:
+        return moments.mean.expand(moments.n, -1).clone()
+    if single and not moments.diagonal:
+        raise ValueError("float32 pixels carry variances alone")
+    return (single_points if single else sigma_points)(moments.mean, moments.covariance)

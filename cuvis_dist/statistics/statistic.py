@@ -1,6 +1,6 @@
 """What is a mergeable statistic?
 
-A frozen dataclass of float64 tensors that can be measured on pixels, merged with another one
+A frozen dataclass of tensors that can be measured on pixels, merged with another one
 measured on other pixels, turned into a handful of pixels that carry it exactly, and sent
 through Arrow. Everything here is a pure function: no Ray, no files, no cuvis.ai.
 """
@@ -8,7 +8,7 @@ through Arrow. Everything here is a pure function: no Ray, no files, no cuvis.ai
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,8 +22,8 @@ _REGISTRY: dict[str, type[Statistic]] = {}
 class Statistic:
     """A mergeable summary of pixels.
 
-    Subclasses are frozen dataclasses whose fields are float64 tensors or ints. Every subclass
-    is an identity of ``merge`` when measured on zero pixels.
+    Subclasses are frozen dataclasses whose fields are float64 or int64 tensors, ints or bools.
+    Every subclass is an identity of ``merge`` when measured on zero pixels.
 
     Attributes
     ----------
@@ -37,6 +37,8 @@ class Statistic:
     name: ClassVar[str]
     #: Whether a measurement needs one whole frame, and not any set of pixels.
     whole_frame: ClassVar[bool] = False
+    #: Whether no rounding enters it: same bits for any order, shards, threads and processor.
+    exact: ClassVar[bool] = True
     #: Whether ``measure`` also takes where its pixels are: ``uid``, ``position``, ``index``.
     located: ClassVar[bool] = False
 
@@ -46,11 +48,11 @@ class Statistic:
         _REGISTRY[cls.name] = cls
 
     @classmethod
-    def measure(cls, pixels: Tensor) -> Self:
+    def measure(cls, pixels: Tensor) -> Statistic:
         """Measure the statistic on ``pixels`` ``[N, C]`` (any real dtype, N may be 0)."""
         raise NotImplementedError
 
-    def merge(self, other: Self) -> Self:
+    def merge(self, other: Any) -> Statistic:
         """Return the statistic of both sets of pixels together."""
         raise NotImplementedError
 
@@ -58,7 +60,7 @@ class Statistic:
         """Return a few float64 pixels ``[K, C]`` that carry the statistic exactly."""
         raise NotImplementedError
 
-    def affine(self, A: Tensor, b: Tensor) -> Self:
+    def affine(self, A: Tensor, b: Tensor) -> Statistic:
         """Return the statistic of ``A x + b`` for the same pixels; A is ``[D, C]``, b ``[D]``.
 
         Raises
@@ -88,11 +90,10 @@ class Statistic:
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
                 metadata[f"shape:{field.name}"] = ",".join(map(str, value.shape))
-                columns[field.name] = pa.array(
-                    [value.reshape(-1).numpy()], type=pa.list_(pa.float64())
-                )
+                kind = pa.int64() if value.dtype is torch.int64 else pa.float64()
+                columns[field.name] = pa.array([value.reshape(-1).numpy()], type=pa.list_(kind))
             else:
-                columns[field.name] = pa.array([value], type=pa.int64())
+                columns[field.name] = pa.array([value])
         return pa.RecordBatch.from_pydict(columns).replace_schema_metadata(metadata)
 
     def to_bytes(self) -> bytes:
@@ -128,7 +129,7 @@ def from_arrow(batch: pa.RecordBatch) -> Statistic:
         cell = batch.column(field.name)[0]
         if f"shape:{field.name}" in metadata:
             shape = [int(n) for n in metadata[f"shape:{field.name}"].split(",") if n]
-            flat = torch.tensor(cell.values.to_numpy(zero_copy_only=False), dtype=torch.float64)
+            flat = torch.tensor(cell.values.to_numpy(zero_copy_only=False))
             values[field.name] = flat.reshape(shape)
         else:
             values[field.name] = cell.as_py()

@@ -6,8 +6,9 @@ Measures on one generated archive (uncompressed .npz, S x S x 61 float32): upstr
 ``StatisticalTrainer`` on the guide's pipeline; ours with 1 and 2 workers, workers already up; the
 floor, that is a plain loop which reads every frame once per pass and measures its moments with the
 product's own kernel. Medians over the rounds; a first fit, workers not up, is reported beside them.
-``--large`` measures the peak memory of a worker on 1000 x 1080 x 61 frames instead. ``--gpu`` adds
-8 workers, on CPUs and on a GPU that they share.
+Before that, the kernel of moments alone: whole numbers, which are summed exactly, against the same
+cubes measured with rounding. ``--large`` measures the peak memory of a worker on 1000 x 1080 x 61
+frames instead. ``--gpu`` adds 8 workers, on CPUs and on a GPU that they share.
 """
 
 from __future__ import annotations
@@ -80,6 +81,28 @@ def floor(path: Path, passes: int) -> None:
             Moments.measure(torch.as_tensor(dataset[i]["cube"]).reshape(-1, 61))
 
 
+def lanes(size: int, repeats: int = 9) -> dict[str, float]:
+    """Return milliseconds of the moments of one frame: whole numbers exactly, and with rounding.
+
+    Medians, taken in turns, on one thread as on a worker.
+    """
+    rng = np.random.default_rng(0)
+    times = {}
+    for bands, count in ((61, size * size), (1000, size * size // 16)):
+        counts = torch.from_numpy(rng.integers(0, 65536, (count, bands)).astype(np.uint16))
+        singles = counts.float()
+        runs = {
+            "with rounding, float32": lambda singles=singles: Moments.measure_rounded(singles),
+            "exactly, float32": lambda singles=singles: Moments.measure(singles),
+            "exactly, uint16": lambda counts=counts: Moments.measure(counts),
+        }
+        rounds = [{name: timed(run) for name, run in runs.items()} for _ in range(repeats)]
+        for name in runs:
+            median = statistics.median(each[name] for each in rounds)
+            times[f"{count} x {bands} {name}"] = 1000 * median
+    return times
+
+
 def main() -> None:
     """Run the benchmark, print a table, and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -91,6 +114,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("outputs/bench/initialization.json"))
     options = parser.parse_args()
     logger.remove()
+    kernel = _with_threads(1, lambda: lanes(options.size))
+    for name, milliseconds in kernel.items():
+        print(f"moments of {name:42} {milliseconds:8.1f} ms")
     connect(Scaling(resources={"workers": 2}))
     shape = (1000, 1080, 61) if options.large else (options.size, options.size, 61)
     with tempfile.TemporaryDirectory(prefix="cuvis-dist-bench-") as folder:
@@ -133,6 +159,7 @@ def main() -> None:
         "rounds": rounds,
         "first_fit_seconds": start,
         "peak_worker_bytes": [record.peak_worker_bytes for record in first.records],
+        "moments_milliseconds": kernel,
         "cube_bytes": int(np.prod(shape) * 4),
     }
     options.json.write_text(json.dumps(result, indent=2) + "\n")
@@ -144,11 +171,11 @@ def upstream(path: Path) -> None:
     UpstreamStatisticalTrainer(run.pipeline, run.datamodule()).fit()
 
 
-def _with_threads(threads: int, function) -> None:
+def _with_threads(threads: int, function):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        function()
+        return function()
     finally:
         torch.set_num_threads(before)
 

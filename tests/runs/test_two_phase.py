@@ -78,7 +78,7 @@ def test_both_phases_leave_a_pipeline_that_plain_cuvis_ai_loads(demo, capsys):
     assert [p["frames"] for p in record["passes"]] == [10] * 2
     fitted = record["passes"][0]["nodes"]["rx_detector"]
     derived = "Moments(data) derived from Moments(data.cube) through normalizer, selector"
-    assert fitted == {"statistic": derived, "pixels": 10 * 320}
+    assert fitted == {"statistic": derived, "pixels": 10 * 320, "exact": False}
     assert all(p["bytes"] > 10 * 16 * 20 * 12 * 4 for p in record["passes"])
     assert record["epochs"] == 3
     assert record["nodes"]["selector"] == "per frame: treats each frame by itself"
@@ -240,11 +240,15 @@ def test_plan_tells_the_passes(demo, capsys):
     assert "pass 2: reads" in out
     assert "pass 3" not in out
     assert "rx_detector: Moments(data) derived from Moments(data.cube) through normalizer" in out
+    assert "\n  exact: Extrema(data.cube); rounded: Moments(data.cube)\n" in out
+    later = "exact where values are whole numbers below 65536: Moments(rx_detector.scores"
+    assert later in out
     assert "a frame on one worker" not in out
     assert main(["plan", str(demo), "--no-fold", "--calibrate", "--workers", "3"]) == 0
     out = capsys.readouterr().out
     assert "pass 4: reads" in out
     assert out.count("a frame on one worker") == 4
+    assert out.count("rounded: Moments") == 3
     assert re.search(r"about \S+ s with 3 workers", out)
     trainrun = load_trainrun(demo)
     before = buffers_sha256(trainrun.pipeline)

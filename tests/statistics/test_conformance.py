@@ -26,6 +26,7 @@ from exact import (
     exact_frame_quantiles,
     exact_moments,
     exact_sample,
+    rounded_moments,
     whole,
 )
 from hypothesis import given, settings
@@ -34,6 +35,7 @@ from torch import Tensor
 
 import cuvis_dist.statistics
 from cuvis_dist.statistics import (
+    ExactMoments,
     Extrema,
     FrameQuantiles,
     Moments,
@@ -54,6 +56,7 @@ class Case(NamedTuple):
     measure: Callable[[Piece], Statistic]
     exact: Callable[[list[Piece]], dict[str, Bound]]
     controls: dict[str, Callable[[list[Piece]], Any]]
+    whole_numbers: bool = False
 
 
 # ---- the table -------------------------------------------------------------------------
@@ -65,11 +68,20 @@ def in_float32(case: Case, pieces: list[Piece]) -> Statistic:
     def rounded(statistic: Statistic) -> Statistic:
         values = {
             name: value.float() if isinstance(value, Tensor) else value
-            for name, value in vars(statistic).items()
+            for name, value in vars(as_floats(statistic)).items()
         }
-        return type(statistic)(**values)
+        return type(as_floats(statistic))(**values)
 
     return merged([rounded(case.measure(piece)) for piece in pieces])
+
+
+def as_floats(statistic: Statistic) -> Statistic:
+    return statistic.rounded() if isinstance(statistic, ExactMoments) else statistic
+
+
+def around_a_mean(diagonal: bool) -> Callable[[list[Piece]], Statistic]:
+    """The moments of pixels that are not known to be whole numbers: not exact in the last bits."""
+    return lambda pieces: merged([Moments.measure_rounded(p.pixels, diagonal) for p in pieces])
 
 
 def sums_of_squares(pieces: list[Piece]) -> dict[str, Tensor]:
@@ -117,6 +129,20 @@ CASES = {
         lambda pieces: exact_moments(pieces, diagonal=True),
         {"float32": in_float32, "sums of squares": variances_by_sums_of_squares},
     ),
+    "exact moments": Case(
+        ExactMoments,
+        lambda piece: ExactMoments.measure(piece.pixels),
+        rounded_moments,
+        {"float32": in_float32, "around a mean": around_a_mean(False)},
+        whole_numbers=True,
+    ),
+    "exact variances": Case(
+        ExactMoments,
+        lambda piece: ExactMoments.measure(piece.pixels, diagonal=True),
+        lambda pieces: rounded_moments(pieces, diagonal=True),
+        {"float32": in_float32, "around a mean": around_a_mean(True)},
+        whole_numbers=True,
+    ),
     "extrema": Case(
         Extrema,
         lambda piece: Extrema.measure(piece.pixels),
@@ -154,11 +180,15 @@ ELEMENTS = {
 
 
 @st.composite
-def frames(draw, finite: bool = False) -> list[Tensor]:
+def frames(draw, finite: bool = False, whole_numbers: bool = False) -> list[Tensor]:
     """One to four frames ``[N, C]``, some of them empty; NaN and infinities where allowed."""
     channels = draw(st.integers(1, 4))
     dtype = draw(st.sampled_from([np.float32, np.float64, np.int32]))
-    if dtype is np.int32:
+    if whole_numbers:
+        dtype = draw(st.sampled_from([np.float32, np.float64, np.int32, np.uint16]))
+        lowest = draw(st.sampled_from([0, 2**16 - 4]))
+        elements = st.integers(lowest, 2**16 - 1)
+    elif dtype is np.int32:
         elements = st.integers(-(2**31), 2**31 - 1)
     else:
         elements = st.floats(width=32, **ELEMENTS[draw(st.sampled_from(sorted(ELEMENTS)))])
@@ -169,10 +199,10 @@ def frames(draw, finite: bool = False) -> list[Tensor]:
 
 
 @st.composite
-def partitions(draw, whole_frames: bool, finite: bool = False) -> list[Piece]:
+def partitions(draw, whole_frames: bool, whole_numbers: bool = False) -> list[Piece]:
     """The pixels of some frames in pieces, in any order."""
     pieces = []
-    for number, pixels in enumerate(draw(frames(finite))):
+    for number, pixels in enumerate(draw(frames(whole_numbers=whole_numbers))):
         cuts = draw(st.lists(st.integers(0, len(pixels)), max_size=0 if whole_frames else 3))
         bounds = [0, *sorted(cuts), len(pixels)]
         pieces += [Piece(pixels[a:b], number, a) for a, b in pairwise(bounds)]
@@ -191,6 +221,8 @@ def fields_of(found: Any) -> dict[str, Tensor]:
     """What is compared: a sample's pixels in the order of the archive, whatever the ties."""
     if isinstance(found, PixelSample):
         return {"rank": found.rank, "pixels": found.surrogate()}
+    if isinstance(found, ExactMoments):
+        found = found.rounded()
     return found if isinstance(found, dict) else tensors(found)
 
 
@@ -211,7 +243,8 @@ def assert_same_bits(ours: Statistic, theirs: Statistic) -> None:
     for name, value in vars(ours).items():
         other = vars(theirs)[name]
         if isinstance(value, Tensor):
-            assert value.dtype == other.dtype == torch.float64
+            assert value.dtype == other.dtype
+            assert value.dtype in (torch.float64, torch.int64)
             assert value.shape == other.shape
             bits = [v.where(~v.isnan(), torch.nan).numpy().tobytes() for v in (value, other)]
             assert bits[0] == bits[1], name  # but for the sign of a NaN, which says nothing
@@ -226,7 +259,7 @@ def assert_same_bits(ours: Statistic, theirs: Statistic) -> None:
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_any_partition_merged_in_any_order_is_the_exact_one(case, data):
-    pieces = data.draw(partitions(case.statistic.whole_frame))
+    pieces = data.draw(partitions(case.statistic.whole_frame, case.whole_numbers))
     found = merged([case.measure(piece) for piece in pieces], data)
     assert found.n == sum(len(piece.pixels) for piece in pieces)
     assert outside(case.exact(pieces), found) == []
@@ -238,7 +271,7 @@ def test_any_partition_merged_in_any_order_is_the_exact_one(case, data):
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_merging_with_no_pixels_changes_no_bit(case, data):
-    some = case.measure(Piece(data.draw(frames())[0]))
+    some = case.measure(Piece(data.draw(frames(whole_numbers=case.whole_numbers))[0]))
     none = case.measure(Piece(torch.zeros(0, some.channels), frame=1))
     assert_same_bits(some.merge(none), some)
     assert_same_bits(none.merge(some), some)
@@ -249,6 +282,8 @@ def test_merging_with_no_pixels_changes_no_bit(case, data):
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=5))
 def test_one_pixel_is_its_own_surrogate(case, pixel):
+    if case.whole_numbers:
+        pixel = [abs(value) // 1 % 2**16 for value in pixel]
     surrogate = case.measure(Piece(torch.tensor([pixel], dtype=torch.float32))).surrogate()
     assert surrogate.dtype == torch.float64
     assert len(surrogate)
@@ -259,7 +294,7 @@ def test_one_pixel_is_its_own_surrogate(case, pixel):
 @settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_pickle_arrow_and_bytes_keep_every_bit(case, data):
-    pieces = data.draw(partitions(case.statistic.whole_frame))
+    pieces = data.draw(partitions(case.statistic.whole_frame, case.whole_numbers))
     one = merged([case.measure(piece) for piece in pieces])
     assert_same_bits(pickle.loads(pickle.dumps(one)), one)
     assert_same_bits(from_arrow(one.to_arrow()), one)
@@ -268,7 +303,8 @@ def test_pickle_arrow_and_bytes_keep_every_bit(case, data):
 
 @everywhere
 def test_unlike_channels_are_refused(case):
-    three, four = (case.measure(Piece(torch.rand(5, channels))) for channels in (3, 4))
+    pixels = torch.ones if case.whole_numbers else torch.rand
+    three, four = (case.measure(Piece(pixels(5, channels))) for channels in (3, 4))
     with pytest.raises(ValueError, match=r"3 .*4( channels)?"):
         three.merge(four)
 
@@ -280,6 +316,8 @@ def test_a_naive_merge_is_noticed(case, name):
     generator = np.random.default_rng(5)
     frames = [generator.normal(1e6, 1, (40, 3)) * [1, 1e-2, 1e-4] for _ in range(4)]
     frames[2][7] += 100 * np.array([1, 1e-2, 1e-4])
+    if case.whole_numbers:
+        frames = [generator.integers(65_000, 65_536, (40, 3)) for _ in range(4)]
     pieces = [Piece(torch.as_tensor(frame), number) for number, frame in enumerate(frames)]
     if name == "pieces" and not case.statistic.whole_frame:
         pieces = [

@@ -26,16 +26,40 @@ def pixels(count: int, channels: int, rank: int | None = None) -> torch.Tensor:
     return (x @ mixing + 3) * torch.logspace(-3, 2, channels, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("means", [0, 1, 100])
 @pytest.mark.parametrize("diagonal", [True, False])
-def test_measuring_the_surrogate_gives_the_moments(means, diagonal):
-    """Copies of the mean change the other pixels, not what they carry."""
+def test_measuring_the_surrogate_gives_the_moments(diagonal):
     one = Moments.measure(pixels(500, 6), diagonal=diagonal)
-    surrogate = one.surrogate(means)
-    assert len(surrogate) == 12 + means
+    surrogate = one.surrogate()
+    assert len(surrogate) == 12
     again = Moments.measure(surrogate, diagonal=diagonal)
     torch.testing.assert_close(again.mean, one.mean, rtol=1e-13, atol=0)
     assert (again.covariance - one.covariance).norm() <= 1e-13 * one.covariance.norm()
+
+
+RATIOS = [0.0, 1e-3, 1.0, 30.0, 1e3, 1e5]  # of the mean to the deviation; 0: no deviation
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e-3, -50.1, 123.456, 4095.0, 65_535.3, 1e20])
+def test_a_surrogate_for_float32_loses_nothing_by_being_cast(mean):
+    """The control is what nodes that cast got before: sigma points farther out, then rounded."""
+    deviation = torch.tensor([abs(mean) / ratio if ratio else 0.0 for ratio in RATIOS]).double()
+    one = Moments(100, torch.full((len(RATIOS),), mean).double(), deviation**2 * 99)
+    surrogate = one.surrogate(single=True)
+    assert torch.equal(surrogate.float().double(), surrogate)
+    again = Moments.measure_rounded(surrogate, diagonal=True)
+    near = one.mean.where(deviation > 0, one.mean.float().double())
+    assert ((again.mean - near).abs() <= 1e-11 * abs(mean)).all()
+    assert ((again.covariance.sqrt() - deviation).abs() <= 2e-9 * deviation).all()
+    wide = deviation * (8191 / 2) ** 0.5
+    rounded = torch.cat([one.mean + wide, one.mean - wide]).float().double().reshape(2, -1)
+    control = ((rounded - one.mean) ** 2).sum(dim=0) / 8191
+    if mean:
+        assert (control.sqrt()[-1] / deviation[-1] - 1).abs() > 1e-7
+
+
+def test_a_surrogate_for_float32_is_of_variances_alone():
+    with pytest.raises(ValueError, match="variances alone"):
+        Moments.measure(pixels(9, 3)).surrogate(single=True)
 
 
 def test_the_surrogate_of_a_singular_covariance():
@@ -60,7 +84,7 @@ def test_variances_of_a_full_covariance():
 
 def test_variances_and_a_covariance_are_not_merged():
     x = torch.rand(9, 3)
-    with pytest.raises(ValueError, match=r"M2 \(3, 3\) and \(3,\)"):
+    with pytest.raises(ValueError, match=r"3 channels and 3 channels \(variances alone"):
         Moments.measure(x).merge(Moments.measure(x, diagonal=True))
 
 

@@ -33,7 +33,7 @@ def test_moments_have_the_same_bits_in_any_order(data):
     parts = [Moments.measure(torch.as_tensor(frame)) for frame in frames]
 
     def root(order):
-        tree = MergeTree(len(parts), Moments.merge)
+        tree = MergeTree(len(parts), lambda a, b: a.merge(b))
         for ordinal in order:
             tree.add(ordinal, parts[ordinal])
         return tree.root()
