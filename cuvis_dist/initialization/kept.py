@@ -117,6 +117,7 @@ class StoredPass:
             return take(self.earlier)
         except Exception as error:
             self._ignored(f"it is not what was written: {one_line(error)}")
+            self.files = 0
             return None
 
     def _ignored(self, why: str) -> None:

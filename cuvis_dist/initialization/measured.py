@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,25 @@ from cuvis_dist.statistics import Drawn, MergeTree, Statistic, from_bytes
 
 #: Kept pixels of a pass are written to a file of their own when they take so many bytes.
 _FILE_BYTES = 1 << 23
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a pass has found out about the whole archive.
+
+    Attributes
+    ----------
+    statistics : dict of str to Statistic
+        By measurement.
+    probes : dict of str to Tensor
+        By measurement, real pixels ``[N, C]`` to check affine maps on.
+    drawn : list of Drawn or None
+        The pixels that were kept of each shard, in order; None where one kept none.
+    """
+
+    statistics: dict[str, Statistic]
+    probes: dict[str, torch.Tensor]
+    drawn: list[Drawn] | None
 
 
 class Measured:
@@ -72,15 +92,12 @@ class Measured:
             self._first, self.probes = row.ordinal, shard.probes
         return True
 
-    def drawn(self) -> list[Drawn] | None:
-        """Return the pixels that were kept of each shard, in order; None where one kept none."""
+    def outcome(self) -> Outcome:
+        """Return what was measured and kept of all shards."""
         parts = [self._drawn[ordinal] for ordinal in sorted(self._drawn)]
         kept = [part for part in parts if part is not None]
-        return kept if len(kept) == len(parts) else None
-
-    def merged(self) -> tuple[dict[str, Statistic], dict[str, torch.Tensor]]:
-        """Return the statistics of the whole archive and the probes, by measurement."""
-        return self.tree.root().statistics, self.probes
+        drawn = kept if len(kept) == len(parts) else None
+        return Outcome(self.tree.root().statistics, self.probes, drawn)
 
     def state(self, stored: StoredPass) -> dict[str, Any]:
         """Return all of it as plain values, but for kept pixels that are in files of their own.

@@ -25,7 +25,7 @@ from cuvis_dist.execution.tally import Tally
 from cuvis_dist.execution.where import engine_for
 from cuvis_dist.initialization.drawing import Drawing
 from cuvis_dist.initialization.kept import StoredPass
-from cuvis_dist.initialization.measured import Measured
+from cuvis_dist.initialization.measured import Measured, Outcome
 from cuvis_dist.initialization.plan import Fit, Pass
 from cuvis_dist.initialization.shards import MeasureShard
 from cuvis_dist.nodes.affine import probe
@@ -81,7 +81,7 @@ def measure_pass(
     scaling: Scaling,
     on_shard: OnShard,
     stored: StoredPass | None = None,
-) -> tuple[PassRecord, list[Fit], Measured]:
+) -> tuple[PassRecord, list[Fit], Outcome]:
     """Carry out the measurements of ``this_pass`` over the archive and freeze its nodes.
 
     Nodes of its later levels are left to :func:`~cuvis_dist.initialization.sampling.fit_later`.
@@ -93,9 +93,9 @@ def measure_pass(
 
     Returns
     -------
-    tuple of PassRecord, list of Fit and Measured
+    tuple of PassRecord, list of Fit and Outcome
         The second: fits whose chain turned out not to be affine, and all that follow; they have
-        to be measured directly. The third: what was measured, and kept.
+        to be measured directly.
 
     Raises
     ------
@@ -120,7 +120,8 @@ def measure_pass(
         _merge(rows, measured, this_pass.by_key(), on_shard, stored)
     tally = measured.tally
     tally.close()
-    fitted, left = freeze_fits(this_pass, *measured.merged())
+    outcome = measured.outcome()
+    fitted, left = freeze_fits(this_pass, outcome.statistics, outcome.probes)
     record = PassRecord(
         fitted,
         tally.frames,
@@ -132,7 +133,7 @@ def measure_pass(
         *restored,
         sorted(tally.repeated),
     )
-    return record, left, measured
+    return record, left, outcome
 
 
 def _rows(

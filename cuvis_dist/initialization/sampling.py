@@ -26,7 +26,7 @@ from torch import Tensor
 from cuvis_dist.archive import Archive
 from cuvis_dist.errors import DataError, one_line
 from cuvis_dist.initialization.drawing import Frontier, given
-from cuvis_dist.initialization.measured import Measured
+from cuvis_dist.initialization.measured import Outcome
 from cuvis_dist.initialization.passes import derived, freeze_fit, freeze_fits
 from cuvis_dist.initialization.plan import Fit, Measurement, Pass, measured_directly, share
 from cuvis_dist.nodes.health import exact_mean
@@ -70,7 +70,7 @@ class _UnusableError(Exception):
 
 
 def fit_later(
-    pipeline: CuvisPipeline, archive: Archive, this_pass: Pass, measured: Measured, scaling: Scaling
+    pipeline: CuvisPipeline, archive: Archive, this_pass: Pass, outcome: Outcome, scaling: Scaling
 ) -> Sampled:
     """Fit the later levels of a pass on the pixels that it has kept.
 
@@ -78,7 +78,7 @@ def fit_later(
     ----------
     pipeline : CuvisPipeline
         With the pass's own nodes fitted.
-    measured : Measured
+    outcome : Outcome
         What the pass has measured and kept.
 
     Raises
@@ -92,10 +92,10 @@ def fit_later(
     result, levels = Sampled(), [*this_pass.later]
     names = ", ".join(node.name for level in levels for node in level.nodes)
     try:
-        sample = _sample(measured, scaling)
+        sample = _sample(outcome, scaling)
         fitter = _Fitter(pipeline, archive, this_pass, sample, scaling.measuring.pixels)
         exact = {
-            fit.node.name: derived(fit, *measured.merged())
+            fit.node.name: derived(fit, outcome.statistics, outcome.probes)
             for fit in this_pass.fits
             if fit.recipe.statistic is Moments
         }
@@ -117,8 +117,8 @@ def fit_later(
     return result
 
 
-def _sample(measured: Measured, scaling: Scaling) -> DrawnSample:
-    parts = measured.drawn()
+def _sample(outcome: Outcome, scaling: Scaling) -> DrawnSample:
+    parts = outcome.drawn
     if parts is None:
         raise _UnusableError("a frame has images of several sizes, so that no pixels could be kept")
     try:

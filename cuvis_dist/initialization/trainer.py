@@ -196,7 +196,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         if this_pass.streamed is not None:
             record = stream_pass(self.pipeline, archive, this_pass, self.scaling, self.emit, stored)
         else:
-            record, left, measured = measure_pass(
+            record, left, outcome = measure_pass(
                 self.pipeline,
                 archive,
                 this_pass,
@@ -209,7 +209,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
                 further += this_pass.later  # a reading each: what they need is not fitted yet
             elif this_pass.later:
                 started = time.perf_counter()
-                sampled = fit_later(self.pipeline, archive, this_pass, measured, self.scaling)
+                sampled = fit_later(self.pipeline, archive, this_pass, outcome, self.scaling)
                 seconds = record.seconds + time.perf_counter() - started
                 record = replace(record, nodes=record.nodes | sampled.nodes, seconds=seconds)
                 further = sampled.left
