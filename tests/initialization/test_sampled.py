@@ -332,14 +332,14 @@ def test_a_pass_goes_on_with_what_it_has_kept(demo_trainrun, tmp_path, monkeypat
     """In the state's own file, and in files beside it."""
     monkeypatch.setattr("cuvis_dist.initialization.measured._FILE_BYTES", bytes_)
     settings = {"sample_pixels": 1024, "shard_frames": 1, "save_seconds": 0}
-    undisturbed, first = fit(demo_trainrun, **settings)
+    before = functools.partial(CountedCubes, log=tmp_path / "before")  # it has uids of its own
+    undisturbed, first = fit(demo_trainrun, wrapper=before, **settings)
 
     def stop(event):
         if event.hook is TrainHook.STATISTICAL_PROGRESS and event.progress.done == 4:
             raise KeyboardInterrupt
 
     again = {"folder": tmp_path / "out"} | settings
-    before = functools.partial(CountedCubes, log=tmp_path / "before")
     with pytest.raises(KeyboardInterrupt):
         fit(demo_trainrun, wrapper=before, emit=stop, **again)
     beside = [*(tmp_path / "out" / PASSES).glob("1.*.pixels")]
