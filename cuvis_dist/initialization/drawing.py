@@ -18,6 +18,7 @@ from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from torch import Tensor
 
 from cuvis_dist.archive import Frame
+from cuvis_dist.errors import DataError, one_line
 from cuvis_dist.initialization.measuring import annotated
 from cuvis_dist.initialization.plan import Pass
 from cuvis_dist.nodes.upstream import edges_into, nodes_before, run_nodes
@@ -105,6 +106,11 @@ class Drawing:
             Its identity.
         position : int
             The frame's position in the archive.
+
+        Raises
+        ------
+        DataError
+            If a node cannot be run on some of its pixels.
         """
         images = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim >= 3}
         sizes = {tuple(v.shape[:3]) for v in images.values()}
@@ -115,10 +121,16 @@ class Drawing:
         if self.pixels == "unlabelled" and (anomalies := annotated(pipeline, batch)) is not None:
             index = index[(anomalies.reshape(-1) == 0).numpy(force=True)]
         index, drawn = draw(index, self.seed, frame.uid, self.expected)
+        if not len(index):
+            return drawn
         rows = torch.as_tensor(index)
         few = {k: v.reshape(1, -1, 1, *v.shape[3:])[:, rows] for k, v in images.items()}
+        try:
+            kept = self._values(pipeline, batch | few)
+        except Exception as error:
+            raise DataError(f"no pixels of {frame} can be kept: {one_line(error)}") from error
         values, constants = {}, {}
-        for name, value in self._values(pipeline, batch | few).items():
+        for name, value in kept.items():
             if isinstance(value, Tensor) and tuple(value.shape[:3]) == (1, len(index), 1):
                 values[name] = as_array(value)[0, :, 0]
             elif value is not None:

@@ -62,8 +62,9 @@ class Measured:
         self.probes: dict[str, torch.Tensor] = {}
         self.seconds = 0.0
         self._first = shards
-        self._drawn: dict[int, Drawn | None] = {}
+        self._drawn: dict[int, Drawn] = {}
         self._in_files: set[int] = set()
+        self._lacking = False  # whether a shard has kept no pixels
 
     @property
     def done(self) -> int:
@@ -86,18 +87,18 @@ class Measured:
         if not self.tree.add(row.ordinal, partial):
             return False
         self.tally.add(row)
-        if row.frames:
-            self._drawn[row.ordinal] = shard.drawn and shard.drawn.copy()
+        if shard.drawn:
+            self._drawn[row.ordinal] = shard.drawn.copy()  # what comes out of Ray stays there
+        elif row.frames:
+            self._lacking = True
         if row.ordinal < self._first and row.frames:
             self._first, self.probes = row.ordinal, shard.probes
         return True
 
     def outcome(self) -> Outcome:
         """Return what was measured and kept of all shards."""
-        parts = [self._drawn[ordinal] for ordinal in sorted(self._drawn)]
-        kept = [part for part in parts if part is not None]
-        drawn = kept if len(kept) == len(parts) else None
-        return Outcome(self.tree.root().statistics, self.probes, drawn)
+        drawn = [self._drawn[ordinal] for ordinal in sorted(self._drawn)]
+        return Outcome(self.tree.root().statistics, self.probes, None if self._lacking else drawn)
 
     def state(self, stored: StoredPass) -> dict[str, Any]:
         """Return all of it as plain values, but for kept pixels that are in files of their own.
@@ -105,14 +106,14 @@ class Measured:
         These are written once, as soon as there are enough of them for a file.
         """
         pending = {i: part for i, part in self._drawn.items() if i not in self._in_files}
-        if sum(part.bytes for part in pending.values() if part) >= _FILE_BYTES:
-            states = {i: part and dict(vars(part)) for i, part in pending.items()}
-            if stored.append(states):
-                self._in_files |= {*pending}
-                pending = {}
+        states = {i: dict(vars(part)) for i, part in pending.items()}
+        if sum(part.bytes for part in pending.values()) >= _FILE_BYTES and stored.append(states):
+            self._in_files |= {*pending}
+            states = {}
         return {
-            "drawn": {i: part and dict(vars(part)) for i, part in pending.items()},
+            "drawn": states,
             "files": stored.files,
+            "lacking": self._lacking,
             "shards": torch.tensor(self.tree.seen(), dtype=torch.int64),
             "merged": {place: partial.state() for place, partial in self.tree.parts().items()},
             "tally": self.tally.state(),
@@ -129,7 +130,8 @@ class Measured:
         }
         self._in_files = {*in_files}
         kept = in_files | state["drawn"]
-        self._drawn = {i: part and Drawn(**part) for i, part in kept.items()}
+        self._drawn = {i: Drawn(**part) for i, part in kept.items()}
+        self._lacking = bool(state["lacking"])
         merged = {place: Partial.of(part) for place, part in state["merged"].items()}
         self.tree.take(state["shards"].tolist(), merged)
         self.tally.take(state["tally"])

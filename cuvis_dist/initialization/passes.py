@@ -43,7 +43,8 @@ class PassRecord:
     Attributes
     ----------
     nodes : dict of str to dict
-        Per fitted node: ``statistic`` (or ``streamed``) and the number of ``pixels``.
+        Per fitted node: ``statistic`` (or ``streamed``) and the number of ``pixels``; where it was
+        fitted on a sample, what :class:`~cuvis_dist.initialization.sampling.Sampled` says.
     frames, bytes : int
         Frames measured, and the bytes of their tensors.
     shards : int

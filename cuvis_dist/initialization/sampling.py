@@ -150,7 +150,7 @@ class _Fitter:
     ) -> None:
         self.pipeline, self.archive, self.sample, self.pixels = pipeline, archive, sample, pixels
         self.beyond = Frontier(pipeline, this_pass).beyond
-        self.constants = sample.parts[0].constants
+        self.constants = sample.parts[0].constants if sample.parts else {}
         self.done: list[str] = []
 
     def fit(

@@ -97,19 +97,26 @@ def joined(parts: Sequence[Drawn]) -> Drawn:
         If what belongs to the frames as wholes is not the same for all of them, or the pixels
         have other channels.
     """
-    first = parts[0]
-    for part in parts[1:]:
-        require_alike(first, part)
-    bound = min(part.bound for part in parts)
-    rank = np.concatenate([part.rank for part in parts])
+    n, bound = sum(part.n for part in parts), min(part.bound for part in parts)
+    full = _with_pixels(parts)
+    if not full:
+        return replace(parts[0], n=n, bound=bound)
+    rank = np.concatenate([part.rank for part in full])
     order = np.argsort(rank, kind="stable")
     order = order[rank[order] <= bound]
     values = {
-        name: np.concatenate([part.values[name] for part in parts])[order] for name in first.values
+        name: np.concatenate([part.values[name] for part in full])[order] for name in full[0].values
     }
-    frame = np.concatenate([part.frame for part in parts])[order]
-    n = sum(part.n for part in parts)
-    return Drawn(n, bound, rank[order], frame, values, first.constants)
+    frame = np.concatenate([part.frame for part in full])[order]
+    return Drawn(n, bound, rank[order], frame, values, full[0].constants)
+
+
+def _with_pixels(parts: Sequence[Drawn]) -> list[Drawn]:
+    """Return those that have pixels; raises ValueError unless they can be in one sample."""
+    full = [part for part in parts if len(part.rank)]
+    for part in full[1:]:
+        require_alike(full[0], part)
+    return full
 
 
 def require_alike(a: Drawn, b: Drawn) -> None:
@@ -147,9 +154,7 @@ class DrawnSample:
     """
 
     def __init__(self, parts: Sequence[Drawn], size: int) -> None:
-        for part in parts[1:]:
-            require_alike(parts[0], part)
-        self.parts = parts
+        self.parts = _with_pixels(parts)
         self.n = sum(part.n for part in parts)
         ranks = np.concatenate([part.rank for part in parts])
         bound = min(part.bound for part in parts)

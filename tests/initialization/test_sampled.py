@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
+import cuvis_ai
 import numpy as np
 import pytest
 import torch
@@ -16,10 +18,11 @@ from cuvis_ai.node.dimensionality_reduction import TrainablePCA
 from cuvis_ai.node.normalization import MinMaxNormalizer, PerPixelUnitNorm, SigmoidTransform
 from cuvis_ai.node.preprocessors import BandpassByWavelength
 from cuvis_ai_core.node.node import Node
+from cuvis_ai_core.pipeline.factory import PipelineBuilder
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training.post_fit import TrainHook
 from cuvis_ai_schemas.enums import NodeCategory, NodeTag
-from cuvis_ai_schemas.pipeline import PortSpec
+from cuvis_ai_schemas.pipeline import PipelineConfig, PortSpec
 from readings import CountedCubes, Wrapped, counted, wrap_train
 from settings import scaling_of
 
@@ -120,6 +123,12 @@ def test_what_a_sample_cannot_say_is_read_again():
             "rx": "low is fitted by a later reading",
         },
     )
+
+
+def test_the_catalogs_deep_svdd_pipeline_needs_one_reading():
+    path = Path(cuvis_ai.__file__).parent / "configs/pipeline/anomaly/deep_svdd/deep_svdd.yaml"
+    pipeline = PipelineBuilder().build_from_config(PipelineConfig.load_from_file(path).to_dict())
+    assert read_again(pipeline) == [(["DeepSVDDCenterTracker"], {})]
 
 
 def test_a_node_that_mixes_pixels_needs_another_reading():
