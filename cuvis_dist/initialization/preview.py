@@ -25,6 +25,7 @@ from cuvis_dist.initialization.measuring import Measurer, Partial, compute_input
 from cuvis_dist.initialization.passes import freeze_fits
 from cuvis_dist.initialization.plan import Pass, measured_directly, share
 from cuvis_dist.initialization.sampling import fit_later
+from cuvis_dist.initialization.shards import together
 from cuvis_dist.nodes.upstream import nodes_before
 from cuvis_dist.scaling import Scaling
 
@@ -182,8 +183,8 @@ def _tried(pipeline: CuvisPipeline, archive: Archive, scaling: Scaling) -> list[
         if left:
             more += step.later
         elif step.later:
-            kept = [part for part in drawn if part is not None]
-            outcome = Outcome(partial.statistics, probes, kept if len(kept) == len(drawn) else None)
+            kept = together(drawn)
+            outcome = Outcome(partial.statistics, probes, [kept] if kept else None)
             more = fit_later(pipeline, few, step, outcome, scaling).left
         plan.extendleft(reversed(more))
         costs.append(Cost(step, peak_bytes(), statistics.median(seconds)))

@@ -1,9 +1,10 @@
 """How are nodes fitted on a sample of pixels, and how far may they be from an exact fit?
 
 What a pass has kept goes through the nodes that are fitted by then, level after level, in the
-driver's process and with one thread, so that it does not depend on the cluster. The sample is cut
-into random groups: each statistic is merged from those of the groups, and how much it changes
-without each of them gives the standard errors of all that a node froze, by the node's own code.
+driver's process. The sample is cut into random groups, each of which one thread computes, so that
+nothing depends on how many there are: each statistic is merged from those of the groups, and how
+much it changes without each of them gives the standard errors of all that a node froze, by the
+node's own code.
 
 They say how far the node is from one that all pixels had been measured for, the nodes before it
 being as they are.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -40,6 +42,8 @@ from cuvis_dist.statistics.drawn import error_by_groups, error_of_mean
 _GROUPS = 64
 #: Pixels that an affine map is checked on.
 _PROBES = 256
+#: Groups that are computed at a time, at most.
+_THREADS = 8
 
 
 @dataclass
@@ -99,9 +103,9 @@ def fit_later(
             for fit in this_pass.fits
             if fit.recipe.statistic is Moments
         }
-        with _one_thread():
+        with _one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
             while levels:
-                fitted, left = fitter.fit(levels[0], exact)
+                fitted, left = fitter.fit(levels[0], exact, pool)
                 result.nodes |= fitted
                 del levels[0]
                 if left:
@@ -128,11 +132,12 @@ def _sample(outcome: Outcome, scaling: Scaling) -> DrawnSample:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def _one_thread_each() -> Iterator[int]:
+    """Let one thread compute a group, and yield how many groups to compute at a time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        yield min(before, _THREADS)
     finally:
         torch.set_num_threads(before)
 
@@ -154,17 +159,16 @@ class _Fitter:
         self.done: list[str] = []
 
     def fit(
-        self, level: Pass, exact: dict[str, Any]
+        self, level: Pass, exact: dict[str, Any], pool: ThreadPoolExecutor
     ) -> tuple[dict[str, dict[str, Any]], list[Fit]]:
         """Fit a level; return what a record says of its nodes, and fits that need a reading."""
         parts: dict[str, list[Statistic]] = {m.key: [] for m in level.measurements}
         probes: dict[str, Tensor] = {}
-        groups = min(_GROUPS, self.sample.k)
-        for number in range(groups):
-            for key, pixels in self._pixels(level, number, groups):
-                (recipe,) = (m.recipe for m in level.measurements if m.key == key)
-                probes.setdefault(key, pixels[:_PROBES].clone())
-                parts[key].append(recipe.statistic.measure(pixels, **recipe.options))
+        groups = range(min(_GROUPS, self.sample.k))
+        for found in pool.map(lambda number: self._group(level, number, len(groups)), groups):
+            for key, statistic, few in found:
+                probes.setdefault(key, few)
+                parts[key].append(statistic)
         if not all(parts.values()):
             raise DataError(
                 f"no pixel is left for node {level.nodes[0].name}: masks and the setting pixels "
@@ -179,11 +183,12 @@ class _Fitter:
         self.done += fitted
         return fitted, left
 
-    def _pixels(self, level: Pass, number: int, groups: int) -> Iterator[tuple[str, Tensor]]:
-        """Yield what each measured port receives for one group of pixels, by measurement."""
+    def _group(self, level: Pass, number: int, groups: int) -> list[tuple[str, Statistic, Tensor]]:
+        """Return the statistics of one group of pixels by measurement, and some of its pixels."""
+        found: list[tuple[str, Statistic, Tensor]] = []
         kept, frames = self.sample.group(number, groups)
         if not len(frames):
-            return
+            return found
         rows = {name: v.reshape(1, len(frames), 1, *v.shape[1:]) for name, v in kept.items()}
         outputs, batch = given(rows | self.constants)
         before = nodes_before(self.pipeline, [m.node for m in level.measurements])
@@ -198,7 +203,9 @@ class _Fitter:
                 elif not bool(finite.all()):
                     raise self._not_finite(m, frames[~finite.numpy()])
                 if len(pixels):
-                    yield m.key, pixels
+                    statistic = m.recipe.statistic.measure(pixels, **m.recipe.options)
+                    found.append((m.key, statistic, pixels[:_PROBES].clone()))
+            return found
         except DataError:
             raise
         except Exception as error:

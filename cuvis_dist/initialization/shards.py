@@ -113,12 +113,12 @@ class MeasureShard:
             merged.first_frame,
             [statistic.to_bytes() for statistic in merged.statistics.values()],
             probes if shard.ordinal <= self.probed else {},
-            _together(drawn),
+            together(drawn),
         )
         return [Row(shard.ordinal, payload, frames, size, tuple(skipped))]
 
 
-def _together(drawn: list[Drawn | None]) -> Drawn | None:
+def together(drawn: list[Drawn | None]) -> Drawn | None:
     """Return what was kept of a shard's frames; None unless they can be in one sample."""
     kept = [part for part in drawn if part is not None]
     try:

@@ -33,7 +33,7 @@ class Drawn:
     bound : float
         In (0, 1].
     rank : ndarray
-        ``[K]`` float64, ascending.
+        ``[K]`` float64, ascending but for a frame alone.
     frame : ndarray
         ``[K]`` int64, each pixel's frame by its position in the archive.
     values : dict of str to ndarray
@@ -78,18 +78,17 @@ def draw(index: np.ndarray, seed: int, uid: str, expected: float) -> tuple[np.nd
     Returns
     -------
     tuple of ndarray and Drawn
-        The indices ``[K]`` of the chosen pixels, in the order of their ranks, and the ranks.
+        The indices ``[K]`` of the chosen pixels, ascending, and their ranks.
     """
     bound = min(1.0, expected / max(1, len(index)))
     rank = ranks_of(index, seed, uid)
     chosen = np.flatnonzero(rank <= bound)
-    chosen = chosen[np.argsort(rank[chosen], kind="stable")]
     nowhere = np.zeros(len(chosen), dtype=np.int64)
     return index[chosen], Drawn(len(index), bound, rank[chosen], nowhere)
 
 
 def joined(parts: Sequence[Drawn]) -> Drawn:
-    """Return what was drawn from all of these pixels together.
+    """Return what was drawn from all of these pixels together, in the order of the ranks.
 
     Raises
     ------
@@ -136,7 +135,7 @@ class DrawnSample:
     Parameters
     ----------
     parts : sequence of Drawn
-        Of the shards, in their order; one at least.
+        Those of the shards, each :func:`joined`, in their order; one at least.
     size : int
         Largest number of pixels: where more were drawn, the smallest ranks count.
 

@@ -132,7 +132,9 @@ def ranks_of(index: np.ndarray, seed: int, uid: str) -> np.ndarray:
     z = index.astype(np.uint64) + np.uint64(1)
     z *= np.uint64(0x9E3779B97F4A7C15)
     z += np.uint64(int.from_bytes(start, "little"))
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(30)
+    z *= np.uint64(0xBF58476D1CE4E5B9)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(0x94D049BB133111EB)
     z ^= z >> np.uint64(31)
     return (z >> np.uint64(11)) * 2.0**-53
