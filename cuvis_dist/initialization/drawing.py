@@ -124,7 +124,12 @@ class Drawing:
         if not len(index):
             return drawn
         rows = torch.as_tensor(index)
-        few = {k: v.reshape(1, -1, 1, *v.shape[3:])[:, rows] for k, v in images.items()}
+        few = {
+            k: v.reshape(height * width, -1)
+            .index_select(0, rows)
+            .reshape(1, len(index), 1, *v.shape[3:])
+            for k, v in images.items()
+        }
         try:
             kept = self._values(pipeline, batch | few)
         except Exception as error:
