@@ -42,6 +42,8 @@ from cuvis_dist.statistics.drawn import error_by_groups, error_of_mean
 _GROUPS = 64
 #: Pixels that an affine map is checked on.
 _PROBES = 256
+#: A sample of fewer pixels gives no standard errors worth the name.
+_FEWEST = 512
 #: Groups that are computed at a time, at most.
 _THREADS = 8
 
@@ -94,7 +96,7 @@ def fit_later(
         If a node's own fit failed.
     """
     result, levels = Sampled(), [*this_pass.later]
-    names = ", ".join(node.name for level in levels for node in level.nodes)
+    again = "the archive is read again for {}: {}"
     try:
         sample = _sample(outcome, scaling)
         fitter = _Fitter(pipeline, archive, this_pass, sample, scaling.measuring.pixels)
@@ -112,13 +114,17 @@ def fit_later(
                     result.left = [share([measured_directly(pipeline, fit)]) for fit in left]
                     break
     except _UnusableError as why:
-        logger.warning(f"the archive is read again for {names}: {why}")
+        logger.warning(again, _names(levels), why)
     except DataError as error:
         if scaling.measuring.on_error != "skip":
             raise
-        logger.warning(f"the archive is read again for {names}, to skip frames: {error}")
+        logger.warning(again, _names(levels), f"it may skip frames, and {error}")
     result.left += levels
     return result
+
+
+def _names(levels: Sequence[Pass]) -> str:
+    return ", ".join(node.name for level in levels for node in level.nodes)
 
 
 def _sample(outcome: Outcome, scaling: Scaling) -> DrawnSample:
@@ -175,6 +181,8 @@ class _Fitter:
                 "leave all out"
             )
         merged = {key: [*accumulate(some, _merge)][-1] for key, some in parts.items()}
+        if self.sample.fraction < 1 and min(each.n for each in merged.values()) < _FEWEST:
+            raise _UnusableError("too few pixels of the sample count for standard errors")
         fitted, left = freeze_fits(level, merged, probes)
         for fit in level.fits:
             if fit.node.name in fitted:
@@ -209,9 +217,8 @@ class _Fitter:
         except DataError:
             raise
         except Exception as error:
-            names = ", ".join(node.name for node in level.nodes)
             raise DataError(
-                f"the sample of pixels cannot be used for {names}: {one_line(error)}"
+                f"the sample of pixels cannot be used for {_names([level])}: {one_line(error)}"
             ) from error
 
     def _not_finite(self, measurement: Measurement, frames: Any) -> DataError:
@@ -233,7 +240,9 @@ class _Fitter:
         """Return what a record says of a node that was fitted on the sample."""
         fraction = self.sample.fraction
         moments: Any = derived(fit, {fit.source.key: [*accumulate(parts, _merge)][-1]}, probes)
-        without = [derived(fit, {fit.source.key: each}, probes) for each in _without(parts)]
+        without = [moments, moments]  # nothing is left out of a sample of all pixels
+        if fraction < 1:
+            without = [derived(fit, {fit.source.key: each}, probes) for each in _without(parts)]
         errors = {
             "mean": _entry(moments.mean, error_of_mean(_variances(moments), moments.n, fraction)),
             "standard deviation": _entry(

@@ -260,7 +260,7 @@ def test_values_that_are_not_finite_are_found_and_named(demo_trainrun, warnings)
     assert_same_state(pipeline, exact, 1e-6)
     with pytest.raises(DataError, match="max_skipped"):  # all frames, in a reading of its own
         fit(demo_trainrun, pipeline=rooted(), on_error="skip", max_skipped=2)
-    assert any("is read again for logit_head, to skip frames" in line for line in warnings)
+    assert any("read again for logit_head: it may skip frames" in line for line in warnings)
 
 
 def bandpassed():
@@ -277,6 +277,15 @@ def bandpassed():
         (unit.outputs.normalized, rx.inputs.data),
         (rx.outputs.scores, last.inputs.scores),
     )
+
+
+def test_too_few_pixels_are_read_again(demo_trainrun, monkeypatch, warnings):
+    monkeypatch.setattr("cuvis_dist.initialization.sampling._FEWEST", 2000)
+    exact, _ = fit(demo_trainrun, later_levels="exact")
+    pipeline, trainer = fit(demo_trainrun, sample_pixels=1024)
+    assert [[*record.nodes][-1] for record in trainer.records] == ["rx_detector", "logit_head"]
+    assert buffers_sha256(pipeline) == buffers_sha256(exact)
+    assert "too few pixels of the sample count for standard errors" in warnings[-1]
 
 
 class Shifted(Wrapped):
