@@ -478,6 +478,8 @@ def _run_and_print(
     for split, metrics in record.metrics.items():
         for name, value in metrics.items():
             print(f"{split:5} {name} {value:.4f}")
+    for line in record.sampled():
+        print(f"sampled  {line}")
     print(f"pipeline {record.pipeline}")
     print(f"record   {record.output.at(record.file)}")
     for finding in record.findings:
@@ -557,7 +559,11 @@ def _print_plan(
         memory = f"{cost.worker_bytes / 1e9:.2f} GB per worker"
         print(f"pass {number}: reads {frame * frames / 1e9:.3g} GB, {memory}, {cost.step}")
         for fit in cost.step.fits:
-            print(f"  {fit.node.name}: {fit}")
+            again = f" (read again: {fit.again})" if fit.again else ""
+            print(f"  {fit.node.name}: {fit}{again}")
+        for fit in (fit for level in cost.step.later for fit in level.fits):
+            pixels = scaling.measuring.sample_pixels
+            print(f"  {fit.node.name}: {fit}, on a sample of at most {pixels} pixels")
         if cost.step.streamed:
             print(f"  {cost.step.streamed.name}: {plan.batches}")
         else:

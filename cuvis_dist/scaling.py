@@ -103,6 +103,17 @@ class Measuring(_Settings):
     sigmoids saturate and ties break otherwise. False measures every node's own input, as upstream
     does."""
 
+    later_levels: Literal["exact", "sampled"] = "exact"
+    """How nodes are fitted that depend on earlier fits, such as a score head. ``exact`` reads the
+    archive again for them. ``sampled`` fits them on ``sample_pixels`` pixels that the first reading
+    keeps, where all nodes before map each pixel by itself and moments are wanted, and gives the
+    standard errors; what a sample says nothing about, such as extrema, is read again all the
+    same."""
+
+    sample_pixels: int = Field(default=1 << 20, ge=1 << 10, le=1 << 28)
+    """How many pixels ``later_levels: sampled`` keeps, at most; fewer where frames differ much in
+    how many of their pixels count. The driver holds them: 61 bands in float32 take 270 MB."""
+
     pixels: Literal["all", "unlabelled", "finite"] = "all"
     """Which pixels count: ``all``; ``unlabelled``, without those that the annotation marks as
     anomalies; ``finite``, without those that have a value that is not finite."""
@@ -115,7 +126,7 @@ class Measuring(_Settings):
     where ``sample_frames`` is given, too."""
 
     sample_seed: int = 0
-    """Chooses among samples of frames."""
+    """Chooses among samples, of frames and of pixels."""
 
     gpus: float = Field(default=0, ge=0, le=_MOST)
     """GPUs of each worker of phase 1, which then computes and measures on it, or of each that

@@ -20,6 +20,9 @@ from cuvis_dist.nodes.catalogue import check, keeps_bands
 from cuvis_dist.nodes.health import Fitted
 from cuvis_dist.nodes.upstream import edges_into, nodes_before, topological_order
 
+#: So many standard errors are between two means once in 16,000 times, if they are of one thing.
+_ERRORS = 4
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -55,6 +58,9 @@ def diagnose(
         In the order of the nodes; empty when the fit looks sound.
     """
     pixels = {name: fit["pixels"] for record in records for name, fit in record.nodes.items()}
+    said = {
+        name: fit.get("sampled", {}) for record in records for name, fit in record.nodes.items()
+    }
     wavelengths = functools.cache(wavelengths)
     findings = []
     for node in topological_order(pipeline):
@@ -64,8 +70,31 @@ def diagnose(
         edges = edges_into(pipeline, node)
         sources = tuple((source, pixels.get(source.name)) for source, _, _ in edges)
         messages = check(Fitted(node, pixels[node.name], band, sources))
+        messages += unlikely_mean(said.get(node.name, {}))
         findings += [Finding(node.name, message) for message in messages]
     return findings
+
+
+def unlikely_mean(sampled: dict[str, Any]) -> list[str]:
+    """Compare the mean of a sample with what it is exactly; one message where they are apart.
+
+    Parameters
+    ----------
+    sampled : dict
+        What the record of a pass says of a node that was fitted on a sample.
+    """
+    if not (known := sampled.get("check")):
+        return []
+    error = sampled["standard_errors"]["mean"]["standard_error"]
+    apart = abs(known["mean"] - known["exact"])
+    if apart <= _ERRORS * error + known["rounding"]:
+        return []
+    return [
+        f"the mean of the sample is {known['mean']:.6g}, and that of all pixels is "
+        f"{known['exact']:.6g}, as the first reading says: they are {apart:.2g} apart, with a "
+        f"standard error of {error:.2g}. Rounding may spoil the scores, or the sample is not one "
+        "of these pixels. Fit with later_levels: exact"
+    ]
 
 
 def _band(

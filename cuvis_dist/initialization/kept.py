@@ -2,7 +2,8 @@
 
 One small file per pass in ``<output_dir>/resume/passes``: what is merged so far, and which shards
 are in it. It is replaced as a whole every few seconds, at the end of the pass, and when the run is
-interrupted. A driver that goes on makes the same plan again, takes from the files what was
+interrupted. Pixels that it keeps for later levels come into files beside it, each written once.
+A driver that goes on makes the same plan again, takes from the files what was
 measured, and reads what is missing. Since a pass keeps what is merged and not what each frame gave,
 a file of frames that has changed costs what the passes have measured.
 """
@@ -18,6 +19,7 @@ from loguru import logger
 from cuvis_dist.archive import Archive, Contents, in_words, read_contents, write_contents
 from cuvis_dist.errors import CuvisDistError, one_line
 from cuvis_dist.hashing import hash_settings
+from cuvis_dist.initialization.drawing import Frontier
 from cuvis_dist.initialization.plan import Pass
 from cuvis_dist.nodes.state import hash_state
 from cuvis_dist.nodes.upstream import nodes_before
@@ -74,6 +76,8 @@ class StoredPass:
     ----------
     earlier : dict or None
         The state that an earlier run left, with ``done``: how many frames it has dealt with.
+    files : int
+        How many files there are beside the state, which only ever come on top.
     """
 
     def __init__(self, output: OutputFolder, number: int, identity: str, every: float) -> None:
@@ -81,6 +85,7 @@ class StoredPass:
         self.number, self.identity = number, identity
         self.earlier: dict[str, Any] | None = self._load()
         self._pace = Pace(every)
+        self.files = 0
 
     def _load(self) -> dict[str, Any] | None:
         try:
@@ -109,6 +114,7 @@ class StoredPass:
             return take(self.earlier)
         except Exception as error:
             self._ignored(f"it is not what was written: {one_line(error)}")
+            self.files = 0
             return None
 
     def _ignored(self, why: str) -> None:
@@ -117,16 +123,51 @@ class StoredPass:
             f"pass {self.number} is measured anew: {self.output.at(self.name)} is not used: {why}"
         )
 
+    def append(self, content: Any) -> bool:
+        """Write what need not be written again to a file of its own; return whether it could be.
+
+        It counts from the next :meth:`save` of a state that says how many files there are.
+        """
+        if self._write(self._file(self.files), {"identity": self.identity, "content": content}):
+            self.files += 1
+            return True
+        return False
+
+    def appended(self, files: int) -> list[Any]:
+        """Return the contents of the first files, and go on behind them.
+
+        Raises
+        ------
+        NotPlainError, OSError, CuvisDistError
+            If they cannot be read, or belong to another pass.
+        """
+        contents = []
+        for number in range(files):
+            written = from_bytes(self.output.read(self._file(number)))
+            if written["identity"] != self.identity:
+                raise NotPlainError("a file beside it belongs to another pass")
+            contents.append(written["content"])
+        self.files = files
+        return contents
+
+    def _file(self, number: int) -> str:
+        return f"{PASSES}/{self.number}.{number}.pixels"
+
+    def _write(self, name: str, value: Any) -> bool:
+        try:
+            self.output.write(name, to_bytes(value))
+        except (OSError, CuvisDistError) as error:
+            logger.warning(
+                f"what pass {self.number} has measured is not kept for another try: "
+                f"{self.output.at(name)} cannot be written: {one_line(error)}"
+            )
+            return False
+        return True
+
     def save(self, state: dict[str, Any]) -> None:
         """Replace the file. A folder that cannot be written to is a warning: the run goes on."""
         with self._pace.writing():
-            try:
-                self.output.write(self.name, to_bytes({"identity": self.identity, "state": state}))
-            except (OSError, CuvisDistError) as error:
-                logger.warning(
-                    f"what pass {self.number} has measured is not kept for another try: "
-                    f"{self.output.at(self.name)} cannot be written: {one_line(error)}"
-                )
+            self._write(self.name, {"identity": self.identity, "state": state})
 
     def save_if_due(self, state: Callable[[], dict[str, Any]]) -> None:
         """:meth:`save` what ``state`` returns, unless the last one was a moment ago."""
@@ -141,7 +182,7 @@ def identify(pipeline: CuvisPipeline, archive: Archive, this_pass: Pass, scaling
     state of the nodes before: one with random weights and no seed has others in the next run.
     """
     measured = {measurement.node for measurement in this_pass.measurements}
-    before = nodes_before(pipeline, measured)
+    before = nodes_before(pipeline, measured) | Frontier(pipeline, this_pass).known
     if this_pass.streamed is not None:  # what is kept of it is the fitted node
         before = {this_pass.streamed, *nodes_before(pipeline, [this_pass.streamed])}
     nodes = sorted(before | measured, key=lambda node: node.name)

@@ -23,13 +23,14 @@ from cuvis_dist.execution.pool import Workers
 from cuvis_dist.execution.spread import Row, spread
 from cuvis_dist.execution.tally import Tally
 from cuvis_dist.execution.where import engine_for
+from cuvis_dist.initialization.drawing import Drawing
 from cuvis_dist.initialization.kept import StoredPass
-from cuvis_dist.initialization.measuring import Partial
+from cuvis_dist.initialization.measured import Measured, Outcome
 from cuvis_dist.initialization.plan import Fit, Pass
-from cuvis_dist.initialization.shards import Measurement, MeasureShard
+from cuvis_dist.initialization.shards import MeasureShard
 from cuvis_dist.nodes.affine import probe
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.statistics import ExactMoments, MergeTree, Moments, Statistic, from_bytes
+from cuvis_dist.statistics import ExactMoments, Moments, Statistic
 
 OnShard = Callable[[int], None]
 """Called with the number of frames done so far."""
@@ -43,7 +44,8 @@ class PassRecord:
     ----------
     nodes : dict of str to dict
         Per fitted node: ``statistic`` (or ``streamed``), the number of ``pixels``, and whether
-        what was measured is ``exact``, that is free of rounding.
+        what was measured is ``exact``, that is free of rounding; where it was fitted on a sample,
+        what :class:`~cuvis_dist.initialization.sampling.Sampled` says.
     frames, bytes : int
         Frames measured, and the bytes of their tensors.
     shards : int
@@ -74,78 +76,6 @@ class PassRecord:
     repeated: list[int] = field(default_factory=list)
 
 
-class Measured:
-    """What a pass has measured and merged so far.
-
-    Parameters
-    ----------
-    shards : int
-        How many shards the archive has.
-    tally : Tally
-        Counts what comes back.
-
-    Attributes
-    ----------
-    probes : dict of str to Tensor
-        By measurement, some pixels of the first shard that has any.
-    seconds : float
-        Time that it took.
-    """
-
-    def __init__(self, shards: int, tally: Tally) -> None:
-        self.tree: MergeTree[Partial] = MergeTree(shards, Partial.merge)
-        self.tally = tally
-        self.probes: dict[str, torch.Tensor] = {}
-        self.seconds = 0.0
-        self._first = shards
-
-    @property
-    def done(self) -> int:
-        """Frames dealt with."""
-        return self.tally.done
-
-    def add(self, row: Row, measurements: Iterable[str]) -> bool:
-        """Merge and count a row; False (and no effect) when its shard was added before.
-
-        Raises
-        ------
-        DataError
-            If the shard does not fit the others, or too many frames were skipped.
-        """
-        shard: Measurement = row.payload
-        statistics = map(from_bytes, shard.statistics)
-        partial = Partial(
-            dict(zip(measurements, statistics, strict=bool(row.frames))), shard.first_frame
-        )
-        if not self.tree.add(row.ordinal, partial):
-            return False
-        self.tally.add(row)
-        if row.ordinal < self._first and row.frames:
-            self._first, self.probes = row.ordinal, shard.probes
-        return True
-
-    def state(self) -> dict[str, Any]:
-        """Return all of it as plain values."""
-        return {
-            "shards": torch.tensor(self.tree.seen(), dtype=torch.int64),
-            "merged": {place: partial.state() for place, partial in self.tree.parts().items()},
-            "tally": self.tally.state(),
-            "done": self.done,
-            "probes": self.probes,
-            "first": self._first,
-            "seconds": self.seconds,
-        }
-
-    def take(self, state: dict[str, Any]) -> Measured:
-        """Go on from what :meth:`state` returned in another process; return this one."""
-        merged = {place: Partial.of(part) for place, part in state["merged"].items()}
-        self.tree.take(state["shards"].tolist(), merged)
-        self.tally.take(state["tally"])
-        self.probes, self._first = dict(state["probes"]), int(state["first"])
-        self.seconds = float(state["seconds"])
-        return self
-
-
 def measure_pass(
     pipeline: CuvisPipeline,
     archive: Archive,
@@ -153,8 +83,10 @@ def measure_pass(
     scaling: Scaling,
     on_shard: OnShard,
     stored: StoredPass | None = None,
-) -> tuple[PassRecord, list[Fit]]:
+) -> tuple[PassRecord, list[Fit], Outcome]:
     """Carry out the measurements of ``this_pass`` over the archive and freeze its nodes.
+
+    Nodes of its later levels are left to :func:`~cuvis_dist.initialization.sampling.fit_later`.
 
     Parameters
     ----------
@@ -163,7 +95,7 @@ def measure_pass(
 
     Returns
     -------
-    tuple of PassRecord and list of Fit
+    tuple of PassRecord, list of Fit and Outcome
         The second: fits whose chain turned out not to be affine, and all that follow; they have
         to be measured directly.
 
@@ -181,7 +113,7 @@ def measure_pass(
     def nothing() -> Measured:
         return Measured(len(shards), Tally(len(archive), scaling.measuring.max_skipped))
 
-    earlier = stored.taken(lambda state: nothing().take(state)) if stored else None
+    earlier = stored.taken(lambda state: nothing().take(state, stored)) if stored else None
     measured = earlier or nothing()
     missing = [shard for shard in shards if shard.ordinal not in measured.tree]
     restored = len(shards) - len(missing), measured.tally.done
@@ -190,7 +122,8 @@ def measure_pass(
         _merge(rows, measured, this_pass.by_key(), on_shard, stored)
     tally = measured.tally
     tally.close()
-    fitted, left = freeze_fits(this_pass, measured.tree.root().statistics, measured.probes)
+    outcome = measured.outcome()
+    fitted, left = freeze_fits(this_pass, outcome.statistics, outcome.probes)
     record = PassRecord(
         fitted,
         tally.frames,
@@ -202,7 +135,7 @@ def measure_pass(
         *restored,
         sorted(tally.repeated),
     )
-    return record, left
+    return record, left, outcome
 
 
 def _rows(
@@ -218,7 +151,8 @@ def _rows(
         engine_for(Workers.measuring(scaling)) as engine,
     ):
         order = engine.make_order(pipeline, archive, scaling.measuring.on_error == "skip")
-        measure = MeasureShard(order, this_pass.by_key(), scaling)
+        drawing = Drawing(pipeline, this_pass, scaling, len(archive)) if this_pass.later else None
+        measure = MeasureShard(order, this_pass.by_key(), scaling, drawing)
         yield from spread(shards, measure, engine)
 
 
@@ -241,11 +175,11 @@ def _merge(
                 whole = True
                 if added:
                     if stored:
-                        stored.save_if_due(measured.state)
+                        stored.save_if_due(lambda: measured.state(stored))
                     on_shard(measured.tally.done)
     finally:
         if stored and whole:
-            stored.save(measured.state())
+            stored.save(measured.state(stored))
 
 
 def freeze_fits(
@@ -271,23 +205,41 @@ def freeze_fits(
     fitted: dict[str, dict[str, Any]] = {}
     left: list[Fit] = []
     for fit in this_pass.fits:
-        measured = statistic = merged[fit.source.key]
-        if fit.chain:
-            try:
-                if left:
-                    raise ValueError(f"{left[0].node.name} is not fitted yet")
-                statistic = statistic.affine(*probe(fit.chain, probes[fit.source.key]))
-            except ValueError as error:
-                logger.info(f"{fit.node.name} is measured directly: {error}")
-                left.append(fit)
-                continue
-        _freeze(fit, statistic)
-        how = {"statistic": str(fit), "pixels": statistic.n, "exact": measured.exact}
-        fitted[fit.node.name] = how
+        try:
+            if fit.chain and left:
+                raise ValueError(f"{left[0].node.name} is not fitted yet")
+            statistic = derived(fit, merged, probes)
+        except ValueError as error:
+            logger.info(f"{fit.node.name} is measured directly: {error}")
+            left.append(fit)
+            continue
+        freeze_fit(fit, statistic)
+        how = {"statistic": str(fit), "pixels": statistic.n}
+        fitted[fit.node.name] = how | {"exact": merged[fit.source.key].exact}
     return fitted, left
 
 
-def _freeze(fit: Fit, statistic: Statistic) -> None:
+def derived(fit: Fit, merged: dict[str, Statistic], probes: dict[str, torch.Tensor]) -> Statistic:
+    """Return what a node is fitted from; raises ValueError if its chain is not affine.
+
+    The parameters are those of :func:`freeze_fits`.
+    """
+    statistic = merged[fit.source.key]
+    if fit.chain:
+        return statistic.affine(*probe(fit.chain, probes[fit.source.key]))
+    return statistic
+
+
+def freeze_fit(fit: Fit, statistic: Statistic) -> None:
+    """Let a node freeze a statistic, by its own code.
+
+    Raises
+    ------
+    DataError
+        If there are no pixels.
+    CuvisDistError
+        If the node's own code fails.
+    """
     if not statistic.n:
         raise DataError(
             f"no pixel is left for node {fit.node.name}: masks and the setting pixels leave all out"

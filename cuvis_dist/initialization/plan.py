@@ -53,12 +53,27 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Fit:
-    """How one node is fitted: from a measurement, through the affine nodes between."""
+    """How one node is fitted: from a measurement, through the affine nodes between.
+
+    Attributes
+    ----------
+    node : Node
+        The node.
+    recipe : Recipe
+        How it is fitted.
+    source : Measurement
+        What is measured for it.
+    chain : tuple of Hop
+        The affine nodes between the measured port and the node's own.
+    again : str
+        Why the archive is read again for it, where later levels are fitted from a sample.
+    """
 
     node: Node
     recipe: Recipe
     source: Measurement
     chain: tuple[Hop, ...] = ()
+    again: str = ""
 
     def __str__(self) -> str:
         if not self.chain:
@@ -82,17 +97,23 @@ class Pass:
     after : tuple of str
         The nodes before that one which change with every frame, so that the frames run through
         all nodes before it in order, in one process. None of them: side by side.
+    later : tuple of Pass
+        What is measured, and fitted, without another reading: on a sample of the pixels, level
+        after level (see :mod:`~cuvis_dist.initialization.levels`).
     """
 
     measurements: tuple[Measurement, ...] = ()
     fits: tuple[Fit, ...] = ()
     streamed: Node | None = None
     after: tuple[str, ...] = ()
+    later: tuple[Pass, ...] = ()
 
     @property
     def nodes(self) -> list[Node]:
-        """The nodes that this pass fits, in topological order."""
-        return [self.streamed] if self.streamed is not None else [fit.node for fit in self.fits]
+        """The nodes that this pass fits, in topological order, those on a sample last."""
+        if self.streamed is not None:
+            return [self.streamed]
+        return [fit.node for fit in self.fits] + [n for level in self.later for n in level.nodes]
 
     def by_key(self) -> dict[str, tuple[str, Recipe]]:
         """Return the measurements by key: the name of the node, and its recipe."""
@@ -103,7 +124,10 @@ class Pass:
             changing = f", in order: {', '.join(self.after)} changes with every frame"
             return f"fits {self.streamed.name} by streaming its inputs{changing * bool(self.after)}"
         measured = ", ".join(m.key for m in self.measurements)
-        return f"measures {measured}; fits {', '.join(node.name for node in self.nodes)}"
+        fitted = ", ".join(fit.node.name for fit in self.fits)
+        sampled = ", ".join(node.name for level in self.later for node in level.nodes)
+        also = f"; on a sample of its pixels fits {sampled}" if sampled else ""
+        return f"measures {measured}; fits {fitted}{also}"
 
 
 def statistical_nodes(pipeline: CuvisPipeline) -> list[Node]:

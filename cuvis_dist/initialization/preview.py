@@ -19,9 +19,14 @@ from torch import Tensor
 from cuvis_dist.archive import Archive, batch_bytes, open_archive
 from cuvis_dist.errors import CuvisDistError, DataError, one_line
 from cuvis_dist.execution.worker import peak_bytes, prepare_worker
+from cuvis_dist.initialization.drawing import Drawing
+from cuvis_dist.initialization.levels import planned
+from cuvis_dist.initialization.measured import Outcome
 from cuvis_dist.initialization.measuring import Measurer, Partial, compute_inputs
 from cuvis_dist.initialization.passes import freeze_fits
-from cuvis_dist.initialization.plan import Pass, make_plan, measured_directly, share
+from cuvis_dist.initialization.plan import Pass, measured_directly, share
+from cuvis_dist.initialization.sampling import fit_later
+from cuvis_dist.initialization.shards import together
 from cuvis_dist.nodes.upstream import nodes_before
 from cuvis_dist.scaling import Scaling
 
@@ -145,7 +150,7 @@ def preview(
         finally:
             torch.set_num_threads(threads)
     else:
-        plan = make_plan(pipeline, scaling.measuring.fold)
+        plan = planned(pipeline, scaling.measuring)
         sizes = frame_bytes, archive.batch_size
         costs = [
             Cost(
@@ -197,7 +202,7 @@ def _exact_at_first(
 def _tried(pipeline: CuvisPipeline, archive: Archive, scaling: Scaling) -> list[Cost]:
     """Carry the plan out on a few frames, other ones in every pass: the first reading is cold."""
     costs: list[Cost] = []
-    plan = deque(make_plan(pipeline, scaling.measuring.fold))
+    plan = deque(planned(pipeline, scaling.measuring))
     while plan:
         step = plan.popleft()
         few = archive.sampled(_CALIBRATION_FRAMES, None, scaling.measuring.sample_seed + len(costs))
@@ -205,15 +210,26 @@ def _tried(pipeline: CuvisPipeline, archive: Archive, scaling: Scaling) -> list[
             costs.append(_try_streaming(pipeline, few, step, step.streamed))
             continue
         measurer = Measurer(pipeline, step.by_key(), scaling.measuring.pixels)
+        drawing = Drawing(pipeline, step, scaling, len(archive)) if step.later else None
         partial, probes = Partial({}, ""), dict[str, Tensor]()
-        seconds = []
+        seconds, drawn = [], []
         for position, frame in enumerate(few.frames):
             started = time.perf_counter()
-            measured, probes = measurer.frame(few.read(position), frame, position)
+            batch = few.read(position)
+            measured, probes = measurer.frame(batch, frame, position)
             partial = partial.merge(measured)
+            if drawing:
+                drawn.append(drawing.frame(pipeline, batch, frame, position))
             seconds.append(time.perf_counter() - started)
         _, left = freeze_fits(step, partial.statistics, probes)
-        plan.extendleft(share([measured_directly(pipeline, fit)]) for fit in reversed(left))
+        more = [share([measured_directly(pipeline, fit)]) for fit in left]
+        if left:
+            more += step.later
+        elif step.later:
+            kept = together(drawn)
+            outcome = Outcome(partial.statistics, probes, [kept] if kept else None)
+            more = fit_later(pipeline, few, step, outcome, scaling).left
+        plan.extendleft(reversed(more))
         exact = {key: statistic.exact for key, statistic in partial.statistics.items()}
         costs.append(Cost(step, peak_bytes(), statistics.median(seconds), exact))
     return costs

@@ -16,12 +16,14 @@ from torch import Tensor
 from cuvis_dist.archive import Archive, Frame, Shard, batch_bytes
 from cuvis_dist.errors import DataError
 from cuvis_dist.execution.spread import Order, Row
+from cuvis_dist.initialization.drawing import Drawing
 from cuvis_dist.initialization.measuring import Measurer, Partial, compute_inputs
 from cuvis_dist.nodes.recipe import Recipe
 from cuvis_dist.nodes.state import StatefulNodesError, StateWatch
 from cuvis_dist.nodes.survey import evolving_nodes
 from cuvis_dist.nodes.upstream import nodes_before
 from cuvis_dist.scaling import Scaling
+from cuvis_dist.statistics.drawn import Drawn, joined
 
 
 @functools.lru_cache(maxsize=1)
@@ -42,11 +44,14 @@ class Measurement:
         The statistics of its frames, one for each measurement; none if every frame was skipped.
     probes : dict of str to Tensor
         By measurement, some pixels to check affine maps on.
+    drawn : Drawn or None
+        Pixels that were kept for later levels; None where none are wanted, or none can be kept.
     """
 
     first_frame: str
     statistics: list[bytes]
     probes: dict[str, Tensor]
+    drawn: Drawn | None = None
 
 
 class MeasureShard:
@@ -60,14 +65,20 @@ class MeasureShard:
         By key: the node whose input is measured, and how.
     scaling : Scaling
         Which pixels count, and how many frames may be skipped.
+    drawing : Drawing, optional
+        Keeps pixels for later levels.
     """
 
     ordered = False
 
     def __init__(
-        self, order: Order, measurements: dict[str, tuple[str, Recipe]], scaling: Scaling
+        self,
+        order: Order,
+        measurements: dict[str, tuple[str, Recipe]],
+        scaling: Scaling,
+        drawing: Drawing | None = None,
     ) -> None:
-        self.order, self.measurements = order, measurements
+        self.order, self.measurements, self.drawing = order, measurements, drawing
         self.pixels = scaling.measuring.pixels
         # The probes of the first shard with a frame are used; so many can be without one.
         self.probed = scaling.measuring.max_skipped if order.skip else 0
@@ -79,6 +90,7 @@ class MeasureShard:
         measurer = Measurer(pipeline, self.measurements, self.pixels, ranks)
         watch = StateWatch(nodes_before(pipeline, measurer.targets))
         merged, probes = Partial({}, ""), dict[str, Tensor]()
+        drawn: list[Drawn | None] = []
         skipped: list[tuple[str, str]] = []
         frames = size = 0
         for index in range(shard.start, shard.stop):
@@ -87,6 +99,8 @@ class MeasureShard:
             try:
                 batch = archive.read(index)
                 partial, few = measurer.frame(batch, frame, index)
+                if self.drawing:
+                    drawn.append(self.drawing.frame(pipeline, batch, frame, index))
                 merged = merged.merge(partial)
             except DataError as error:
                 self.order.leave_out(error)
@@ -99,8 +113,18 @@ class MeasureShard:
             merged.first_frame,
             [statistic.to_bytes() for statistic in merged.statistics.values()],
             probes if shard.ordinal <= self.probed else {},
+            together(drawn),
         )
         return [Row(shard.ordinal, payload, frames, size, tuple(skipped))]
+
+
+def together(drawn: list[Drawn | None]) -> Drawn | None:
+    """Return what was kept of a shard's frames; None unless they can be in one sample."""
+    kept = [part for part in drawn if part is not None]
+    try:
+        return joined(kept) if kept and len(kept) == len(drawn) else None
+    except ValueError:
+        return None
 
 
 class GatherShard:

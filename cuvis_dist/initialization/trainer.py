@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,8 +25,10 @@ from cuvis_dist.evaluation.steps import Evaluator
 from cuvis_dist.execution.where import begin, settled, work_on
 from cuvis_dist.initialization.diagnosis import Finding, diagnose
 from cuvis_dist.initialization.kept import StoredPass, identify, renew
+from cuvis_dist.initialization.levels import planned
 from cuvis_dist.initialization.passes import PassRecord, measure_pass
-from cuvis_dist.initialization.plan import Pass, make_plan, measured_directly, share
+from cuvis_dist.initialization.plan import Pass, measured_directly, share
+from cuvis_dist.initialization.sampling import fit_later
 from cuvis_dist.initialization.streaming import require_whole_frames, stream_pass
 from cuvis_dist.nodes.state import StatefulNodesError
 from cuvis_dist.scaling import Scaling
@@ -145,7 +149,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         """
         done = {name for record in self.records for name in record.nodes}
         fitted = [node for node in self.pipeline.nodes() if node.name in done]
-        plan = deque(make_plan(self.pipeline, self.scaling.measuring.fold, found, fitted))
+        plan = deque(planned(self.pipeline, self.scaling.measuring, found, fitted))
         behind: dict[tuple[str, ...], list[str]] = {}
         for step in plan:
             if step.streamed is not None:
@@ -193,7 +197,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         if this_pass.streamed is not None:
             record = stream_pass(self.pipeline, archive, this_pass, self.scaling, self.emit, stored)
         else:
-            record, left = measure_pass(
+            record, left, outcome = measure_pass(
                 self.pipeline,
                 archive,
                 this_pass,
@@ -202,6 +206,14 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
                 stored,
             )
             further = [share([measured_directly(self.pipeline, fit)]) for fit in left]
+            if left:
+                further += this_pass.later  # a reading each: what they need is not fitted yet
+            elif this_pass.later:
+                started = time.perf_counter()
+                sampled = fit_later(self.pipeline, archive, this_pass, outcome, self.scaling)
+                seconds = record.seconds + time.perf_counter() - started
+                record = replace(record, nodes=record.nodes | sampled.nodes, seconds=seconds)
+                further = sampled.left
         self.records.append(record)
         for name in record.nodes:
             self.emit(TrainEvent(TrainHook.STATISTICAL_NODE_END, node=name))

@@ -177,6 +177,37 @@ def _mean_score_of(rx: RXGlobal, pixels: int | None, mean: float | None) -> Iter
     )
 
 
+def exact_mean(node: Node, port: str, moments: Any) -> tuple[float, float] | None:
+    """Return the mean of what a fitted node puts out, where its input's moments give that.
+
+    The mean of ``(x - μ)ᵀ A (x - μ)`` over the n pixels of some moments is
+    ``trace(A M2) / n + (m - μ)ᵀ A (m - μ)`` with their mean m, for any A and μ: those that an
+    RX detector froze, with ``eps`` in the inverse and rounded to float32.
+
+    Parameters
+    ----------
+    node : Node
+        The node.
+    port : str
+        The output.
+    moments : Moments
+        Those of the node's input, with the full matrix.
+
+    Returns
+    -------
+    tuple of float, or None
+        The mean, and by how much the rounding of float32 scores may move it: about one part in
+        2²³ of the products that are added up to a score, ``Σ |A_ij| σ_i σ_j`` on average.
+    """
+    if not isinstance(node, RXGlobal) or port != "scores" or moments.diagonal or not moments.n:
+        return None
+    A = _float64(node.cov_inv) if node.cov_inv.numel() else _float64(node.cov).inverse()
+    off, second = moments.mean - _float64(node.mu), moments.M2 / moments.n
+    mean = float((A * second).sum() + off @ A @ off)
+    size = second.diagonal().sqrt()
+    return mean, _EPS32 * float(size @ A.abs() @ size)
+
+
 def _few_pixels(pixels: int | None, channels: int) -> Iterator[str]:
     """Compare the number of pixels n with that of bands C.
 

@@ -45,6 +45,7 @@ from cuvis_ai_dataloader.data import (
 )
 from cuvis_ai_dataloader.data.readers.tiff_reader import TiffCubeReader
 from cuvis_ai_schemas.enums import ExecutionStage
+from cuvis_ai_schemas.execution import Context
 from cuvis_ai_schemas.training import DataConfig
 from cuvis_ai_schemas.training.data import SampleRef, Selector, SelectorKind
 
@@ -66,6 +67,7 @@ __all__ = [
     "only_real_numbers",
     "pooled_objects",  # a metric node's live torchmetrics, as an evaluation resets and reads them
     "restore_weights",
+    "run_nodes",
     "select_by_recording",
     "topological_order",
 ]
@@ -220,6 +222,25 @@ def node_inputs(pipeline: CuvisPipeline, node: Node, batch: dict[str, Any]) -> d
     )
     StatisticalTrainer(pipeline, None)._require_predecessor_outputs(node, outputs)
     return pipeline._gather_node_inputs(node, outputs, batch)
+
+
+@torch.no_grad()
+def run_nodes(
+    pipeline: CuvisPipeline,
+    nodes: Collection[Node],
+    outputs: dict[tuple[str, str], Any],
+    batch: dict[str, Any],
+) -> dict[tuple[str, str], Any]:
+    """Return the outputs of ``nodes`` beside the ``outputs`` of those before that they need.
+
+    Upstream's partial forward begins with a batch, and these need not.
+    """
+    outputs, context = dict(outputs), Context(stage=ExecutionStage.INFERENCE)
+    for node in topological_order(pipeline):
+        if node in nodes:
+            made = node.forward(**inputs_of(pipeline, node, outputs, batch), context=context)
+            outputs |= {(node.name, port): value for port, value in made.items()}
+    return outputs
 
 
 @contextmanager

@@ -182,7 +182,7 @@ class RunRecord(JobRecord):
 
     @classmethod
     def load(cls, output_dir: Location) -> RunRecord:
-        """Read ``<output_dir>/run.json``; what was nested comes back as mappings.
+        """Read ``<output_dir>/run.json``; calibration and checkpoint come back as mappings.
 
         A record that says ``running`` though nobody has the folder is one of a run that was cut
         off: its status is ``interrupted``.
@@ -195,12 +195,26 @@ class RunRecord(JobRecord):
             If the store does not answer.
         """
         values = json.loads(OutputFolder(output_dir).read(cls.file))
+        values["passes"] = [PassRecord(**each) for each in values["passes"]]
         values["findings"] = [Finding(**finding) for finding in values["findings"]]
         record = cls(**values)
         if record.status == "running" and writer_of(record.output) == "":
             record.status = "interrupted"
             record.error = "its process ended without a word: it was killed, or its machine was"
         return record
+
+    def sampled(self) -> list[str]:
+        """Return a line for each thing that was estimated from a sample of pixels."""
+        lines = []
+        for name, fit in (item for done in self.passes for item in done.nodes.items()):
+            if said := fit.get("sampled"):
+                of = f"{fit['pixels']} of {said['of']} pixels"
+                given = f", given {', '.join(said['given'])}" if said["given"] else ""
+                for what, entry in said["standard_errors"].items():
+                    value = f" {entry['value']:.6g}" if "value" in entry else ""
+                    error = f"standard error {entry['standard_error']:.2g}"
+                    lines.append(f"{name} {what}{value}, {error} ({of}{given})")
+        return lines
 
     def result(self) -> dict[str, Any]:
         """Return the ending, the pipeline and its metrics; the rest is in ``run.json``."""

@@ -24,8 +24,9 @@ from cuvis_dist.execution.session import has_room_for_both
 from cuvis_dist.execution.where import Work, work_on_splits
 from cuvis_dist.hashing import hash_settings
 from cuvis_dist.initialization.diagnosis import Finding
+from cuvis_dist.initialization.levels import planned
 from cuvis_dist.initialization.passes import PassRecord
-from cuvis_dist.initialization.plan import make_plan, statistical_nodes
+from cuvis_dist.initialization.plan import statistical_nodes
 from cuvis_dist.initialization.trainer import StatisticalTrainer
 from cuvis_dist.nodes.state import hash_state, hash_tensors
 from cuvis_dist.nodes.survey import outline
@@ -140,7 +141,7 @@ def work_of(trainrun: TrainRun, datamodule: pl.LightningDataModule, scaling: Sca
     """Return how much a trainrun has to do, training apart: the passes, val twice and test."""
     passes = 0
     if trainrun.weights is None:
-        passes = len(make_plan(trainrun.pipeline, scaling.measuring.fold))
+        passes = len(planned(trainrun.pipeline, scaling.measuring))
     times = ({"train": passes} if passes else {}) | {"val": 2, "test": 1}
     return work_on_splits(datamodule, trainrun.pipeline, times)
 

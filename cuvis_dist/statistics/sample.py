@@ -78,7 +78,7 @@ class PixelSample(Statistic):
         """
         n = pixels.shape[0]
         where = np.arange(n) if index is None else index.cpu().numpy()
-        rank = _ranks(where, seed, uid)
+        rank = ranks_of(where, seed, uid)
         rank[~torch.isfinite(pixels).all(dim=-1).cpu().numpy()] = -1
         chosen = np.flatnonzero(rank <= bound)
         if len(chosen) > size:
@@ -122,8 +122,8 @@ class PixelSample(Statistic):
         return self.values[torch.as_tensor(np.lexsort((index, position)))]
 
 
-def _ranks(index: np.ndarray, seed: int, uid: str) -> np.ndarray:
-    """Hash each pixel index to 53 bits in [0, 1).
+def ranks_of(index: np.ndarray, seed: int, uid: str) -> np.ndarray:
+    """Hash each pixel index of a frame to 53 bits in [0, 1).
 
     SplitMix64 (G. L. Steele, D. Lea, C. H. Flood, "Fast Splittable Pseudorandom Number
     Generators", OOPSLA 2014) of the index-th state after a start that seed and uid fix.
@@ -132,7 +132,9 @@ def _ranks(index: np.ndarray, seed: int, uid: str) -> np.ndarray:
     z = index.astype(np.uint64) + np.uint64(1)
     z *= np.uint64(0x9E3779B97F4A7C15)
     z += np.uint64(int.from_bytes(start, "little"))
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(30)
+    z *= np.uint64(0xBF58476D1CE4E5B9)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(0x94D049BB133111EB)
     z ^= z >> np.uint64(31)
     return (z >> np.uint64(11)) * 2.0**-53

@@ -127,6 +127,7 @@ def main() -> None:
         runs = {
             "2 workers": lambda: ours(path, 2).fit(),
             "1 worker": lambda: ours(path, 1).fit(),
+            "2 workers, sampled": lambda: ours(path, 2, later_levels="sampled").fit(),
             "2 workers, not folded": lambda: ours(path, 2, fold=False).fit(),
             "floor, 1 process": lambda: _with_threads(1, lambda: floor(path, passes)),
             "upstream": lambda: _with_threads(2, lambda: upstream(path)),

@@ -236,6 +236,7 @@ def test_the_identity_of_a_pass_is_what_its_partials_depend_on(tmp_path):
     assert identity(workers=7, cpus_per_worker=2) == mine
     assert identity(shard_frames=5) != mine
     assert identity(pixels="finite") != mine
+    assert identity(later_levels="sampled") != mine
     assert identity(frames=11) != mine
     assert identity(low=0.1) == mine
     behind = identity(low=0.1, number=1)  # RX, behind a fitted normalizer
