@@ -95,6 +95,11 @@ class DealtBatches(Sampler[list[int]]):
     arrange : callable
         Takes the frames of a batch that is to be cut, and returns them in another order, the same
         on every rank; by default in theirs.
+    unread : callable
+        Takes one of the worker's batches, just before its frames are read, and returns those that
+        have to be; by default all.
+    mine : list of list of int
+        The worker's batches of the current epoch, as they are dealt.
     """
 
     def __init__(
@@ -115,6 +120,8 @@ class DealtBatches(Sampler[list[int]]):
         self.frames = _frames(loader)
         self.generator = torch.Generator()
         self.arrange: Callable[[list[int]], list[int]] = list
+        self.unread: Callable[[list[int]], list[int]] = list
+        self.mine: Batches = []
         self._begun = False
 
     @property
@@ -169,7 +176,8 @@ class DealtBatches(Sampler[list[int]]):
             arranged = map(self.arrange, batches)
             mine = [cut(batch, self.rank, self.world_size) for batch in arranged]
         self.weights = [weight for _, weight in mine]
-        yield from [batch for batch, _ in mine]
+        self.mine = [batch for batch, _ in mine]
+        yield from map(self.unread, self.mine)
 
     def generators(self) -> list[torch.Generator]:
         """Return the generators that the module gave its loader and samplers, each once."""
