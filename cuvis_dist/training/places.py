@@ -40,7 +40,8 @@ class Places:
         room = Cut.of(len(batch), 0, len(ranks)).sizes
         dealt: list[list[int]] = [[] for _ in ranks]
         left = []
-        for frame in batch:
+        # What several nodes have waits for what one has.
+        for frame in sorted(batch, key=lambda frame: len(self._decoded.get(frame, ()))):
             has = self._decoded.get(frame, ())
             rank = next(
                 (r for r in ranks if self.nodes[r] in has and len(dealt[r]) < room[r]), None

@@ -8,13 +8,18 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
+from cuvis_ai_core.training.config import TrainingConfig
+from settings import scaling_of
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from cuvis_dist.archive import Frame, NamedFrames, NamingCollate, Numbered
+from cuvis_dist.archive import Frame, NamedFrames, NamingCollate, Numbered, frame_cache
 from cuvis_dist.errors import DataError
+from cuvis_dist.training.assignment import Assignment, Seat, TrainerParts
 from cuvis_dist.training.dealing import DealtBatches, deal
 from cuvis_dist.training.feeding import DeviceFrames, Drawn, Fed, as_tensors
+from cuvis_dist.training.loaders import DealtDataModule
 from cuvis_dist.training.places import Places
 
 CPU = torch.device("cpu")
@@ -192,7 +197,44 @@ def test_frames_go_to_the_rank_that_keeps_them():
             numbers += [number for part, weight in weighted if weight for number in part]
         assert sorted(numbers) == list(range(10)), "each frame counts once"
         seen.append(len(frames[0].read) + len(frames[1].read))
-    print(np.diff([0, *seen]))
     first, *later = np.diff([0, *seen])
     assert first <= 11
     assert max(later) <= 5
+
+
+# ---- as a rank's data module makes it ---------------------------------------------------
+
+
+class Module(pl.LightningDataModule):
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+
+    def train_dataloader(self):
+        return DataLoader(Frames(), 3, shuffle=True, **self.options)
+
+
+def rank(module, verb="fit"):
+    parts = TrainerParts(None, module, [], [], TrainingConfig(), [], [])
+    assignment = Assignment(verb, None, parts, None, scaling_of(cache="device"))
+    return DealtDataModule(assignment, Seat(0, 1, "", "", "", None, {}), None)
+
+
+def test_a_collate_fn_of_the_modules_own_makes_batches_as_ever():
+    """Of arrays and not of tensors, so that its frames are not put on the device."""
+
+    def collate(items):
+        return {"cube": np.stack([item["cube"] for item in items])}
+
+    data = rank(Module(collate_fn=collate))
+    for _ in range(2):
+        loader = data.train_dataloader()
+        assert isinstance(next(iter(loader))["cube"], np.ndarray)
+    (note,) = data.notes
+    assert "Module makes batches by a collate_fn of its own" in note
+
+
+def test_a_fit_keeps_frames_and_an_evaluation_none():
+    assert isinstance(rank(Module()).train_dataloader(), Fed)
+    assert not isinstance(rank(Module(), "test").train_dataloader(), Fed)
+    assert frame_cache(Module(), "device", 10**9) is None, "phase 1 asks this"
