@@ -283,8 +283,8 @@ def test_a_frame_goes_to_a_rank_of_a_node_that_has_decoded_it():
 def test_a_frame_goes_to_the_rank_that_keeps_it():
     places = Places.of_ranks([[3, 5], [0, 1]])
     assert places.arrange([0, 1, 3, 5]) == [3, 5, 0, 1]
-    assert places.arrange([5, 2, 1]) == [5, 2, 1]
-    assert places.arrange([0, 1, 2]) == [2, 1, 0], "no rank gets more"
+    assert places.arrange([5, 2, 1]) == [5, 1, 2]
+    assert places.arrange([0, 1, 2]) == [2, 0, 1], "no rank gets more"
 
 
 def test_in_later_epochs_most_frames_are_where_they_were_decoded():
