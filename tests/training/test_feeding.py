@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import Counter
 
@@ -37,16 +36,19 @@ SIZE = 4 * 5 * 3 * 2 + 4 * 5 + 8
 class Frames(Dataset):
     """Ten frames of integers, as data modules give them; those of ``drawing`` draw."""
 
-    def __init__(self, drawing=(), damaged=None):
-        self.read, self.drawing, self.damaged = [], set(drawing), damaged
-        self.reading = threading.Event()
+    def __init__(self, drawing=(), damaged=None, seconds=0.0):
+        self.read, self.drawing, self.damaged, self.seconds = [], set(drawing), damaged, seconds
+        self.reading = self.at_once = 0
 
     def __len__(self):
         return 10
 
     def __getitem__(self, index):
         self.read.append(index)
-        self.reading.set()
+        self.reading += 1
+        self.at_once = max(self.at_once, self.reading)
+        time.sleep(self.seconds)
+        self.reading -= 1
         if index == self.damaged:
             raise OSError("it is damaged")
         rng = np.random.default_rng(index)
@@ -154,9 +156,11 @@ def test_splits_share_the_room():
 def test_a_batch_is_read_while_the_step_before_computes():
     frames = Frames()
     for number, _ in enumerate(fed(frames, DeviceFrames(CPU, 0))[0]):
-        if number < 3:
-            assert frames.reading.wait(10), "nobody reads during the step"
-        frames.reading.clear()
+        until = time.monotonic() + 10
+        while len(frames.read) < min(3 * (number + 2), 10):
+            assert time.monotonic() < until, "nobody reads during the step"
+            time.sleep(0.01)
+        assert len(frames.read) == min(3 * (number + 2), 10), "one batch ahead, and no more"
 
 
 def test_frames_that_draw_are_read_between_steps():
@@ -166,12 +170,13 @@ def test_frames_that_draw_are_read_between_steps():
         assert len(frames.read) == min(3 * (number + 1), 10)
 
 
-def test_a_loop_that_is_left_early_reads_no_frame_twice_at_once():
-    frames, kept = Frames(), DeviceFrames(CPU, 10**6)
+def test_a_loop_that_is_left_early_does_not_read_beside_the_next():
+    frames, kept = Frames(seconds=0.05), DeviceFrames(CPU, 10**6)
     loader, _ = fed(frames, kept)
     next(iter(loader))  # as in a sanity check
     epochs(loader)
     assert Counter(frames.read) == Counter(range(10))
+    assert frames.at_once == 1, "two threads read at once"
 
 
 def test_a_frame_that_cannot_be_read_is_named():
