@@ -71,13 +71,16 @@ def test_measuring_is_repeatable(demo_trainrun):
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_training_equals_one_process_of_upstream(demo_trainrun, tmp_path, workers, optimizer):
+    """Also where the GPU keeps frames, and has room for some of them."""
     overrides = ["data.batch_size=3", f"training.optimizer.name={optimizer}"]
+    reading: dict = {"cache": "device"}
     if optimizer == "sgd":
         overrides.append("training.optimizer.lr=1.0e-6")
+        reading["cache_bytes"] = 50_000
     expected = initialized(demo_trainrun, tmp_path / "one", *overrides)
     reference = train_upstream(expected)
     trainrun = initialized(demo_trainrun, tmp_path / "two", *overrides)
-    trainer = train(trainrun, workers, scaling={"train_gpus": 1 / workers})
+    trainer = train(trainrun, workers, scaling={"train_gpus": 1 / workers, **reading})
     assert trainer.epochs == 3
     assert_close(trainrun.pipeline, expected.pipeline, 1e-5)
     ours, theirs = trainer.callbacks[0].values, reference.callbacks[0].values

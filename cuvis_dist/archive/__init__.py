@@ -10,7 +10,7 @@ from cuvis_dist.archive.frame_cache import (
 )
 from cuvis_dist.archive.frames import Archive, Frame, NamedFrames, Shard, batch_bytes
 from cuvis_dist.archive.opening import open_archive, open_split, setup_error
-from cuvis_dist.archive.patience import Patience, be_patient, patience
+from cuvis_dist.archive.patience import Patience, Reader, be_patient, patience
 
 __all__ = [
     "Archive",
@@ -21,6 +21,7 @@ __all__ = [
     "NamingCollate",
     "Numbered",
     "Patience",
+    "Reader",
     "Shard",
     "batch_bytes",
     "be_patient",

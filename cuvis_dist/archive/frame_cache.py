@@ -169,11 +169,11 @@ def frame_cache(datamodule: Any, kind: str, limit: int) -> FrameCache | None:
         The object as the driver has it. A module of which parameters are changed once frames of
         it are kept would be given those of before; make a new one.
     kind : str
-        ``none``, ``memory`` or ``disk``.
+        ``none``, ``memory``, ``disk``, or ``device``: then no node keeps any.
     limit : int
         Bytes that a node keeps at most.
     """
-    if kind == "none":
+    if kind in ("none", "device"):
         return None
     known = _caches.setdefault(datamodule, {})
     if kind not in known:

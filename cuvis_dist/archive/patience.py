@@ -9,6 +9,7 @@ import contextvars
 import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -58,29 +59,22 @@ def read_in_time(read: Callable[[], T], what: str) -> T:
     TimeoutError
         If it takes too long.
     """
-    reader = getattr(_readers, "one", None) or _Reader()
+    reader = getattr(_readers, "one", None) or Reader()
     _readers.one = None  # until it has answered
-    reader.asked.put(_in_the_same_way(read))
+    answer = reader.ask(read)
     warn = min(_patience.warn, _patience.most)
-    try:
-        answer = reader.answers.get(timeout=warn)
-    except queue.Empty:
+    if not wait([answer], warn).done:
         _notice(
             f"{what} has been read for {warn:g} s and is not there yet; after {_patience.most:g} s "
             "it counts as unreadable (resources.read_seconds)"
         )
-        try:
-            answer = reader.answers.get(timeout=_patience.most - warn)
-        except queue.Empty:
+        if not wait([answer], _patience.most - warn).done:
             raise TimeoutError(
                 f"it was not there after {_patience.most:g} s (resources.read_seconds): the "
                 "storage that it lies on hangs, or is slow"
-            ) from None
+            )
     _readers.one = reader
-    value, error = answer
-    if error is not None:
-        raise error
-    return value
+    return answer.result()
 
 
 def _in_the_same_way(read: Callable[[], T]) -> Callable[[], T]:
@@ -97,23 +91,38 @@ def _in_the_same_way(read: Callable[[], T]) -> Callable[[], T]:
     return same
 
 
-class _Reader(threading.Thread):
-    """A thread that reads what it is asked for, one after another."""
+class Reader(threading.Thread):
+    """A thread that reads what it is asked for, one after another; the process ends without it."""
 
     def __init__(self) -> None:
         super().__init__(name="cuvis-dist-reader", daemon=True)
-        self.asked: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
-        self.answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[tuple[Callable[[], Any], Future] | None] = (
+            queue.SimpleQueue()
+        )
         self.start()
 
-    def run(self) -> None:
-        """Read for ever; the cube of one frame is not held while the next is waited for."""
-        while True:
-            self._answer(self.asked.get())
+    def ask(self, read: Callable[[], T]) -> Future[T]:
+        """Have ``read()`` called with the context and torch's modes of the thread that asks."""
+        answer: Future[T] = Future()
+        self._asked.put((_in_the_same_way(read), answer))
+        return answer
 
-    def _answer(self, read: Callable[[], Any]) -> None:
+    def end(self) -> None:
+        """End the thread once it has read what it was asked for."""
+        self._asked.put(None)
+
+    def run(self) -> None:
+        """Read until the end; the cube of one frame is not held while the next is waited for."""
+        while self._answer():
+            pass
+
+    def _answer(self) -> bool:
+        asked = self._asked.get()
+        if asked is None:
+            return False
+        read, answer = asked
         try:
-            answer: tuple[Any, BaseException | None] = read(), None
+            answer.set_result(read())
         except BaseException as error:
-            answer = None, error
-        self.answers.put(answer)
+            answer.set_exception(error)
+        return True

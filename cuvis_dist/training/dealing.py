@@ -98,6 +98,11 @@ class DealtBatches(Sampler[list[int]]):
         on every rank; by default in theirs.
     held : bool
         Whether loaders give no batch until :meth:`go_on` was called.
+    unread : callable
+        Takes one of the worker's batches, just before its frames are read, and returns those that
+        have to be; by default all.
+    mine : list of list of int
+        The worker's batches of the current epoch, as they are dealt: those that are left of it.
     """
 
     def __init__(
@@ -119,6 +124,8 @@ class DealtBatches(Sampler[list[int]]):
         self.generator = torch.Generator()
         self.arrange: Callable[[list[int]], list[int]] = list
         self.held = False
+        self.unread: Callable[[list[int]], list[int]] = list
+        self.mine: Batches = []
         self._begun = False
         self._global: Batches = []
         self._seed = 0
@@ -209,7 +216,8 @@ class DealtBatches(Sampler[list[int]]):
             arranged = map(self.arrange, batches)
             mine = [cut(batch, self.rank, self.world_size) for batch in arranged]
         self.weights = [weight for _, weight in mine]
-        yield from [batch for batch, _ in mine[done or 0 :]]
+        self.mine = [batch for batch, _ in mine[done or 0 :]]
+        yield from map(self.unread, self.mine)
 
     def generators(self) -> list[torch.Generator]:
         """Return the generators that the module gave its loader and samplers, each once."""

@@ -1,8 +1,9 @@
 """Which batches does a rank get, and how are their frames read?
 
 The user's data module opens each split; its batches are dealt (:mod:`~cuvis_dist.training.dealing`)
-over the ranks. Each node may keep frames (:mod:`~cuvis_dist.archive.frame_cache`), and a rank have
-them read elsewhere (:mod:`~cuvis_dist.training.read_ahead`).
+over the ranks. Each node may keep frames (:mod:`~cuvis_dist.archive.frame_cache`), or each rank on
+its device (:mod:`~cuvis_dist.training.feeding`), and a rank have them read elsewhere
+(:mod:`~cuvis_dist.training.read_ahead`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from cuvis_dist.archive import NamedFrames, NamingCollate, Numbered, open_split
 from cuvis_dist.errors import InputError
@@ -26,6 +27,7 @@ from cuvis_dist.training.dealing import (
     deal,
     keeps_own_order,
 )
+from cuvis_dist.training.feeding import DeviceFrames, Drawn, Fed, as_tensors
 from cuvis_dist.training.heartbeat import Heartbeat
 from cuvis_dist.training.places import Places
 from cuvis_dist.training.read_ahead import ReadAhead
@@ -68,11 +70,13 @@ class DealtDataModule(pl.LightningDataModule):
         self._parted = False
         #: Whether the train loader waits until it is told where a fit goes on.
         self._goes_on = assignment.verb == "fit" and assignment.checkpoint is not None
+        self._on_device = assignment.verb == "fit" and self.scaling.reading.cache == "device"
+        self._frames: DeviceFrames | None = None
 
     def setup(self, stage: str | None = None) -> None:
         """Do nothing: :func:`~cuvis_dist.archive.open_split` sets the module up per split."""
 
-    def _loader(self, split: str, limit: int | float | None = None) -> DataLoader | ReadAhead:
+    def _loader(self, split: str, limit: int | float | None = None) -> DataLoader:
         """Return this rank's loader of a split, of so many or such a part of its batches.
 
         Raises
@@ -114,15 +118,39 @@ class DealtDataModule(pl.LightningDataModule):
         watched: Dataset = named
         if self.world_size > 1:
             watched = WatchedFrames(named, self._note_parting)
-        dealt = deal(loader, Numbered(watched), batches)
-        dealt.collate_fn = NamingCollate(loader.collate_fn, frames)
-        if not reading.read_ahead:
-            return dealt
-        starting = partial(self.heartbeat.doing, STARTING)
-        retries = self.scaling.resources.max_failures
-        return ReadAhead(
-            dealt, reading.read_ahead, kept=named.kept, retries=retries, starting=starting
-        )
+        on_device = self._device_frames(loader)
+        dealt = deal(loader, Numbered(Drawn(watched) if on_device else watched), batches)
+        collate = NamingCollate(loader.collate_fn, frames)
+        dealt.collate_fn = as_tensors if on_device else collate
+        reader = dealt
+        if reading.read_ahead:
+            starting = partial(self.heartbeat.doing, STARTING)
+            retries = self.scaling.resources.max_failures
+            reader = ReadAhead(
+                dealt, reading.read_ahead, kept=named.kept, retries=retries, starting=starting
+            )
+        if on_device is None:
+            return reader
+        if split == "train" and self.world_size > 1:
+            batches.share = partial(self._agree_on_places, batches, on_device)
+        elsewhere = bool(reading.read_ahead or loader.num_workers)
+        return Fed(reader, collate, on_device, split, elsewhere=elsewhere)
+
+    def _device_frames(self, loader: DataLoader) -> DeviceFrames | None:
+        """Return what this rank keeps on its device, or None if frames are not put there."""
+        if not self._on_device:
+            return None
+        if loader.collate_fn is not default_collate:
+            note = (
+                f"reading.cache is device, but {type(self.module).__name__} makes batches by a "
+                "collate_fn of its own: its frames are read anew in each epoch"
+            )
+            self.notes += [note] if note not in self.notes else []
+            return None
+        if self._frames is None:
+            device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+            self._frames = DeviceFrames(device, self.scaling.reading.cache_bytes)
+        return self._frames
 
     def _dealing(self, split: str) -> Dealing:
         if split == "train":
@@ -140,6 +168,17 @@ class DealtDataModule(pl.LightningDataModule):
         with self.heartbeat.doing("agreeing on the order"):
             torch.distributed.all_gather_object(nodes, self.node)
         return Places(nodes, self.decoded) if len(set(nodes)) > 1 else None
+
+    def _agree_on_places(
+        self, dealt: DealtBatches, frames: DeviceFrames, batches: Batches
+    ) -> Batches:
+        """Return rank 0's batches, and have each frame dealt to a rank that keeps it."""
+        batches = self._agree("train", batches)
+        kept: list[list[int]] = [[]] * self.world_size
+        with self.heartbeat.doing("agreeing on the order"):
+            torch.distributed.all_gather_object(kept, list(frames.kept("train")))
+        dealt.arrange = Places.of_ranks(kept).arrange
+        return batches
 
     def _agree(self, split: str, batches: Batches) -> Batches:
         """Return rank 0's batches, and go on from rank 0's random state as it has drawn them.
@@ -193,14 +232,14 @@ class DealtDataModule(pl.LightningDataModule):
                 "epoch the order of frames is rank 0's, and not upstream's"
             )
 
-    def train_dataloader(self) -> DataLoader | ReadAhead:
+    def train_dataloader(self) -> DataLoader:
         """Return this rank's part of every training batch."""
         return self._loader("train", self.config.limit_train_batches)
 
-    def val_dataloader(self) -> DataLoader | ReadAhead:
+    def val_dataloader(self) -> DataLoader:
         """Return this rank's validation batches."""
         return self._loader("val", self.config.limit_val_batches)
 
-    def test_dataloader(self) -> DataLoader | ReadAhead:
+    def test_dataloader(self) -> DataLoader:
         """Return this rank's test batches."""
         return self._loader("test")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from cuvis_dist.training.gathering import Cut
 
@@ -25,13 +25,23 @@ class Places:
         self.nodes = list(nodes)
         self._decoded = {frame: {node} for frame, node in decoded.items()}
 
+    @classmethod
+    def of_ranks(cls, kept: Sequence[Collection[int]]) -> Places:
+        """Return the places of frames that each rank keeps for itself, by rank."""
+        places = cls([str(rank) for rank in range(len(kept))], {})
+        for rank, frames in enumerate(kept):
+            for frame in frames:
+                places._decoded.setdefault(frame, set()).add(str(rank))
+        return places
+
     def arrange(self, batch: list[int]) -> list[int]:
         """Return the frames of a batch in an order in which each rank's part suits its node."""
         ranks = range(len(self.nodes))
         room = Cut.of(len(batch), 0, len(ranks)).sizes
         dealt: list[list[int]] = [[] for _ in ranks]
         left = []
-        for frame in batch:
+        # What several nodes have waits for what one has.
+        for frame in sorted(batch, key=lambda frame: len(self._decoded.get(frame, ()))):
             has = self._decoded.get(frame, ())
             rank = next(
                 (r for r in ranks if self.nodes[r] in has and len(dealt[r]) < room[r]), None

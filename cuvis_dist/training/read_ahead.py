@@ -64,6 +64,7 @@ class ReadAhead(DataLoader):
         self._read: Any = ray.remote(**options)(_read)
         self._open: Any = ray.remote(**options)(_open)
         self._opening: Any = None
+        self._opened = False
 
     def __iter__(self) -> Any:
         """Yield the collated batches in order; raises what reading a frame raised."""
@@ -78,7 +79,7 @@ class ReadAhead(DataLoader):
         batches = list(self.batch_sampler or ()) if drawn is None else drawn
         order = (index for batch in batches for index in batch)
         flight: deque[tuple[int, Any, Any]] = deque()
-        self._opening = None  # Ray ends processes that were idle
+        self._opening, self._opened = None, False  # Ray ends processes that were idle
         for batch in batches:
             wanted = len(batch) + self.ahead - len(flight)
             flight.extend(self._start(index) for index in islice(order, max(0, wanted)))
@@ -99,8 +100,10 @@ class ReadAhead(DataLoader):
         """Return the item of a frame that was started."""
         if reading is None:
             return kept
-        with self._starting():
-            ray.get(self._opening)
+        if not self._opened:
+            with self._starting():
+                ray.get(self._opening)
+            self._opened = True
         return ray.get(reading)
 
 

@@ -4,7 +4,8 @@
 
 A data module that takes S seconds (0.5) to decode a frame of 128 x 128 x 61 serves N train frames
 (24) and 4 val frames; two workers measure the guide's pipeline in two passes, then two ranks
-train 3 epochs. Prints the seconds of each pass and epoch for ``reading.cache``: none, memory, disk.
+train 3 epochs. Prints the seconds of each pass and epoch for ``reading.cache``: none, memory, disk,
+device.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def main() -> None:
     found = {}
     with tempfile.TemporaryDirectory(prefix="cuvis-dist-bench-") as folder:
         path = fill(Path(folder), options.frames, (128, 128, 61))
-        for cache in ("none", "memory", "disk"):
+        for cache in ("none", "memory", "disk", "device"):
             found[cache] = measured(path, cache, options.seconds)
             lines = (
                 f"{what} {', '.join(f'{s:.2f}' for s in times)} s"

@@ -6,7 +6,8 @@ Training steps per second on one generated archive (S x S x 61 float32 in uncomp
 batches of 4 frames), start-up, validation and the first epoch left out, each run in a process of
 its own: upstream's ``GradientTrainer``; the same module under Lightning's own ``ddp`` strategy with
 a ``DistributedSampler`` and 2 processes; ours with 1 and 2 workers, frames read by the data
-module's own loader, by Ray tasks that read ahead, or kept in memory after the first epoch.
+module's own loader, by Ray tasks that read ahead, or kept after the first epoch: by the node, or
+by each worker on its device.
 ``--gpu`` trains on one GPU instead, by upstream and by one worker of ours, and says how busy it is.
 """
 
@@ -43,6 +44,7 @@ RUNS: dict[str, dict] = {
     "2 workers, reading ahead": {"train_workers": 2, "read_ahead": 4},
     "2 workers, memory cache": {"train_workers": 2, "cache": "memory"},
     "2 workers, disk cache": {"train_workers": 2, "cache": "disk"},
+    "2 workers, device cache": {"train_workers": 2, "cache": "device"},
 }
 ON_GPU: dict[str, dict] = {
     "upstream": {},
@@ -53,6 +55,9 @@ ON_GPU: dict[str, dict] = {
     "1 worker, 16 frames read ahead": {"read_ahead": 16},
     "1 worker, memory cache": {"cache": "memory", "cache_bytes": 10**11},
     "1 worker, disk cache": {"cache": "disk", "cache_bytes": 10**11},
+    "1 worker, device cache": {"cache": "device", "cache_bytes": 2 * 10**10},
+    "1 worker, device cache for a third": {"cache": "device", "cache_bytes": 1_400_000_000},
+    "1 worker, read while steps compute": {"cache": "device", "cache_bytes": 0},
 }
 
 

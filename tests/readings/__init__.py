@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -71,6 +72,19 @@ class CountedCubes(Wrapped):
     def __getitem__(self, index):
         note(self.log, index)
         return self.dataset[index]
+
+
+def count_readings(module: pl.LightningDataModule, split: str, log: Path) -> None:
+    """Let a data module note which frames of a split are read; it can be pickled."""
+    name = f"{split}_dataloader"
+    setattr(module, name, partial(_noted, getattr(module, name), log))
+
+
+def _noted(served, log: Path) -> DataLoader:
+    loader = served()
+    return DataLoader(
+        CountedCubes(loader.dataset, log), loader.batch_size, collate_fn=loader.collate_fn
+    )
 
 
 def wrap_train(module: pl.LightningDataModule, wrapper) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,8 @@ from archives import buffers_sha256
 from commands import train_files
 from gradients import train
 from heads import cluster
-from readings import CountedCubes, counted, counting
+from readings import count_readings, counted, counting
 from settings import scaling_of
-from torch.utils.data import DataLoader
 
 from cuvis_dist import StatisticalTrainer
 from cuvis_dist.archive import caches_in_use
@@ -24,26 +22,13 @@ from cuvis_dist.runs.trainrun import load_trainrun
 SPLITS = ("train", "val", "test")
 
 
-def count_readings(module, folder):
-    """Let a data module note which frames of each split are read."""
-    for split in SPLITS:
-        served = getattr(module, f"{split}_dataloader")
-        setattr(module, f"{split}_dataloader", partial(_noted, served, folder / f"{split}.log"))
-
-
-def _noted(served, log) -> DataLoader:
-    loader = served()
-    return DataLoader(
-        CountedCubes(loader.dataset, log), loader.batch_size, collate_fn=loader.collate_fn
-    )
-
-
 def two_phases(path, folder, cache, **resources):
     """Run both phases on one data module; return the run, and the readings of each split."""
     run = load_trainrun(path, [f"output_dir={folder}", "training.seed=3"])
     run.config.training.callbacks.checkpoint.dirpath = str(folder / "checkpoints")
     module = run.datamodule()
-    count_readings(module, folder)
+    for split in SPLITS:
+        count_readings(module, split, folder / f"{split}.log")
     reading = {"cache": cache, **resources}
     train_workers = reading.pop("train_workers")
     StatisticalTrainer(run.pipeline, module, scaling=scaling_of(**reading)).fit()

@@ -10,8 +10,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, RandomSampler, Sampler, WeightedRandomSampler
+from torch.utils.data import (
+    DataLoader,
+    RandomSampler,
+    Sampler,
+    WeightedRandomSampler,
+    default_collate,
+)
 
+from cuvis_dist.archive import Numbered
 from cuvis_dist.training.dealing import (
     Dealing,
     DealtBatches,
@@ -20,6 +27,7 @@ from cuvis_dist.training.dealing import (
     deal,
     keeps_own_order,
 )
+from cuvis_dist.training.feeding import DeviceFrames, Drawn, Fed, as_tensors
 from cuvis_dist.training.places import Places
 from cuvis_dist.training.read_ahead import ReadAhead
 
@@ -173,16 +181,23 @@ def three_epochs(loader, batches):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("read_ahead", [False, True])
-def test_the_order_is_that_of_the_modules_own_loader(kind, read_ahead, request):
+@pytest.mark.parametrize("on_device", [False, True])
+def test_the_order_is_that_of_the_modules_own_loader(kind, read_ahead, on_device, request):
     """And so is the random state that is left."""
     theirs = KINDS[kind]()
     expected = three_epochs(theirs, theirs.batch_sampler)
     mine = KINDS[kind]()
     batches = DealtBatches(mine, 0, 1)
-    loader = deal(mine, mine.dataset, batches)
+    loader = deal(mine, Numbered(Drawn(mine.dataset)) if on_device else mine.dataset, batches)
+    if on_device:
+        loader.collate_fn = as_tensors
     if read_ahead:
         request.getfixturevalue("ray_session")
         loader = ReadAhead(loader, 2)
+    if on_device:
+        frames = DeviceFrames(torch.device("cpu"), 10**6)
+        elsewhere = read_ahead or mine.num_workers > 0
+        loader = Fed(loader, collated, frames, "train", elsewhere=elsewhere)
     assert three_epochs(loader, batches) == expected
 
 
@@ -255,6 +270,10 @@ def test_the_rest_of_an_epoch_is_dealt_over_other_ranks(n, size, before, after, 
         assert used == expected[number]
 
 
+def collated(numbered):
+    return default_collate([item for _, item in numbered])
+
+
 def test_ranks_follow_rank_zero():
     loaders = [seeded(), shuffled(7, 2)]
     shared = []
@@ -325,9 +344,16 @@ def test_places_change_the_order_alone(n, nodes, data):
 def test_a_frame_goes_to_a_rank_of_a_node_that_has_decoded_it():
     places = Places(["a", "b", "b"], {0: "b", 1: "a", 2: "c", 3: "b"})
     assert places.arrange([0, 1, 2]) == [1, 0, 2]
-    assert places.arrange([2, 1, 0]) == [1, 2, 0], "2 was decoded on b meanwhile"
+    assert places.arrange([2, 1, 0]) == [1, 0, 2], "2 was decoded on b meanwhile"
     assert places.arrange([3, 0, 2, 4, 5, 6]) == [4, 5, 3, 0, 2, 6], "no rank gets more"
     assert places.arrange([6, 5, 4]) == [5, 6, 4]
+
+
+def test_a_frame_goes_to_the_rank_that_keeps_it():
+    places = Places.of_ranks([[3, 5], [0, 1]])
+    assert places.arrange([0, 1, 3, 5]) == [3, 5, 0, 1]
+    assert places.arrange([5, 2, 1]) == [5, 1, 2]
+    assert places.arrange([0, 1, 2]) == [2, 0, 1], "no rank gets more"
 
 
 def test_in_later_epochs_most_frames_are_where_they_were_decoded():

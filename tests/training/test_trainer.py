@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from cuvis_ai_core.training.post_fit import TrainHook
 from cuvis_ai_schemas.enums import ExecutionStage
 from gradients import initialized, train, train_upstream
 from pytorch_lightning.callbacks import ModelCheckpoint
+from readings import count_readings, counted
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cuvis_dist.errors import ClusterError, DataError
@@ -86,7 +88,12 @@ def assert_same_values(trainer, expected):
 
 
 #: How frames are read makes no difference.
-READING = {0: {"workers": 0}, 1: {"cache": "disk", "read_ahead": 2}, 2: {}, 3: {"cache": "memory"}}
+READING = {
+    0: {"workers": 0},
+    1: {"cache": "device", "read_ahead": 2},
+    2: {"cache": "memory"},
+    3: {"cache": "device"},
+}
 #: In every test run; the others are marked long (two workers are in many tests below).
 ALWAYS = {(0, "adamw", "uneven"), (3, "adamw", "uneven")}
 
@@ -142,14 +149,21 @@ def test_equals_one_process_of_upstream(
 
 @pytest.mark.kernels
 def test_same_bits_in_this_process_and_on_one_worker(demo_trainrun, tmp_path):
-    """Also of what callbacks could monitor, and of the metrics after the fit."""
-    found = []
-    for workers in (0, 1):
+    """Also of what callbacks could monitor, and of the metrics after the fit.
+
+    This process keeps frames on its device, and reads each train frame once.
+    """
+    found, often = [], {}
+    for workers, cache in ((0, "device"), (1, "none")):
         trainrun = initialized(demo_trainrun, tmp_path / str(workers), "data.batch_size=3")
+        module, log = trainrun.datamodule(), tmp_path / f"{workers}.log"
+        count_readings(module, "train", log)
         before, events = state(trainrun), []
         generators = random_states()
-        trainer = train(trainrun, workers, emit=events.append, scaling={"workers": workers})
+        scaling = {"workers": workers, "cache": cache}
+        trainer = train(trainrun, workers, module, scaling, emit=events.append)
         assert random_states() == generators, "the driver's random numbers are others now"
+        often[cache] = counted(log)
         assert_frozen_as_before(trainrun, before)
         evaluations = trainer.outcome.evaluations
         found.append(
@@ -161,6 +175,7 @@ def test_same_bits_in_this_process_and_on_one_worker(demo_trainrun, tmp_path):
             )
         )
     assert found[0] == found[1]
+    assert often == {"device": Counter(range(10)), "none": Counter([*range(10)] * 3)}
 
 
 #: Sent a few times a second.
