@@ -32,6 +32,7 @@ ORDER = [
         "scaling",
         "errors",
         "hashing",
+        "pace",
         "plain",
         "waiting",
         "stopping",

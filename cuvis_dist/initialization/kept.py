@@ -9,7 +9,6 @@ a file of frames that has changed costs what the passes have measured.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -22,6 +21,7 @@ from cuvis_dist.hashing import hash_settings
 from cuvis_dist.initialization.plan import Pass
 from cuvis_dist.nodes.state import hash_state
 from cuvis_dist.nodes.upstream import nodes_before
+from cuvis_dist.pace import Pace
 from cuvis_dist.plain import NotPlainError, from_bytes, to_bytes
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.storage import OutputFolder
@@ -30,9 +30,6 @@ from cuvis_dist.storage import OutputFolder
 PASSES = "resume/passes"
 #: In it: the files that the passes read, as they were.
 _FILES = f"{PASSES}/files.json"
-#: A write that took t seconds is followed by none for this many times t: at most 5 % of a run.
-_PAUSE = 20
-
 
 T = TypeVar("T")
 
@@ -81,9 +78,9 @@ class StoredPass:
 
     def __init__(self, output: OutputFolder, number: int, identity: str, every: float) -> None:
         self.output, self.name = output, f"{PASSES}/{number}.state"
-        self.number, self.identity, self.every = number, identity, every
+        self.number, self.identity = number, identity
         self.earlier: dict[str, Any] | None = self._load()
-        self._next = time.monotonic() + every
+        self._pace = Pace(every)
 
     def _load(self) -> dict[str, Any] | None:
         try:
@@ -122,20 +119,18 @@ class StoredPass:
 
     def save(self, state: dict[str, Any]) -> None:
         """Replace the file. A folder that cannot be written to is a warning: the run goes on."""
-        started = time.monotonic()
-        try:
-            self.output.write(self.name, to_bytes({"identity": self.identity, "state": state}))
-        except (OSError, CuvisDistError) as error:
-            logger.warning(
-                f"what pass {self.number} has measured is not kept for another try: "
-                f"{self.output.at(self.name)} cannot be written: {one_line(error)}"
-            )
-        ended = time.monotonic()
-        self._next = ended + max(self.every, _PAUSE * (ended - started))
+        with self._pace.writing():
+            try:
+                self.output.write(self.name, to_bytes({"identity": self.identity, "state": state}))
+            except (OSError, CuvisDistError) as error:
+                logger.warning(
+                    f"what pass {self.number} has measured is not kept for another try: "
+                    f"{self.output.at(self.name)} cannot be written: {one_line(error)}"
+                )
 
     def save_if_due(self, state: Callable[[], dict[str, Any]]) -> None:
         """:meth:`save` what ``state`` returns, unless the last one was a moment ago."""
-        if time.monotonic() >= self._next:
+        if self._pace.due:
             self.save(state())
 
 
