@@ -54,7 +54,7 @@ class Resources(_Settings):
     min_train_workers: int | None = Field(default=None, ge=1, le=_MOST)
     """Train on as few as these while the cluster has no room for ``train_workers``; by default
     training waits for all of them. When the cluster grows or shrinks, training goes on with
-    another number from the end of the last finished epoch."""
+    another number after the last step whose state was kept."""
 
     train_gpus: float = Field(default=0, ge=0, le=_MOST)
     """GPUs of each DDP process, and of as many processes of an evaluation; 0 trains on CPUs.
@@ -77,8 +77,9 @@ class Resources(_Settings):
     count."""
 
     save_seconds: float = Field(default=5, ge=0)
-    """How often a pass of phase 1 writes down what it has measured, for a run that goes on after
-    its driver was lost; at most a twentieth of the time goes into writing."""
+    """How often a pass of phase 1 writes down what it has measured, and training its state within
+    an epoch, for a run that goes on after workers or its driver were lost. What took t seconds to
+    write is not written again for 20 t: at most a twentieth of the time goes into it."""
 
     @property
     def least_train_workers(self) -> int:

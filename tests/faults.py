@@ -32,6 +32,11 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def interrupt() -> None:
+    """Do what Ctrl-C does."""
+    signal.raise_signal(signal.SIGINT)
+
+
 def hang() -> None:
     """Do nothing, for longer than any test waits."""
     time.sleep(3600)
@@ -93,7 +98,7 @@ class Troubled(Wrapped):
     def __init__(self, dataset, folder: Path, trouble: str, at: int, rank: int | None) -> None:
         super().__init__(dataset)
         self.folder, self.at, self.rank = folder, at, rank
-        self.trouble = {"die": die, "sleep": hang}[trouble]
+        self.trouble = {"die": die, "sleep": hang, "interrupt": interrupt}[trouble]
 
     def __getitem__(self, index):
         log = self.folder / "read.log"

@@ -58,15 +58,18 @@ def train_upstream(trainrun, module=None):
     return trainer
 
 
-def train(trainrun, workers, module=None, scaling=None, *, resume=False, **options):
-    """Train by ours on ``workers`` workers, with the trainrun's data module or another."""
+def train(trainrun, workers, module=None, scaling=None, *, resume=False, more=(), **options):
+    """Train by ours on ``workers`` workers, with the trainrun's data module or another.
+
+    ``more`` are callbacks beside the trainrun's.
+    """
     trainer = GradientTrainer(
         trainrun.pipeline,
         module or trainrun.datamodule(),
         trainrun.loss_nodes,
         trainrun.metric_nodes,
         trainrun.config.training,
-        callbacks=callbacks(trainrun),
+        callbacks=[*callbacks(trainrun), *more],
         scaling=scaling_of(train_workers=workers, **scaling or {}),
         output_dir=trainrun.output_dir,
         **options,

@@ -73,7 +73,8 @@ class ProgressLines:
         epochs = event.epochs
         name = f"epoch {epochs.current}/{epochs.total}" if epochs else "epoch"
         if event.hook is TrainHook.EPOCH_START:
-            self._started, self._before = time.monotonic(), 0
+            self._started = time.monotonic()
+            self._before = event.progress.done if event.progress else 0
             self.lines.change(name)
         elif event.hook is TrainHook.TRAIN_PROGRESS:
             self.lines.change(f"{name}: {self._rate(event.progress)}")

@@ -3,8 +3,8 @@
 ``<output_dir>/resume`` says what the steps of its run depended on
 (:mod:`cuvis_dist.runs.dependences`), and which files were read. It holds the passes of phase 1 as
 far as they got (:mod:`cuvis_dist.initialization.kept`), the nodes as phase 1 left them and, from
-:mod:`cuvis_dist.training.checkpoint`, the last finished epoch of phase 2. A step is used again if
-all that it depended on is the same, and so are the steps before it; what differs is named.
+:mod:`cuvis_dist.training.checkpoint`, the state of phase 2. A step is used again if all that it
+depended on is the same, and so are the steps before it; what differs is named.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Resume:
             name
             for name, there in (
                 ("phase 1", self.output.exists(INITIALIZED) or self._has_passes()),
-                ("the last epoch", self.output.exists(LAST)),
+                ("the training", self.output.exists(LAST)),
             )
             if there
         ]

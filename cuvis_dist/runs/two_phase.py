@@ -54,8 +54,8 @@ def run_trainrun(
     second.
 
     A run of the same trainrun that was cut off in the same ``output_dir`` is continued: phase 1
-    goes on in the middle of a pass, and phase 2 after its last finished epoch. One
-    that is done is left as it is. Of a run that depended on something else, phase 1 is used if it
+    goes on in the middle of a pass, and phase 2 in that of an epoch. One that is done is left as
+    it is. Of a run that depended on something else, phase 1 is used if it
     did not (:mod:`cuvis_dist.runs.dependences`).
 
     Parameters

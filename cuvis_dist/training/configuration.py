@@ -139,6 +139,6 @@ def _save_on_exception(config: TrainingConfig, scaling: Scaling) -> str | None:
         return None
     return (
         "callbacks.checkpoint.save_on_exception cannot work on several workers: the others would "
-        "not save with the one that fails. Remove it: the state at the end of the last finished "
-        "epoch is kept in any case, and the same command goes on from there"
+        "not save with the one that fails. Remove it: the state of training is kept every few "
+        "seconds in any case (resources.save_seconds), and the same command goes on from there"
     )

@@ -20,7 +20,8 @@ the start of the fit (whatever was drawn before, in phase 1, is so forgotten):
 
 :class:`DealtBatches` draws the same at the same points, on every rank. Rank 0 hands its order on
 (``share``), so that ranks agree also where a sampler draws elsewhere. A checkpoint keeps the
-random state at the end of 5., and a fit that goes on asks for a new iterator there: see
+random state at the end of 5., and a fit that goes on asks for a new iterator there; one of the
+middle of an epoch keeps the order, too, of which the rest is dealt without a draw: see
 ``training/checkpoint.py``.
 """
 
@@ -92,6 +93,8 @@ class DealtBatches(Sampler[list[int]]):
     generator : torch.Generator
         For this worker's loader, whose processes are seeded from it: from the base seed that the
         module's own loader would have drawn, and the rank.
+    held : bool
+        Whether loaders give no batch until :meth:`go_on` was called.
     """
 
     def __init__(
@@ -111,7 +114,12 @@ class DealtBatches(Sampler[list[int]]):
         self.sizes: list[int] = []
         self.frames = _frames(loader)
         self.generator = torch.Generator()
+        self.held = False
         self._begun = False
+        self._global: Batches = []
+        self._seed = 0
+        #: How many batches of an order that was kept are done; None where an epoch is drawn.
+        self._done: int | None = None
 
     @property
     def whole(self) -> bool:
@@ -143,16 +151,48 @@ class DealtBatches(Sampler[list[int]]):
 
     def begin(self) -> None:
         """Draw the base seed that the module's loader would draw for a new iterator."""
-        if not (self._begun and self.loader.persistent_workers):
+        if self._done is not None:  # not as at the epoch's start: other numbers for other frames
+            self.generator.manual_seed((self._seed + self.rank + (self._done << 32)) % 2**63)
+        elif not (self._begun and self.loader.persistent_workers):
             seed = torch.empty((), dtype=torch.int64).random_(generator=self.loader.generator)
-            self.generator.manual_seed((int(seed) + self.rank) % 2**63)
+            self._seed = int(seed)
+            self.generator.manual_seed((self._seed + self.rank) % 2**63)
         self._begun = True
+
+    def order(self) -> dict[str, Any]:
+        """Return what :meth:`go_on` needs to deal the rest of the current epoch."""
+        frames = [index for batch in self._global for index in batch]
+        return {
+            "frames": torch.tensor(frames, dtype=torch.int64),
+            "sizes": torch.tensor(self.sizes, dtype=torch.int64),
+            "seed": self._seed,
+        }
+
+    def go_on(self, order: dict[str, Any] | None = None, done: int = 0) -> None:
+        """Go on where another process stopped, whatever number of workers it was one of.
+
+        Parameters
+        ----------
+        order : dict, optional
+            The :meth:`order` of an epoch of which the next iterator yields the rest; without one,
+            the next iterator draws an epoch.
+        done : int
+            How many batches of it are done.
+        """
+        self.held, self._begun = False, True
+        if order is not None:
+            sizes = order["sizes"].tolist()
+            self._global = [part.tolist() for part in order["frames"].split(sizes)]
+            self._seed, self._done = order["seed"], done
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield this worker's batches; they are drawn when the first one is asked for."""
-        batches = list(islice(self.batches, self._size()))
-        if self.share is not None:
-            batches = self.share(batches)
+        done, self._done = self._done, None
+        if done is None:
+            self._global = list(islice(self.batches, self._size()))
+            if self.share is not None:
+                self._global = self.share(self._global)
+        batches = self._global
         self.sizes = [len(batch) for batch in batches]
         self.frames = sum(self.sizes)
         if self.dealing is Dealing.ALL:
@@ -164,7 +204,7 @@ class DealtBatches(Sampler[list[int]]):
         else:
             mine = [cut(batch, self.rank, self.world_size) for batch in batches]
         self.weights = [weight for _, weight in mine]
-        yield from [batch for batch, _ in mine]
+        yield from [batch for batch, _ in mine[done or 0 :]]
 
     def generators(self) -> list[torch.Generator]:
         """Return the generators that the module gave its loader and samplers, each once."""
@@ -204,6 +244,8 @@ class _DealtLoader(DataLoader):
     """A loader in :class:`DealtBatches`, which hear of every new iterator."""
 
     def __iter__(self) -> Any:
+        if self.batch_sampler.held:  # type: ignore[union-attr]
+            return iter(())
         self.batch_sampler.begin()  # type: ignore[union-attr]
         return super().__iter__()
 

@@ -67,6 +67,8 @@ class DealtDataModule(pl.LightningDataModule):
         self.notes: list[str] = []
         self.in_order: set[str] = set()
         self._parted = False
+        #: Whether the train loader waits until it is told where a fit goes on.
+        self._goes_on = assignment.verb == "fit" and assignment.checkpoint is not None
 
     def setup(self, stage: str | None = None) -> None:
         """Do nothing: :func:`~cuvis_dist.archive.open_split` sets the module up per split."""
@@ -90,6 +92,7 @@ class DealtDataModule(pl.LightningDataModule):
             limit=limit,
             share=partial(self._agree, split),
         )
+        batches.held = split == "train" and self._goes_on
         if split == "train" and keeps_own_order(loader):
             self.notes.append(
                 f"the train loader of {type(self.module).__name__} keeps a random state of its "

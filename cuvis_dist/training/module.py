@@ -24,13 +24,14 @@ from torchmetrics import Metric
 from cuvis_dist.nodes.survey import NodePlan
 from cuvis_dist.training.agreement import agree_on_order, agree_on_training
 from cuvis_dist.training.assignment import TrainerParts
-from cuvis_dist.training.checkpoint import LastEpoch
+from cuvis_dist.training.checkpoint import LastState
 from cuvis_dist.training.dealing import DealtBatches
 from cuvis_dist.training.gathering import Cut
 from cuvis_dist.training.heartbeat import Heartbeat
 from cuvis_dist.training.joint import JointStep
 from cuvis_dist.training.lightning import RankConfig
 from cuvis_dist.training.loaders import DealtDataModule
+from cuvis_dist.training.logged import reduce_as_asked
 from cuvis_dist.training.reporting import EpochEvents, StepMonitor
 from cuvis_dist.training.watch import COMPUTING, GATHERING
 
@@ -48,8 +49,8 @@ class RankTrainer(UpstreamGradientTrainer):
         The training configuration of this rank.
     heartbeat : Heartbeat
         It tells the watch what the rank is doing.
-    last : LastEpoch, optional
-        It keeps the state of each epoch of a fit, and takes it up again.
+    last : LastState, optional
+        It keeps the state of a fit, and takes it up again.
     events : EpochEvents, optional
         It reports epochs; on rank 0 alone.
     """
@@ -61,7 +62,7 @@ class RankTrainer(UpstreamGradientTrainer):
         config: RankConfig,
         heartbeat: Heartbeat,
         *,
-        last: LastEpoch | None = None,
+        last: LastState | None = None,
         events: EpochEvents | None = None,
     ) -> None:
         named = {node.name: node for node in parts.pipeline.nodes()}
@@ -196,22 +197,38 @@ class RankTrainer(UpstreamGradientTrainer):
             if isinstance(value, Metric):
                 super().log(name, value, **kwargs)
             elif self.trainer.training:  # by a callback, between two steps
-                super().log(name, value, **{"sync_dist": True, **kwargs})
+                self._log_together(name, value, {"sync_dist": True} | kwargs)
             else:
                 share = torch.as_tensor(value, device=self.device) * self._share
                 super().log(name, share, sync_dist=True, reduce_fx=torch.sum, **kwargs)
 
     def on_after_backward(self) -> None:
-        """Reduce what the step logged, all at once: its gradients have just met, too."""
+        """Reduce what the step logged, all at once: its gradients have just met, too.
+
+        With it goes the wish of rank 0 to save the state, so that all ranks do at the same step.
+        """
         super().on_after_backward()
-        logged, self._to_log = self._to_log, None
-        if not logged:
+        logged, self._to_log = self._to_log or [], None
+        shares = [share.double().flatten()[0] for _, share, _ in logged]
+        if self.last is not None:
+            shares.append(torch.as_tensor(self.last.wish, dtype=torch.double, device=self.device))
+        if not shares:
             return
         with self.heartbeat.doing("logging"):
-            shares = torch.stack([share.double().flatten()[0] for _, share, _ in logged])
-            values = self.trainer.strategy.reduce(shares, reduce_op="mean")
-        for (name, _, options), value in zip(logged, values, strict=True):
-            super().log(name, value, **options)
+            values = self.trainer.strategy.reduce(torch.stack(shares), reduce_op="mean")
+        for (name, _, options), value in zip(logged, values, strict=False):
+            self._log_together(name, value, options)
+        if self.last is not None:
+            self.last.agreed = values[-1]
+
+    def _log_together(self, name: str, value: Any, options: dict[str, Any]) -> None:
+        """Log a value, which counts in an epoch's mean by the frames of the global batch."""
+        trainer = self.trainer
+        key, sync_dist = f"{self._current_fx_name}.{name}", options.get("sync_dist", False)
+        reduce_as_asked(trainer, key, sync_dist)
+        loop = trainer.fit_loop.epoch_loop
+        frames = 1 if loop._results.batch is None else self._dealt.sizes[loop.batch_idx]
+        super().log(name, value, **{"batch_size": frames} | options)
 
     def _of_all_frames(self, value: torch.Tensor) -> torch.Tensor:
         """Return a training step's value over all of its frames; other values as they are."""

@@ -19,9 +19,10 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from cuvis_dist.execution.worker import prepare_worker
 from cuvis_dist.nodes.sinks import close_sinks, silence_sinks
+from cuvis_dist.pace import Pace
 from cuvis_dist.storage import Mirror, OutputFolder, mirror_of, writing_to
 from cuvis_dist.training.assignment import Assignment, Outcome, Seat
-from cuvis_dist.training.checkpoint import LAST, LastEpoch
+from cuvis_dist.training.checkpoint import LAST, LastState
 from cuvis_dist.training.heartbeat import Heartbeat
 from cuvis_dist.training.lightning import RankConfig
 from cuvis_dist.training.loaders import DealtDataModule
@@ -90,7 +91,8 @@ class _Rank:
         last = None
         if assignment.verb == "fit":
             resume_from = self.mirror.to_local(assignment.checkpoint)
-            last = LastEpoch(self.mirror, self.parts.pipeline, resume_from)
+            pace = Pace(assignment.scaling.resources.save_seconds)
+            last = LastState(self.mirror, self.parts.pipeline, pace, resume_from)
         return RankTrainer(
             self.parts,
             DealtDataModule(assignment, self.seat, self.heartbeat),

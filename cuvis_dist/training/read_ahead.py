@@ -67,6 +67,8 @@ class ReadAhead(DataLoader):
     def __iter__(self) -> Any:
         """Yield the collated batches in order; raises what reading a frame raised."""
         if isinstance(self.batch_sampler, DealtBatches):
+            if self.batch_sampler.held:
+                return iter(())
             self.batch_sampler.begin()
         drawn = list(self.batch_sampler or ()) if self._draws_at_once else None
         return self._batches(drawn)

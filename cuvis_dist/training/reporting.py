@@ -70,6 +70,16 @@ class EpochEvents(Callback):
         frames = FrameProgress(min(self._done, total), total)
         self.emit(TrainEvent(hook, epochs=epochs, progress=frames, **values))
 
+    def _count(self, trainer: pl.Trainer, batches: int) -> None:
+        dealt = trainer.train_dataloader.batch_sampler  # type: ignore[union-attr]
+        self._done = dealt.frames * batches // max(1, len(dealt))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Announce an epoch of which a part was done before: it does not start again."""
+        if trainer.fit_loop.restarted_mid_epoch:
+            self._count(trainer, trainer.fit_loop.epoch_loop.batch_progress.current.completed)
+            self._progress(trainer, TrainHook.EPOCH_START)
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Announce an epoch."""
         self._done = 0
@@ -79,8 +89,7 @@ class EpochEvents(Callback):
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the frames of all workers."""
-        dealt = trainer.train_dataloader.batch_sampler  # type: ignore[union-attr]
-        self._done = dealt.frames * (batch_idx + 1) // max(1, len(dealt))
+        self._count(trainer, batch_idx + 1)
         if time.monotonic() - self._sent > _EVERY_S:
             self._sent = time.monotonic()
             self._progress(trainer, TrainHook.TRAIN_PROGRESS)

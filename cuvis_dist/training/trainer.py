@@ -35,7 +35,7 @@ from cuvis_dist.storage import Location, OutputFolder, is_uri, location_of, mirr
 from cuvis_dist.training.agreement import described, in_words
 from cuvis_dist.training.alone import train_here
 from cuvis_dist.training.assignment import Assignment, Outcome, TrainerParts
-from cuvis_dist.training.checkpoint import LAST, finished_epochs
+from cuvis_dist.training.checkpoint import LAST, reached
 from cuvis_dist.training.configuration import check_training, say_devices
 
 
@@ -107,7 +107,7 @@ class GradientTrainer(UpstreamGradientTrainer):
         """Train, restore the best checkpoint, calibrate, evaluate val and test.
 
         A lost worker is replaced, ``resources.max_failures`` times at most, and training goes on
-        from the end of the last finished epoch: ``<output_dir>/resume/last.ckpt``.
+        after the last step whose state was kept: ``<output_dir>/resume/last.ckpt``.
 
         Parameters
         ----------
@@ -173,7 +173,7 @@ class GradientTrainer(UpstreamGradientTrainer):
         """Whether what an earlier fit left can be used, if it left anything."""
         try:
             with mirror_of(self.output) as mirror:
-                finished_epochs(mirror.pull(LAST))
+                reached(mirror.pull(LAST))
         except NotPlainError as error:
             logger.warning(
                 f"training begins with its first epoch: {self.output.at(LAST)} is not used: {error}"
@@ -182,7 +182,7 @@ class GradientTrainer(UpstreamGradientTrainer):
         return True
 
     def _fit(self) -> Outcome:
-        """Train; after a loss of workers, go on from the last finished epoch.
+        """Train; after a loss of workers, go on from the last state that was kept.
 
         Raises
         ------
@@ -196,8 +196,7 @@ class GradientTrainer(UpstreamGradientTrainer):
                 if failure > self.scaling.resources.max_failures:
                     raise
                 with mirror_of(self.output) as mirror:
-                    epochs = finished_epochs(mirror.pull(LAST))
-                where = f"from the end of epoch {epochs}" if epochs else "from the beginning"
+                    where = reached(mirror.pull(LAST))
                 logger.warning(
                     f"{error}. Training goes on {where} (failure {failure}, at most "
                     f"{self.scaling.resources.max_failures})"

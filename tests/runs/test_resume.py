@@ -166,7 +166,7 @@ def test_the_same_run_goes_on(left, warnings):
         ({"phase_1": "x"}, (0, 0), "starting anew: an earlier run in {} had another measuring"),
         ({"training": "x"}, (1, 0), "phase 1 of it is used, the rest is done anew: an earlier run "
             "in {} had another training.optimizer"),
-        ({"result": "x"}, (1, 1), "phase 1 and the last epoch of it is used, the rest is done "
+        ({"result": "x"}, (1, 1), "phase 1 and the training of it is used, the rest is done "
             "anew: an earlier run in {} had another list of test frames"),
         ({"cube": 12}, (0, 0), "starting anew: cube has changed (its size was 10 bytes and is 12)"),
     ],

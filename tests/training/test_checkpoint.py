@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from gradients import callbacks, initialized
 from pytorch_lightning.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cuvis_dist.pace import Pace
 from cuvis_dist.storage import OutputFolder, mirror_of
-from cuvis_dist.training.checkpoint import LAST, LastEpoch, continued, finished_epochs
+from cuvis_dist.training.checkpoint import LAST, LastState, Reached, continued, reached
 from cuvis_dist.training.dealing import DealtBatches, deal
 
 
@@ -36,7 +38,7 @@ class Annealing(pl.Callback):
 class Trainer(UpstreamGradientTrainer):
     """Upstream's, with our checkpoint."""
 
-    last: LastEpoch
+    last: LastState
 
     def _build_trainer(self):
         trainer = super()._build_trainer()
@@ -45,7 +47,7 @@ class Trainer(UpstreamGradientTrainer):
         return trainer
 
 
-def fit(path, folder, *overrides, resume=None, more=()):
+def fit(path, folder, *overrides, resume=None, more=(), every=math.inf):
     trainrun = initialized(path, folder, *overrides)
     config, module = trainrun.config.training, trainrun.datamodule()
     loader = module.train_dataloader()
@@ -63,7 +65,9 @@ def fit(path, folder, *overrides, resume=None, more=()):
         callbacks=[*callbacks(trainrun), Annealing(), *more],
     )
     resume_from = str(resume) if resume else None
-    trainer.last = LastEpoch(mirror_of(OutputFolder(folder)), trainrun.pipeline, resume_from)
+    mirror = mirror_of(OutputFolder(folder))
+    trainer.last = LastState(mirror, trainrun.pipeline, Pace(every), resume_from)
+    trainer.last.pace.pause = 0
     trainer.fit()
     return trainrun, trainer
 
@@ -85,7 +89,7 @@ def test_goes_on_in_the_same_bits(demo_trainrun, tmp_path, overrides):
     overrides = ("data.batch_size=3", *overrides)
     whole, undisturbed = fit(demo_trainrun, tmp_path / "whole", *overrides)
     last = tmp_path / "whole" / LAST
-    assert finished_epochs(last) == 2
+    assert reached(last) == Reached(2)
     assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
 
     resumed, trainer = fit(demo_trainrun, tmp_path / "resumed", *overrides, resume=last)
@@ -112,11 +116,11 @@ def test_the_users_checkpoints_are_as_they_were(demo_trainrun, tmp_path):
     _, trainer = fit(demo_trainrun, tmp_path)
     path = trainer.trainer.checkpoint_callback.best_model_path
     checkpoint = torch.load(path, weights_only=True)  # as upstream loads it
-    assert "LastEpoch" not in checkpoint["callbacks"]
+    assert "LastState" not in checkpoint["callbacks"]
 
 
 def test_nothing_to_go_on_from(tmp_path):
-    assert finished_epochs(tmp_path / LAST) == 0
+    assert reached(tmp_path / LAST) == Reached()
 
 
 def test_a_log_that_goes_on_has_each_step_once(tmp_path):
@@ -165,5 +169,5 @@ def test_what_cannot_be_kept_without_code_is_said_once(
     _, trainer = fit(demo_trainrun, tmp_path, more=[Opaque(where)])
     assert trainer.trainer.current_epoch == 3
     assert not list((tmp_path / "resume").iterdir())
-    (line,) = [line for line in warnings if "epochs are not kept" in line]
+    (line,) = [line for line in warnings if "training is not kept" in line]
     assert what in line

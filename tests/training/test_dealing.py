@@ -194,6 +194,75 @@ def test_kept_processes_do_not_change_the_order():
     assert three_epochs(loader, batches) == expected
 
 
+OWN = {"by epoch", "a NumPy generator of its own"}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in OWN])
+@pytest.mark.parametrize("done", [0, 1, 3])
+def test_an_epoch_goes_on_where_it_was_cut_off(kind, done):
+    """In another process; so do the epochs after it. ``0``: at its start, before an iterator."""
+    mine = KINDS[kind]()
+    cut_off = DealtBatches(mine, 0, 1)
+    order, kept = [], {}
+
+    def epochs(loader, batches, first, skip):
+        for epoch in range(first, 3):
+            if (epoch, done) == (1, 0) and not first:
+                kept.update(state=states(batches), order=None, at=len(order))
+            iterator = iter(loader)
+            for number, batch in enumerate(iterator, skip):
+                torch.rand(2)
+                order.append(batch.tolist())
+                if (epoch, number + 1) == (1, done) and not first:
+                    kept.update(state=states(batches), order=batches.order(), at=len(order))
+            skip = 0
+
+    def states(batches):
+        return [torch.get_rng_state(), *(g.get_state() for g in batches.generators())]
+
+    torch.manual_seed(42)
+    epochs(deal(mine, mine.dataset, cut_off), cut_off, 0, 0)
+    whole, end = list(order), torch.rand(4).tolist()
+
+    mine = KINDS[kind]()
+    goes_on = DealtBatches(mine, 0, 1)
+    goes_on.held = True
+    loader = deal(mine, mine.dataset, goes_on)
+    torch.manual_seed(7)
+    assert list(loader) == [], "nothing is read before it is known what"
+    assert torch.equal(torch.get_rng_state(), torch.manual_seed(7).get_state())
+    state, *generators = kept["state"]
+    torch.set_rng_state(state)
+    for generator, each in zip(goes_on.generators(), generators, strict=True):
+        generator.set_state(each)
+    goes_on.go_on(kept["order"], done)
+    order.clear()
+    epochs(loader, goes_on, 1, done)
+    assert order == whole[kept["at"] :]
+    assert torch.rand(4).tolist() == end
+    assert len(goes_on.weights) == len(goes_on)
+
+
+@given(frames, sizes, worlds, worlds, st.data())
+def test_the_rest_of_an_epoch_is_dealt_over_other_ranks(n, size, before, after, data):
+    ranks = [DealtBatches(shuffled(n, size), rank, before) for rank in range(before)]
+    for dealt in ranks:
+        torch.manual_seed(2)
+        list(dealt)
+    order, expected = ranks[-1].order(), drawn(shuffled(n, size), 2)
+    done = data.draw(st.integers(0, len(expected)))
+    ranks = [DealtBatches(shuffled(n, size), rank, after) for rank in range(after)]
+    rest = []
+    for dealt in ranks:
+        dealt.go_on(order, done)
+        rest.append(list(dealt))
+        assert dealt.sizes == [len(batch) for batch in expected]
+    for number, parts in enumerate(zip(*rest, strict=True), done):
+        weighed = zip(parts, ranks, strict=True)
+        used = [i for part, dealt in weighed if dealt.weights[number] for i in part]
+        assert used == expected[number]
+
+
 def test_ranks_follow_rank_zero():
     loaders = [seeded(), shuffled(7, 2)]
     shared = []
