@@ -136,7 +136,8 @@ def exact_frame_quantiles(pieces: list[Piece]) -> dict[str, Bound]:
             quantiles = [_quantile(column, q) for column in columns] if finite else []
             values.append(float(choose(quantiles, default=neutral)))
             rounding = [max(map(abs, c)) + len(c) * (c[-1] - c[0]) for c in columns]
-            tolerances.append(4 * EPS_32 * max(rounding, default=0.0) if finite else torch.inf)
+            rounded = 4 * EPS_32 * max(rounding, default=0.0) + 2.0**-149  # its smallest number
+            tolerances.append(rounded if finite else torch.inf)
         found[name] = Bound(
             torch.tensor(values, dtype=torch.float64), torch.tensor(tolerances).double()
         )
