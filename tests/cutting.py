@@ -133,7 +133,7 @@ def fit_rank(
     }
     driver = Driver(lambda event: None, _Watch(60), os.getcwd())
     torch.distributed.barrier()
-    run_rank(assignment, Seat(rank, world_size, "run", "group", driver, lightning))
+    run_rank(assignment, Seat(rank, world_size, "run", "group", "", driver, lightning))
     return _found(trainer, folder)
 
 
