@@ -9,10 +9,12 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import yaml
 from archives import buffers_sha256, edit
 from settings import scaling_of
@@ -25,6 +27,7 @@ from cuvis_dist.runs.lock import only_run
 from cuvis_dist.runs.trainrun import load_trainrun
 from cuvis_dist.runs.two_phase import run_trainrun
 from cuvis_dist.storage import OutputFolder
+from cuvis_dist.training import group
 
 
 def test_a_second_run_in_the_same_folder_is_kept_out(demo, capsys):
@@ -54,10 +57,28 @@ PLAIN = """
 """
 
 
+@pytest.fixture
+def started_early(monkeypatch):
+    """Which groups of ranks were started beside phase 1, and how many were used."""
+    started: list[group.Group] = []
+    start = group.start_early
+
+    def noted(*args):
+        start(*args)
+        started.extend(group._early)
+
+    monkeypatch.setattr(group, "start_early", noted)
+    return started
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-def test_both_phases_leave_a_pipeline_that_plain_cuvis_ai_loads(demo, capsys):
-    assert main(["run", str(demo), "--workers", "2", "--train-workers", "2"]) == 0
+def test_both_phases_leave_a_pipeline_that_plain_cuvis_ai_loads(demo, capsys, started_early):
+    """Ray has room for both kinds of workers, so that the ranks start beside phase 1."""
+    assert main(["run", str(demo), "--workers", "1", "--train-workers", "2"]) == 0
+    assert len(started_early) == 1
+    assert started_early[0].ranks.num_workers == 2
+    assert not group._early, "training has used them"
     results = demo.parent / "results"
     saved = results / "trained_models" / "Channel_Selector_restored.yaml"
     printed = capsys.readouterr()
@@ -94,6 +115,22 @@ def test_both_phases_leave_a_pipeline_that_plain_cuvis_ai_loads(demo, capsys):
     assert set(record["seconds"]) == {"start", "initialization", "training"}
     assert list((results / "checkpoints").glob("*.ckpt"))
     assert [path.name for path in results.rglob(".*")] == [".lock"], "something temporary was left"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_ranks_that_started_beside_a_phase_1_that_fails_are_ended(demo, capsys, started_early):
+    (demo.parent / "archive" / "recording_00_001.npz").write_bytes(b"damaged")
+    assert main(["run", str(demo), "--workers", "1", "--train-workers", "2"]) == 3
+    assert "recording_00_001" in capsys.readouterr().err
+    assert started_early
+    assert not group._early
+    assert not (demo.parent / "results" / "ray_train").exists()
+    for _ in range(100):
+        if ray.available_resources().get("CPU") == 3:
+            return
+        time.sleep(0.1)
+    pytest.fail("the ranks still occupy the cluster")
 
 
 def test_a_run_leaves_the_configuration_of_its_caller_as_it_is(demo):
