@@ -155,7 +155,8 @@ def _shelf(folder: Path, limit: int) -> Shelf:
     return Shelf(folder, limit)
 
 
-_caches: weakref.WeakKeyDictionary[Any, dict[str, FrameCache]] = weakref.WeakKeyDictionary()
+#: By the id of a data module, which need not be hashable, and the kind of the cache.
+_caches: dict[int, dict[str, FrameCache]] = {}
 
 
 def frame_cache(datamodule: Any, kind: str, limit: int) -> FrameCache | None:
@@ -175,11 +176,17 @@ def frame_cache(datamodule: Any, kind: str, limit: int) -> FrameCache | None:
     """
     if kind in ("none", "device"):
         return None
-    known = _caches.setdefault(datamodule, {})
+    if id(datamodule) not in _caches:
+        _caches[id(datamodule)] = {}
+        weakref.finalize(datamodule, _forget, id(datamodule))
+    known = _caches[id(datamodule)]
     if kind not in known:
         known[kind] = FrameCache(kind, limit, f"{os.getpid()}-{uuid.uuid4().hex}")
-        weakref.finalize(datamodule, FrameCache.clear, known[kind])
     return known[kind]
+
+
+def _forget(module: int) -> None:
+    clear_caches(list(_caches.pop(module).values()))
 
 
 def caches_in_use() -> list[FrameCache]:

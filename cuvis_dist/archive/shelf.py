@@ -11,6 +11,7 @@ import os
 import shutil
 import stat
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -52,8 +53,8 @@ class Shelf:
         try:
             _make_private(folder.parent)
             _make_private(folder)
-            # Open until this process ends.
             lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            weakref.finalize(self, os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_SH)
             total = shutil.disk_usage(folder).total
         except OSError as error:

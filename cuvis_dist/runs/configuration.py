@@ -144,7 +144,7 @@ def _read(path: Path, overrides: Sequence[str]) -> TrainRunConfig:
 def _check_splits(path: Path, data: DataConfig) -> None:
     """Refuse a local splits file that is missing or says nothing valid; raises InputError."""
     named = data.splits.splits_path if data.splits else None
-    if not _is_local(named):
+    if not named or not _is_local(named):  # a program fills in what is empty
         return
     file = path.parent / named  # as upstream has it
     if not file.is_file():

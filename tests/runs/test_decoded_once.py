@@ -44,7 +44,7 @@ def two_phases(path, folder, cache, **resources):
     ("cache", "workers", "train_workers"),
     [
         ("memory", 0, 0),
-        pytest.param("disk", 2, 2, marks=pytest.mark.slow),
+        pytest.param("disk", 2, 2, marks=pytest.mark.long),
     ],
 )
 def test_every_frame_is_decoded_once(

@@ -88,7 +88,8 @@ def unwritable(folder: Path) -> Iterator[None]:
             change[1](path)
 
 
-@pytest.mark.parametrize("phase", ["phase 1", pytest.param("training", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("phase", ["phase 1", "training"])
 def test_the_output_folder_cannot_be_written_any_more(demo, tmp_path, phase):
     out = tmp_path / "out"
     command = Command(tmp_path, "run", demo, "--output-dir", out, *PASS, **SLOWLY)
