@@ -182,6 +182,7 @@ def frame_cache(datamodule: Any, kind: str, limit: int) -> FrameCache | None:
     known = _caches[id(datamodule)]
     if kind not in known:
         known[kind] = FrameCache(kind, limit, f"{os.getpid()}-{uuid.uuid4().hex}")
+    known[kind].limit = limit  # a later fit may set another one
     return known[kind]
 
 

@@ -83,7 +83,7 @@ def fit_later(
     Parameters
     ----------
     pipeline : CuvisPipeline
-        With the pass's own nodes fitted.
+        The pipeline, in which the pass's own nodes are fitted.
     outcome : Outcome
         What the pass has measured and kept.
 

@@ -37,8 +37,8 @@ def states_of_ranks(trainer: pl.Trainer) -> list[dict[str, Any]]:
 def give_back(trainer: pl.Trainer, states: Sequence[dict[str, Any]]) -> None:
     """Let this rank go on with what :func:`states_of_ranks` returned.
 
-    Of another number of ranks, all take over the random state of rank 0: the order of frames, and
-    what joint nodes draw, is rank 0's in any case.
+    If there are more or fewer ranks now, all take over the random state of rank 0: the order of
+    frames, and what joint nodes draw, is rank 0's in any case.
     """
     module, rank, world_size = trainer.lightning_module, rank_here(), ranks_now()
     same = len(states) == world_size

@@ -212,7 +212,8 @@ def test_frames_are_kept_as_long_as_somebody_has_the_module(tmp_path, monkeypatc
     module, other = Module(tmp_path), Module(tmp_path)
     assert frame_cache(module, "none", 10**9) is None
     cache = frame_cache(module, "disk", 10**9)
-    assert frame_cache(module, "disk", 10**9) is cache
+    assert frame_cache(module, "disk", 10**8) is cache
+    assert cache.limit == 10**8
     assert frame_cache(other, "disk", 10**9).folder != cache.folder
     _keep_all(cache, tmp_path)
     assert len(files(cache)) == 12

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import pytest
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from faults import FragileModule
 from shards import WRONG, Dying, Failing, Frames, shards_of
 
-from cuvis_dist.archive import open_archive
+from cuvis_dist.archive import FrameCache, open_archive
 from cuvis_dist.errors import CuvisDistError, InputError, LostWorkerError
+from cuvis_dist.execution.engine import _CachedFrames
 from cuvis_dist.execution.failures import raise_cause
 from cuvis_dist.execution.pool import Workers
-from cuvis_dist.execution.spread import Engine, Order, compute_shard, spread
+from cuvis_dist.execution.spread import Engine, Order, Row, compute_shard, spread
 from cuvis_dist.execution.where import engine_for
 from cuvis_dist.initialization.shards import GatherShard
 
@@ -105,3 +108,22 @@ def test_a_function_needs_no_engine(tmp_path, most):
         (name, batch), (their_name, their_batch) = mine.payload, other.payload
         assert name == their_name
         assert batch["cube"].equal(their_batch["cube"])
+
+
+def test_a_bundle_goes_to_the_node_that_keeps_its_frames():
+    """Next comes one for the node with the least to do; in order, whatever is next."""
+    bundles = [[shard] for shard in shards_of(6)]
+    cache = FrameCache("disk", 10**9, "run", "train")
+    cached = _CachedFrames(cache, bundles)
+    for number, node in enumerate("aaabb"):
+        cached.note(number, [Row(number, node=node)])
+    assert [cached.node(number) for number in range(6)] == [*"aaabb", None]
+    assert _CachedFrames(cache.of("val"), bundles).node(0) is None
+    assert cache.of("train").decoded() == dict(enumerate("aaabb"))
+    waiting = deque(range(6))
+    assert cached.take(waiting, [], ordered=False) == 0
+    assert cached.take(waiting, [0], ordered=False) == 3
+    assert cached.take(waiting, [0, 3], ordered=False) == 5
+    assert cached.take(waiting, [0, 0], ordered=True) == 1
+    assert list(waiting) == [2, 4]
+    assert _CachedFrames(None, bundles).take(waiting, [2], ordered=False) == 2
