@@ -19,10 +19,11 @@ from cuvis_ai_core.training.post_fit import EmitFn, FrameProgress, TrainEvent, T
 from cuvis_ai_schemas.enums import ExecutionStage
 from loguru import logger
 
-from cuvis_dist.archive import Archive, Contents, frame_cache, open_archive
+from cuvis_dist.archive import Archive, Contents, Frame, frame_cache, open_archive
 from cuvis_dist.errors import DataError
 from cuvis_dist.evaluation.steps import Evaluator
 from cuvis_dist.execution.where import begin, settled, work_on
+from cuvis_dist.initialization.card import Source
 from cuvis_dist.initialization.diagnosis import Finding, diagnose
 from cuvis_dist.initialization.kept import StoredPass, identify, renew
 from cuvis_dist.initialization.levels import planned
@@ -51,6 +52,8 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
     ----------
     records : list of PassRecord
         What each pass of the last :meth:`fit` read and fitted.
+    frames, contents : sequence of Frame, and Contents
+        The frames that it was given, and their files as they were.
 
     Examples
     --------
@@ -75,6 +78,8 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         self.scaling = scaling or Scaling()
         self.output = OutputFolder(output_dir)
         self.records: list[PassRecord] = []
+        self.frames: Sequence[Frame] = ()
+        self.contents = Contents({})
 
     def fit(self, *, resume: bool = False) -> None:
         """Fit every statistical node of the pipeline on the train split.
@@ -99,7 +104,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         TrainingCancelled
             If the stop event was set.
         """
-        self.records = []
+        self.records, self.frames, self.contents = [], (), Contents({})
         plan, scaling = self._planned(), self.scaling  # before anything is read
         if not plan:
             logger.info("No statistical nodes to train")
@@ -111,6 +116,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
             scaling.measuring.sample_seed,
         )
         contents = Contents.of(archive.frames, scaling.reading.verify)
+        self.frames, self.contents = archive.frames, contents
         if resume:
             renew(self.output, contents)
         work = partial(work_on, archive, self.pipeline, len(plan))
@@ -225,6 +231,11 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         Reads one frame when a band is to be named, for its wavelengths.
         """
         return diagnose(self.pipeline, self.records, self._wavelengths)
+
+    def source(self) -> Source:
+        """Return what the last :meth:`fit` was made from, for the card of an initialization."""
+        measuring = self.scaling.measuring
+        return Source(self.frames, self.contents, self.records, self.diagnose(), measuring)
 
     def _wavelengths(self) -> Any:
         try:

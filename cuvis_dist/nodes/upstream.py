@@ -50,7 +50,6 @@ from cuvis_ai_schemas.training import DataConfig
 from cuvis_ai_schemas.training.data import SampleRef, Selector, SelectorKind
 
 from cuvis_dist.errors import DataError
-from cuvis_dist.plain import load
 
 __all__ = [
     "accumulated_mean",
@@ -66,7 +65,6 @@ __all__ = [
     "nodes_before",
     "only_real_numbers",
     "pooled_objects",  # a metric node's live torchmetrics, as an evaluation resets and reads them
-    "restore_weights",
     "run_nodes",
     "select_by_recording",
     "topological_order",
@@ -127,21 +125,6 @@ def _manifests_of(folder: Path) -> dict[str, Any]:
     files = folder.glob("*.yaml")
     contents = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in files]
     return {content["name"]: content for content in contents}
-
-
-def restore_weights(pipeline: CuvisPipeline, path: Path) -> list[str]:
-    """Load a saved pipeline's weights on the CPU; return the nodes that they do not have.
-
-    Private: ``pipeline._restore_weights_from_checkpoint``, as restore-trainrun uses it. It would
-    unpickle anything.
-
-    Raises
-    ------
-    NotPlainError
-        If the file holds more than tensors and plain values.
-    """
-    load(path, mmap=True)
-    return pipeline._restore_weights_from_checkpoint(path, device="cpu")
 
 
 def topological_order(pipeline: CuvisPipeline) -> list[Node]:
