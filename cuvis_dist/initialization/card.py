@@ -97,7 +97,7 @@ class Card(_Part):
     state : str
         SHA-256 of all buffers and parameters, as ``initialized`` in ``run.json``.
     settings : dict
-        The part ``measuring`` of the settings, which pixels count among them.
+        The part ``measuring`` of the settings, which pixels count among them, less the store.
     nodes : dict of str to dict
         Per fitted node its statistic, how many pixels, whether it is exact; see
         :class:`~cuvis_dist.initialization.passes.PassRecord`.
@@ -208,7 +208,8 @@ class Source:
                 skipped=skipped,
                 files={name: FileStamp(**asdict(s)) for name, s in self.contents.files.items()},
             ),
-            "settings": self.measuring.model_dump(mode="json"),
+            # Where statistics are kept changes no result.
+            "settings": self.measuring.model_dump(mode="json", exclude={"store"}),
             "nodes": {name: fit for done in self.passes for name, fit in done.nodes.items()},
             "findings": [asdict(finding) for finding in self.findings],
         }

@@ -12,6 +12,7 @@ from cuvis_dist.initialization.card import Card, Source, make_card
 from cuvis_dist.initialization.place import place_of
 from cuvis_dist.initialization.trainer import StatisticalTrainer
 from cuvis_dist.runs.dependences import PHASE_1, Dependences
+from cuvis_dist.runs.leaving_out import excluding
 from cuvis_dist.runs.record import RunRecord, save_pipeline
 from cuvis_dist.runs.trainrun import TrainRun
 from cuvis_dist.scaling import Scaling
@@ -98,12 +99,14 @@ def save_card(
 
 def _how_to_make(trainrun: TrainRun) -> dict[str, Any]:
     """Return the content of a trainrun's file that makes the same initialization."""
-    data = trainrun.config.data
-    if data.splits is not None and (named := data.splits.splits_path):
-        file = trainrun.path.parent / named
+    data, splits = trainrun.config.data, trainrun.config.data.splits
+    if splits is not None and splits.splits_path:
+        file = trainrun.path.parent / splits.splits_path
         if file.is_file():  # what it says now counts, and not where it lies
             splits = DataSplitConfig.model_validate_json(file.read_bytes())
-            data = data.model_copy(update={"splits": splits})
+    if splits is not None and trainrun.without:
+        splits = excluding(splits, trainrun.without)
+    data = data.model_copy(update={"splits": splits})
     return {
         "name": trainrun.config.name,
         "tags": trainrun.config.tags,

@@ -7,6 +7,7 @@ through Arrow. Everything here is a pure function: no Ray, no files, no cuvis.ai
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -83,6 +84,18 @@ class Statistic:
             if isinstance(value, Tensor)
         )
 
+    def sha256(self) -> str:
+        """Return a hash of the values, the same on any machine where these have the same bits."""
+        digest = hashlib.sha256(self.name.encode())
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                digest.update(f"{field.name}{[*value.shape]}{value.dtype}".encode())
+                digest.update(value.contiguous().numpy(force=True).tobytes())
+            else:
+                digest.update(f"{field.name}{value}".encode())
+        return digest.hexdigest()
+
     def to_arrow(self) -> pa.RecordBatch:
         """Return the statistic as one Arrow row; shapes and the class travel as metadata."""
         columns, metadata = {}, {"statistic": self.name}
@@ -109,6 +122,13 @@ def as_array(pixels: Tensor) -> np.ndarray:
     return (pixels.float() if pixels.dtype is torch.bfloat16 else pixels).numpy(force=True)
 
 
+def statistic_class(name: str) -> type[Statistic]:
+    """Return the class of statistics of this name; raises ValueError if there is none."""
+    if name not in _REGISTRY:
+        raise ValueError(f"not a statistic: it is called {name!r}, known are {sorted(_REGISTRY)}")
+    return _REGISTRY[name]
+
+
 def from_arrow(batch: pa.RecordBatch) -> Statistic:
     """Rebuild the statistic that :meth:`Statistic.to_arrow` wrote.
 
@@ -118,12 +138,7 @@ def from_arrow(batch: pa.RecordBatch) -> Statistic:
         If the batch does not name a known statistic.
     """
     metadata = {k.decode(): v.decode() for k, v in (batch.schema.metadata or {}).items()}
-    cls = _REGISTRY.get(metadata.get("statistic", ""))
-    if cls is None:
-        raise ValueError(
-            f"not a statistic: Arrow metadata names {metadata.get('statistic')!r}, "
-            f"known are {sorted(_REGISTRY)}"
-        )
+    cls = statistic_class(metadata.get("statistic", ""))
     values: dict[str, Any] = {}
     for field in fields(cls):
         cell = batch.column(field.name)[0]

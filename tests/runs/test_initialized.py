@@ -22,10 +22,12 @@ from faults import FragileModule
 from settings import scaling_of
 
 from cuvis_dist import StatisticalTrainer, load_initialization, save_initialization
+from cuvis_dist.archive import open_archive
 from cuvis_dist.cli import main
 from cuvis_dist.errors import InputError
 from cuvis_dist.initialization.card import FORMAT, Card
 from cuvis_dist.nodes.state import hash_state
+from cuvis_dist.runs.trainrun import load_trainrun
 
 BANDS = 5
 
@@ -371,13 +373,26 @@ def test_skipped_frames_and_what_the_card_says_of_them(demo, capsys):
     assert json.loads((demo.parent / "results/run.json").read_text())["passes"] == first["passes"]
 
 
-def test_a_splits_file_is_written_into_the_card(demo):
+def test_splits_are_written_into_the_card(demo):
+    """Those of a file, and without the recordings that a command left out."""
     splits = yaml.safe_load(demo.read_text())["data"]["splits"]
     (demo.parent / "splits.json").write_text(json.dumps(splits))
     edit(demo, lambda run: run["data"].update(splits={"splits_path": "splits.json"}))
-    assert main(["init", str(demo)]) == 0
     file = demo.parent / "results/trained_models/Channel_Selector_initialized.json"
-    assert json.loads(file.read_text())["trainrun"]["data"]["splits"] == splits
+
+    def said(*options):
+        assert main(["init", str(demo), *options]) == 0
+        card = json.loads(file.read_text())
+        return card["trainrun"], [frame["uid"] for frame in card["frames"]["used"]]
+
+    trainrun, _ = said()
+    assert trainrun["data"]["splits"] == splits
+    trainrun, used = said("--without", "recording_02*", "--store", str(demo.parent / "store"))
+    assert len(used) == 7
+    again = demo.parent / "again.yaml"
+    again.write_text(yaml.safe_dump(trainrun))
+    module = load_trainrun(again).datamodule()
+    assert [frame.uid for frame in open_archive(module, "train").frames] == used
 
 
 def test_train_begins_with_the_initialization_that_is_named(made, demo, capsys):
