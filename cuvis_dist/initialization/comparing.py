@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from cuvis_ai_core.node.node import Node
@@ -202,12 +203,29 @@ def _causes(before: Initialization, after: Initialization) -> Iterator[str]:
     for change in structural_changes(was.pipeline, now.pipeline):
         yield f"nodes    {change}"
     for what, old, new in (
-        ("settings", was.settings, now.settings),
+        ("settings", _settings(was), _settings(now)),
         ("versions", was.versions, now.versions),
+        ("metrics ", _validation(was), _validation(now)),
     ):
         for key in sorted({*old, *new}):
             if old.get(key) != new.get(key):
                 yield f"{what} {key} was {old.get(key)} and is {new.get(key)}"
+
+
+def _settings(card: Card) -> dict[str, Any]:
+    """Return the settings of a fit, those of the trainrun that it may depend on included."""
+    trainrun = card.trainrun or {}
+    data = trainrun.get("data", {})
+    theirs = {f"data.params.{name}": value for name, value in data.get("params", {}).items()}
+    theirs["data.batch_size"] = data.get("batch_size")
+    theirs["training.seed"] = trainrun.get("training", {}).get("seed")
+    return theirs | card.settings
+
+
+def _validation(card: Card) -> dict[str, str]:
+    """Return the metrics of the validation split, as they are told."""
+    found = card.metrics.get("val", {}).items()
+    return {f"val {name}": f"{value:.4f}" for name, value in found if value is not None}
 
 
 def _frames(before: Card, after: Card) -> Iterator[str]:

@@ -16,6 +16,7 @@ from cuvis_dist.runs.leaving_out import excluding
 from cuvis_dist.runs.record import RunRecord, save_pipeline
 from cuvis_dist.runs.trainrun import TrainRun
 from cuvis_dist.scaling import Scaling
+from cuvis_dist.storage import Location, OutputFolder
 
 
 def save_initialization(
@@ -55,15 +56,14 @@ def save_initialization(
     """
     folder, stem, _ = place_of(place)
     card = make_card(pipeline, trainer.source() if trainer else None, name)
-    save_pipeline(pipeline, folder, stem)
-    folder.write(f"{stem}.json", card.to_bytes())
+    _save(pipeline, folder, stem, card)
     return card
 
 
-def save_card(
+def save_phase_1(
     trainrun: TrainRun, as_built: dict[str, Any], depends_on: Dependences, record: RunRecord
-) -> None:
-    """Write the card of the initialization that ``cuvis-dist init`` has just saved.
+) -> Location:
+    """Save what ``cuvis-dist init`` has made, with its card; return where the ``.yaml`` lies.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ def save_card(
     Raises
     ------
     InputError, ClusterError
-        If it cannot be written.
+        If the files cannot be written.
     """
     source = Source(
         depends_on.measured,
@@ -94,7 +94,14 @@ def save_card(
         metrics=record.metrics,
         versions=record.versions,
     )
-    trainrun.output.write(f"{trainrun.result_name}.json", card.to_bytes())
+    return _save(trainrun.pipeline, trainrun.output, trainrun.result_name, card)
+
+
+def _save(pipeline: CuvisPipeline, folder: OutputFolder, name: str, card: Card) -> Location:
+    folder.remove(f"{name}.json")  # never the new state beside an old card, if this is cut off
+    place = save_pipeline(pipeline, folder, name)
+    folder.write(f"{name}.json", card.to_bytes())
+    return place
 
 
 def _how_to_make(trainrun: TrainRun) -> dict[str, Any]:

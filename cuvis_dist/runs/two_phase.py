@@ -35,7 +35,7 @@ from cuvis_dist.nodes.upstream import nodes_before
 from cuvis_dist.nodes.written import Unwritten, read_all
 from cuvis_dist.plain import NotPlainError
 from cuvis_dist.runs.dependences import TRAINING, depends_on
-from cuvis_dist.runs.initialized import save_card
+from cuvis_dist.runs.initialized import save_phase_1
 from cuvis_dist.runs.job import Job, job
 from cuvis_dist.runs.record import RunRecord, save_pipeline
 from cuvis_dist.runs.resume import Resume
@@ -209,9 +209,11 @@ class _Phases:
             for split, outcome in result.evaluations.items()
             if outcome.metrics
         }
-        record.pipeline = str(save_pipeline(pipeline, trainrun.output, trainrun.result_name))
         if trainrun.job == "init":
-            save_card(trainrun, as_built, self.resume.depends_on, record)
+            saved = save_phase_1(trainrun, as_built, self.resume.depends_on, record)
+        else:
+            saved = save_pipeline(pipeline, trainrun.output, trainrun.result_name)
+        record.pipeline = str(saved)
         if failure := failed_split(result):
             raise DataError(f"the pipeline was saved to {record.pipeline}, but {failure}")
 

@@ -387,12 +387,27 @@ def test_splits_are_written_into_the_card(demo):
 
     trainrun, _ = said()
     assert trainrun["data"]["splits"] == splits
-    trainrun, used = said("--without", "recording_02*", "--store", str(demo.parent / "store"))
+    sampled = "--set", "measuring.later_levels=sampled"
+    store = "--store", str(demo.parent / "store")
+    trainrun, used = said("--without", "recording_02*", *store, *sampled)
     assert len(used) == 7
     again = demo.parent / "again.yaml"
     again.write_text(yaml.safe_dump(trainrun))
     module = load_trainrun(again).datamodule()
     assert [frame.uid for frame in open_archive(module, "train").frames] == used
+
+
+def test_a_state_that_was_saved_without_its_card_has_none(fitted, saved, monkeypatch, warnings):
+    """As when the process ends in between: an old card would say that the file was changed."""
+
+    def end(card):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Card, "to_bytes", end)
+    with pytest.raises(KeyboardInterrupt):
+        save_initialization(build_pipeline(), saved)
+    load_initialization(build_pipeline(), saved)
+    assert any("has no card" in line for line in warnings)
 
 
 def test_train_begins_with_the_initialization_that_is_named(made, demo, capsys):
@@ -425,23 +440,28 @@ def test_compare_says_what_changed_and_by_how_much(made, demo, capsys):
     assert main(["init", str(demo), *options]) == 0
     out = capsys.readouterr().out.splitlines()
     card = json.loads(made[1].read_text())
+    universe = card["trainrun"]["data"]["params"]["universe_csv"]
+    own_universe = demo.parent / "archive" / "universe.csv"
     (first,) = [n for n, line in enumerate(out) if line.startswith("compared with ")]
     assert out[first] == (
         f"compared with {card['name']} ({made[1].with_suffix('.pt')}), made {card['made']}"
     )
-    assert out[first + 1 : first + 7] == [
+    told = [line for line in out[first + 1 :] if not line.startswith("metrics  val metrics_an")]
+    assert len(told) < len(out) - first - 1
+    assert told[:7] == [
         "frames   1 added: 1 of recording_00.cu3s",
         "frames   3 removed: 3 of recording_02.cu3s",
-        out[first + 3],
+        told[2],
         "nodes    eps of node rx_detector was 1e-06, and is 1e-05",
+        f"settings data.params.universe_csv was {universe} and is {own_universe}",
         "settings shard_frames was 4 and is 2",
         "state    6 of 8 buffers and parameters changed, the most first:",
     ]
     assert re.fullmatch(
         r"frames   1 changed: recording_01.cu3s#1 \(its size was \d+ bytes and is \d+\)",
-        out[first + 3],
+        told[2],
     )
-    assert len(out) == first + 7 + 6
+    assert len(told) == 7 + 6
     (mean,) = [line for line in out if line.startswith("  rx_detector.mu: ")]
     assert re.match(r"  rx_detector.mu: [\d.]+ standard deviations at \[\d+\]; by at most ", mean)
 
