@@ -144,7 +144,7 @@ class TrainRun:
             raise InputError(f"trainrun {self.path} has no training block: nothing to train")
         place = initialization
         if place is None:
-            place = self.initialization_only().saved_pipeline
+            place = self.output.at(f"{self.initialization_only().result_name}.pt")
             try:
                 find(place)
             except InputError as error:

@@ -77,7 +77,7 @@ def test_init_and_then_train_end_in_the_bits_of_run(own, tmp_path, capsys):
     assert records[1]["job"] == "train"
     card = json.loads(initialized.with_suffix(".json").read_text())
     assert records[1]["initialization"] == {
-        "file": str(initialized),
+        "file": str(initialized.with_suffix(".pt")),
         "sha256": records[0]["initialized"],
         "name": card["name"],
         "made": card["made"],
@@ -103,7 +103,7 @@ def test_what_cannot_be_trained_is_said_before_anything_runs(own, unfitted, tmp_
 
     assert "no training block" in said(own("plain.yaml", training=None))
     error = said(own("elsewhere.yaml", "nowhere"))
-    assert str(tmp_path / "nowhere/trained_models/Channel_Selector_initialized.yaml") in error
+    assert str(tmp_path / "nowhere/trained_models/Channel_Selector_initialized.pt") in error
     assert "cuvis-dist init makes it; --initialization names another" in error
     error = said(own(), "--initialization", tmp_path / "mine.pt")
     assert f"initialization not found: {tmp_path / 'mine.pt'}" in error
