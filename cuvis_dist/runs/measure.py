@@ -111,9 +111,7 @@ def measure(
     return record
 
 
-def look(
-    trainrun: TrainRun, split: str, scaling: Scaling
-) -> tuple[Archive, Contents, StoredPass]:
+def look(trainrun: TrainRun, split: str, scaling: Scaling) -> tuple[Archive, Contents, StoredPass]:
     """Return a split, its files, and what the store has of it; the parameters are as above.
 
     Raises
