@@ -193,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_scaling_options(measure)
     _add_store(measure)
-    measure.set_defaults(command=_measure, dry_run=False)
+    measure.set_defaults(command=_measure)
     add_store_commands(commands)
 
     demo = commands.add_parser(
