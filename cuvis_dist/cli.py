@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cuvis_dist.errors import INTERRUPTED, CuvisDistError, InputError, one_line
+from cuvis_dist.report import command as report
 from cuvis_dist.runs.lines import Lines
 from cuvis_dist.stopping import stoppable
 
@@ -162,6 +163,8 @@ def _parser() -> argparse.ArgumentParser:
         help="try each pass on a few frames to estimate its time",
     )
     plan.set_defaults(command=_plan)
+
+    report.add(commands)
 
     demo = commands.add_parser(
         "demo", help="generate a labelled archive and run the two-phase example on it"
@@ -484,6 +487,8 @@ def _run_and_print(
     print(f"record   {record.output.at(record.file)}")
     for finding in record.findings:
         print(f"warning: {finding}")
+    if record.report:
+        print(f"report   {record.report}")
     return record
 
 

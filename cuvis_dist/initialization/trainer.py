@@ -26,6 +26,7 @@ from cuvis_dist.execution.where import begin, settled, work_on
 from cuvis_dist.initialization.diagnosis import Finding, diagnose
 from cuvis_dist.initialization.kept import StoredPass, identify, renew
 from cuvis_dist.initialization.levels import planned
+from cuvis_dist.initialization.measured import Outcome
 from cuvis_dist.initialization.passes import PassRecord, measure_pass
 from cuvis_dist.initialization.plan import Pass, measured_directly, share
 from cuvis_dist.initialization.sampling import fit_later
@@ -51,6 +52,8 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
     ----------
     records : list of PassRecord
         What each pass of the last :meth:`fit` read and fitted.
+    outcomes : list of (Pass, Outcome)
+        What those passes measured that were no streams, without pixels.
 
     Examples
     --------
@@ -75,6 +78,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         self.scaling = scaling or Scaling()
         self.output = OutputFolder(output_dir)
         self.records: list[PassRecord] = []
+        self.outcomes: list[tuple[Pass, Outcome]] = []
 
     def fit(self, *, resume: bool = False) -> None:
         """Fit every statistical node of the pipeline on the train split.
@@ -99,7 +103,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         TrainingCancelled
             If the stop event was set.
         """
-        self.records = []
+        self.records, self.outcomes = [], []
         plan, scaling = self._planned(), self.scaling  # before anything is read
         if not plan:
             logger.info("No statistical nodes to train")
@@ -205,6 +209,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
                 lambda done: progress(TrainHook.STATISTICAL_PROGRESS, done),
                 stored,
             )
+            self.outcomes.append((this_pass, replace(outcome, probes={}, drawn=None)))
             further = [share([measured_directly(self.pipeline, fit)]) for fit in left]
             if left:
                 further += this_pass.later  # a reading each: what they need is not fitted yet
@@ -224,9 +229,10 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
 
         Reads one frame when a band is to be named, for its wavelengths.
         """
-        return diagnose(self.pipeline, self.records, self._wavelengths)
+        return diagnose(self.pipeline, self.records, self.wavelengths)
 
-    def _wavelengths(self) -> Any:
+    def wavelengths(self) -> Any:
+        """Return the wavelengths of the first frame, in nm; None where it has none. Reads it."""
         try:
             return open_archive(self.datamodule, "train").read(0).get("wavelengths")
         except DataError:  # a frame that the fit skipped

@@ -33,6 +33,8 @@ from cuvis_dist.nodes.survey import outline
 from cuvis_dist.nodes.upstream import nodes_before
 from cuvis_dist.nodes.written import Unwritten, read_all
 from cuvis_dist.plain import NotPlainError
+from cuvis_dist.report.noting import Notebook
+from cuvis_dist.report.writing import report_on
 from cuvis_dist.runs.dependences import TRAINING, depends_on
 from cuvis_dist.runs.job import Job, job
 from cuvis_dist.runs.record import RunRecord, save_pipeline
@@ -117,7 +119,13 @@ def run_trainrun(
             return finished
         resume.begin()
         entered.begin()
-        _Phases(trainrun, datamodule, entered, resume, emit or log_event).run()
+        notebook = Notebook(trainrun.output, emit or log_event)
+        try:
+            _Phases(trainrun, datamodule, entered, resume, notebook).run()
+        finally:
+            notebook.close()
+        with record.timed("report"):
+            record.report = report_on(trainrun.output, record.as_done())
         entered.done()
         resume.finish()
     return record
@@ -154,7 +162,12 @@ class _Phases:
     datamodule: pl.LightningDataModule
     job: Job[RunRecord]
     resume: Resume
-    emit: EmitFn
+    notebook: Notebook
+
+    @property
+    def emit(self) -> EmitFn:
+        """Where events go."""
+        return self.notebook.emit
 
     @property
     def _record(self) -> RunRecord:
@@ -163,6 +176,7 @@ class _Phases:
     def run(self) -> None:
         trainrun, record = self.trainrun, self._record
         pipeline, trains = trainrun.pipeline, trainrun.config.training is not None
+        trainer: StatisticalTrainer | None = None
         with record.timed("start"):
             require_room_for_run(trainrun)
             for contents in self.resume.depends_on.files.values():
@@ -178,8 +192,11 @@ class _Phases:
             logger.info(f"phase 1 is left out: its result is that of {trainrun.weights}")
         elif statistical_nodes(pipeline):
             self._start_ranks_early(work)
-            self._initialize()
+            trainer = self._initialize()
         record.initialized = hash_state(pipeline.nodes())
+        if trainer is not None:
+            self.notebook.measured(trainer, record.initialized)
+        self.notebook.initialized(pipeline, record.initialized, trains)
         record.nodes = outline(pipeline, trainrun.loss_nodes)
 
         with record.timed("training" if trains else "evaluation"):
@@ -191,6 +208,7 @@ class _Phases:
             if outcome.metrics
         }
         record.pipeline = str(save_pipeline(pipeline, trainrun.output, trainrun.result_name))
+        self.notebook.finished(pipeline, trains)
         if failure := failed_split(result):
             raise DataError(f"the pipeline was saved to {record.pipeline}, but {failure}")
 
@@ -239,7 +257,7 @@ class _Phases:
                 f"{others[0]} begins with other random values, as training.seed says"
             )
 
-    def _initialize(self) -> None:
+    def _initialize(self) -> StatisticalTrainer:
         """Carry out phase 1, and keep its result for a run that goes on from there."""
         trainrun, record = self.trainrun, self._record
         fitted = statistical_nodes(trainrun.pipeline)
@@ -266,7 +284,7 @@ class _Phases:
             states = before.write_all(nodes)
         except NotPlainError as error:
             logger.warning(f"phase 1 is carried out again if the run is interrupted: {error}")
-            return
+            return trainer
         unfitted = {n: v for n, v in hash_tensors(nodes).items() if begins.get(n) == v}
         self.resume.save_initialized(
             nodes=states,
@@ -276,11 +294,12 @@ class _Phases:
             skipped_frames=record.skipped_frames,
             findings=[asdict(each) for each in record.findings],
         )
+        return trainer
 
     def _post_fit(self) -> PostFitResult:
         """Calibrate and evaluate what phase 1 made."""
         pipeline, scaling = self.trainrun.pipeline, self.job.scaling
-        evaluator = Evaluator(pipeline, self.datamodule, scaling, self.emit)
+        evaluator = Evaluator(pipeline, self.datamodule, scaling, self.emit, self.notebook.seen)
         return evaluator.post_fit(self.trainrun.metric_nodes or None)
 
     def _train(self) -> PostFitResult:
@@ -306,6 +325,7 @@ class _Phases:
             scaling=self.job.scaling,
             output_dir=trainrun.output_dir,
         )
+        trainer.seen = self.notebook.seen
         trainer.fit(resume=True)  # what is there is this run's: see Resume
         self._record.epochs, self._record.nodes = trainer.epochs, trainer.nodes
         assert trainer.outcome is not None
