@@ -20,7 +20,6 @@ from cuvis_dist.report.plot import (
     VERMILLION,
     Plot,
     drawing,
-    legend,
     literal,
     number,
 )
@@ -28,6 +27,8 @@ from cuvis_dist.report.section import Section, Table, label
 
 #: Metrics that are drawn at most, beside the losses.
 _METRICS = 4
+#: Endings of metrics that are drawn rather than others.
+_FIRST = ("/average_precision", "/f1_score", "/iou")
 #: Rows of a table of skipped frames.
 _LISTED = 20
 
@@ -80,10 +81,11 @@ _Noted = list[tuple[Kept, dict[int, dict[str, float]], str]]
 
 def _curves(found: _Noted, losses: bool, runs: Sequence[Kept]) -> Plot | None:
     names = list(dict.fromkeys(n for _, e, _ in found for values in e.values() for n in values))
+    names = [n for n in names if losses or not n.startswith("train")]
     chosen = [n for n in names if ("loss" in n) == losses]
     if not losses:
         best = (found[0][0].record.get("checkpoint") or {}).get("monitor") if found else None
-        chosen.sort(key=lambda n: (n != best, "/" not in n, not n.endswith(("iou", "precision"))))
+        chosen.sort(key=lambda n: (n != best, not n.endswith(_FIRST)))
         chosen = chosen[:_METRICS]
     if not chosen:
         return None
@@ -117,7 +119,6 @@ def _curves(found: _Noted, losses: bool, runs: Sequence[Kept]) -> Plot | None:
                 axes.axvline(checkpoint["epoch"], color=GREY, ls=":", label="restored epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="epoch", title=what)
-        legend(axes)
     return plot
 
 
@@ -193,7 +194,9 @@ def _timeline(kept: Kept, bars: list[tuple[str, str, float, float]], runs: Seque
         },
         wide=True,
     )
-    with drawing(plot, (10, 0.9 + 0.28 * len(lanes)), pixels=len(bars) > 500) as figure:
+    with drawing(
+        plot, (11.4, 0.9 + 0.28 * len(lanes)), pixels=len(bars) > 500, fitted=True
+    ) as figure:
         axes = figure.subplots()
         axes.grid(axis="y", visible=False)
         for kind, name, start, end in bars:

@@ -18,8 +18,8 @@ from cuvis_dist.report.plot import (
     VERMILLION,
     Plot,
     drawing,
-    legend,
     literal,
+    logarithmic,
     number,
 )
 from cuvis_dist.report.section import Section, label
@@ -85,8 +85,8 @@ def scores(runs: Sequence[Kept]) -> Section:
     elif any(plot.name.startswith("distances") for plot in section.plots):
         section.said.append(
             "Squared distances of Gaussian pixels follow a χ² distribution with as many degrees of "
-            "freedom as there are bands. Real pixels have a heavier tail; a centre that is far "
-            "from it says that val or test is unlike train."
+            "freedom as there are bands. Over train their mean is that of χ², so that a heavier "
+            "tail moves the bulk below it; a bulk above it says that a split is unlike train."
         )
     return section
 
@@ -126,14 +126,13 @@ def _distances(kept: Kept, split: str, found: Scored, runs: Sequence[Kept]) -> P
         if found.anomalous.any():
             axes.step(centres, marked, color=VERMILLION, where="mid", label="anomalies")
         axes.plot(centres, expected, "k--", lw=1.2, label=f"χ² with {bands} degrees")
-        axes.set_xscale("log")
+        logarithmic(axes.xaxis, finely=True)
         axes.set(
             xlabel="squared distance",
-            ylabel="pixels per factor of e",
+            ylabel="density over the logarithm",
             title=f"RX scores, {split}{when}",
         )
         axes.set_ylim(bottom=0)
-        legend(axes)
     return plot
 
 
@@ -183,9 +182,8 @@ def _logits(kept: Kept, split: str, found: Scored, runs: Sequence[Kept]) -> Plot
             if values.any():
                 shown = np.where(values > 0, values, np.nan)
                 axes.step(centres, shown, color=colours[name], where="mid", label=name)
-        axes.set_yscale("log")
+        logarithmic(axes.yaxis)
         axes.set(xlabel="score", ylabel="share of pixels", title=f"scores of the decider, {split}")
-        legend(axes)
     return plot
 
 
@@ -234,10 +232,15 @@ def rates(runs: Sequence[Kept]) -> Section:
             section.plots += [_roc(split, found), _precision(split, found)]
     if not section.plots:
         section.missing = "There is no split with annotated anomalies that were scored."
-    elif any(kept.seen.get(s, {}).get("before") for kept in runs for s in SPLITS):
+        return section
+    section.said.append(
+        "Of all scores; a metric of the pipeline may look at fewer thresholds, and so differ a "
+        "little."
+    )
+    if any(kept.seen.get(s, {}).get("before") for kept in runs for s in SPLITS):
         section.said.append(
-            "What stands for the time before training was computed on a sample of the pixels of "
-            "each frame, weighted by how many they stand for; the rest on all pixels."
+            "What was before training is computed on a sample of the pixels, weighted by how many "
+            "each stands for."
         )
     return section
 
@@ -262,16 +265,15 @@ def _roc(split: str, found: _Found) -> Plot:
     )
     thinned = [(name, _thin(r["false"], r["true"])) for name, r, _ in found]
     plot.columns = _padded(thinned, "false positive rate", "true positive rate")
-    with drawing(plot, (4.2, 3.4)) as figure:
+    with drawing(plot) as figure:
         axes = figure.subplots()
         for (name, (x, y)), (_, _, line), colour in zip(thinned, found, _colours(), strict=False):
             axes.plot(np.maximum(x, 1e-5), y, line, color=colour, label=literal(name))
-        axes.set_xscale("log")
+        logarithmic(axes.xaxis)
         axes.set(
             xlabel="false positive rate", ylabel="true positive rate", title=f"ROC, {split}",
             xlim=(1e-5, 1), ylim=(0, 1.02),
         )  # fmt: skip
-        legend(axes)
     return plot
 
 
@@ -284,13 +286,12 @@ def _precision(split: str, found: _Found) -> Plot:
     )
     thinned = [(name, _thin(r["true"], r["precision"])) for name, r, _ in found]
     plot.columns = _padded(thinned, "recall", "precision")
-    with drawing(plot, (4.2, 3.4)) as figure:
+    with drawing(plot) as figure:
         axes = figure.subplots()
         for (name, (x, y)), (_, _, line), colour in zip(thinned, found, _colours(), strict=False):
             axes.plot(x, y, line, color=colour, label=literal(name))
         title = f"precision and recall, {split}"
         axes.set(xlabel="recall", ylabel="precision", title=title, xlim=(0, 1), ylim=(0, 1.02))
-        legend(axes)
     return plot
 
 

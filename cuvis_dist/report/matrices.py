@@ -21,8 +21,8 @@ from cuvis_dist.report.plot import (
     VERMILLION,
     Plot,
     drawing,
-    legend,
     literal,
+    logarithmic,
 )
 from cuvis_dist.report.section import Section, label
 from cuvis_dist.report.spectra import band_port
@@ -70,9 +70,8 @@ def correlation(runs: Sequence[Kept]) -> Section:
         if held is not None:
             limit = held[0] * len(held) * _EPS32
             axes.axhline(limit, color=GREY, ls=":", label="limit of float32")
-        axes.set_yscale("log")
+        logarithmic(axes.yaxis)
         axes.set(xlabel="eigenvalue", ylabel="variance", title="eigenvalues of the covariance")
-        legend(axes)
     section.plots.append(plot)
     return section
 
@@ -124,7 +123,7 @@ def _correlation(kept: Kept, port: dict[str, Any], runs: Sequence[Kept]) -> Plot
     )
     step = (x[-1] - x[0]) / max(1, len(x) - 1) / 2 if len(x) > 1 else 0.5
     extent = (x[0] - step, x[-1] + step, x[-1] + step, x[0] - step)
-    with drawing(plot, (4.6, 3.7)) as figure:
+    with drawing(plot, (5.0, 4.0), fitted=True) as figure:
         axes = figure.subplots()
         axes.grid(False)
         axes.set_facecolor("#F5F5F5")
@@ -148,11 +147,12 @@ def selection(runs: Sequence[Kept]) -> Section:
             x, what = kept.axis(len(weights), each["bands"])
             last = weights if after is None else after
             most = ", ".join(f"{v:g}" for v in np.sort(x[np.argsort(-last)[:5]]))
+            most = f"{most} nm" if "nm" in what else f"{what} {most}"
             plot = Plot(
                 f"weights-{each['node']}" + ("" if kept is runs[0] else "-other"),
                 f"Weights that {each['node']} gives to bands over {what}; largest at {most}"
                 f"{label(kept, runs)}.",
-                f"Largest weights of {each['node']} at {what} {most}{label(kept, runs)}.",
+                f"Largest weights of {each['node']} at {most}{label(kept, runs)}.",
                 {what: x, "after phase 1": weights}
                 | ({} if after is None else {"after training": after}),
             )
@@ -166,7 +166,6 @@ def selection(runs: Sequence[Kept]) -> Section:
                 axes.set_ylim(bottom=0)
                 title = f"weights of {literal(each['node'])}"
                 axes.set(xlabel=what, ylabel="weight", title=title)
-                legend(axes)
             section.plots.append(plot)
     if not section.plots:
         section.missing = "The pipeline has no node that gives weights to bands."
@@ -214,7 +213,6 @@ def _components(
                 axes.plot(x, trained[0]["values"]["loadings"][i], "--", color=COLOURS[i], lw=1)
         axes.axhline(0, color=GREY, lw=0.8)
         axes.set(xlabel=what, ylabel="loading", title=f"loadings of {literal(node)}")
-        legend(axes)
     yield plot
     if "variances" not in each["values"]:
         return
@@ -238,7 +236,6 @@ def _bars(axes: Axes, share: np.ndarray, title: str) -> None:
     axes.plot(x, share.cumsum(), color=VERMILLION, marker=".", label="added up")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="component", ylabel="share", title=title, ylim=(0, 1.05))
-    legend(axes)
 
 
 def _columns(

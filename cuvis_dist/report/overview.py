@@ -91,8 +91,9 @@ def _calibration(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for node, report in reports.items():
         threshold = report.get("threshold") if isinstance(report, dict) else None
         if isinstance(threshold, dict) and "new" in threshold:
-            old, new = (number(threshold.get(key)) for key in ("old", "new"))
-            yield f"threshold of {node}", f"{new}, calibrated on val ({old} before)"
+            old, new = (threshold.get(key) for key in ("old", "new"))
+            exact = f"{new:.7g}" if isinstance(new, float) else str(new)
+            yield f"threshold of {node}", f"{exact}, calibrated on val ({number(old)} before)"
 
 
 def _metrics(runs: Sequence[Kept]) -> list[Table]:
@@ -108,7 +109,7 @@ def _metrics(runs: Sequence[Kept]) -> list[Table]:
         [name, *(f"{found[name]:.4f}" if name in found else "-" for found in values)]
         for name in names
     ]
-    return [Table("Metrics", columns, rows)]
+    return [Table("Metrics", columns, rows, numbers=True)]
 
 
 def _differences(runs: Sequence[Kept]) -> Table:

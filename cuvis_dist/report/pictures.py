@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
+from matplotlib import colormaps
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
+from matplotlib.image import imsave
 
 from cuvis_dist.report.kept import SPLITS, Kept
-from cuvis_dist.report.plot import BLUE, ORANGE, VERMILLION, Plot, drawing, number
+from cuvis_dist.report.plot import BLUE, ORANGE, VERMILLION, Plot, as_address, number
 from cuvis_dist.report.section import Section
+
+#: A panel has about so many pixels at its longer side, and so many are between two of them.
+_SIDE, _GAP = 256, 12
 
 
 def frames(runs: Sequence[Kept]) -> Section:
@@ -21,8 +25,8 @@ def frames(runs: Sequence[Kept]) -> Section:
     for kept in runs[:1]:
         for split in SPLITS:
             pictures = kept.seen.get(split, {}).get("pictures", [])
-            for i, picture in enumerate(pictures):
-                section.plots.append(_frame(kept, split, i, picture))
+            found = (_frame(kept, split, i, picture) for i, picture in enumerate(pictures))
+            section.plots += [plot for plot in found if plot is not None]
     if not section.plots:
         section.missing = (
             "No frame was kept: there is no val or test split, or it was evaluated in order, on "
@@ -30,13 +34,15 @@ def frames(runs: Sequence[Kept]) -> Section:
         )
         return section
     section.said.append(
-        "Three bands as red, green and blue; the scores; and where decisions and annotation agree. "
-        "Bright scores are high. A picture stands for blocks of pixels, with the largest of each."
+        "From left to right: three bands as red, green and blue; the scores, bright where they are "
+        "high; the decisions: blue where an annotated anomaly was found, orange at false alarms, "
+        "and reddish where one was missed. A pixel here stands for a block of pixels of a large "
+        "frame, with the largest of each."
     )
     return section
 
 
-def _frame(kept: Kept, split: str, index: int, picture: dict[str, Any]) -> Plot:
+def _frame(kept: Kept, split: str, index: int, picture: dict[str, Any]) -> Plot | None:
     why, uid = picture["why"], picture["uid"]
     judged = picture["decided"] is not None and picture["annotated"] is not None
     said = f"{picture['wrong']:.2%} of its pixels decided wrongly" if judged else (
@@ -48,23 +54,20 @@ def _frame(kept: Kept, split: str, index: int, picture: dict[str, Any]) -> Plot:
         f"Frame {uid} of {split} ({why}): false colours, scores"
         + (", decisions and annotation" if judged else "")
         + f"; {said}{marked}.",
-        f"{split}, {why}: {uid}; {said}{marked}.",
+        f"{split}, {why}: {uid} ({_bands(kept, picture)}); {said}{marked}.",
     )
     shown = [
-        (title, values)
-        for title, values in (
-            (_bands(kept, picture), picture["colours"]),
+        (what, values)
+        for what, values in (
+            ("colours", picture["colours"]),
             ("scores", picture["scores"]),
             ("decisions", picture["decided"]),
         )
         if values is not None
     ]
     if not shown:
-        return plot
-    height, width = np.asarray(shown[0][1]).shape[:2]
-    tall = float(np.clip(2.1 * height / width, 0.9, 3.6)) + 0.35
-    with drawing(plot, (2.2 * len(shown), tall), pixels=True) as figure:
-        _draw(figure, shown, picture)
+        return None
+    plot.frame, plot.image = True, _beside([_coloured(*each, picture) for each in shown])
     if picture["scores"] is not None:
         rows, columns = np.indices(picture["scores"].shape)
         plot.columns = {
@@ -81,25 +84,20 @@ def _bands(kept: Kept, picture: dict[str, Any]) -> str:
     return "bands " + "/".join(map(str, bands))
 
 
-def _draw(figure: Figure, shown: list[tuple[str, Any]], picture: dict[str, Any]) -> None:
-    for axes, (title, values) in zip(
-        np.atleast_1d(figure.subplots(1, len(shown))), shown, strict=True
-    ):
-        axes.set_axis_off()
-        axes.set_title(title, fontsize=8)
-        if title == "scores":
-            low, high = np.nanpercentile(values, [2, 99.8])
-            axes.imshow(values, cmap="cividis", vmin=low, vmax=max(high, low + 1e-9))
-        elif title == "decisions":
-            _agreement(axes, np.asarray(values, bool), picture["annotated"])
-        else:
-            low, high = np.nanpercentile(values, [2, 98], axis=(0, 1))
-            stretched = (np.nan_to_num(values) - low) / np.maximum(high - low, 1e-9)
-            axes.imshow(np.clip(stretched, 0, 1))
+def _coloured(what: str, values: Any, picture: dict[str, Any]) -> np.ndarray:
+    """Return a panel, ``[h, w, 3]`` between 0 and 1."""
+    if what == "scores":
+        finite = np.nan_to_num(values)
+        low, high = np.percentile(finite, [2, 99.8])
+        return np.asarray(colormaps["cividis"]((finite - low) / max(high - low, 1e-9)))[..., :3]
+    if what == "decisions":
+        return _agreement(np.asarray(values, bool), picture["annotated"])
+    low, high = np.nanpercentile(values, [2, 98], axis=(0, 1))
+    return np.clip((np.nan_to_num(values) - low) / np.maximum(high - low, 1e-9), 0, 1)
 
 
-def _agreement(axes: Axes, decided: np.ndarray, annotated: np.ndarray | None) -> None:
-    """Draw decisions: found, missed and false alarms where there is an annotation."""
+def _agreement(decided: np.ndarray, annotated: np.ndarray | None) -> np.ndarray:
+    """Return decisions in colours: found, missed and false alarms where there is an annotation."""
     marked = decided if annotated is None else np.asarray(annotated, bool)
     colours = np.full((*decided.shape, 3), 0.93)
     for where, colour in (
@@ -108,11 +106,15 @@ def _agreement(axes: Axes, decided: np.ndarray, annotated: np.ndarray | None) ->
         (~decided & marked, VERMILLION),
     ):
         colours[where] = to_rgb(colour)
-    axes.imshow(colours)
-    if annotated is not None:
-        for name, colour in (("found", BLUE), ("false", ORANGE), ("missed", VERMILLION)):
-            axes.plot([], [], "s", color=colour, ms=4, label=name)
-        axes.legend(
-            loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3, fontsize=6.5,
-            handletextpad=0.1, columnspacing=0.7, borderpad=0, frameon=False,
-        )  # fmt: skip
+    return colours
+
+
+def _beside(panels: list[np.ndarray]) -> str:
+    """Return panels beside each other as one image, small ones enlarged pixel by pixel."""
+    times = max(1, round(_SIDE / max(panels[0].shape[:2])))
+    gap = np.ones((panels[0].shape[0], max(1, _GAP // times), 3))
+    row = [part for panel in panels for part in (panel, gap)][:-1]
+    pixels = (np.concatenate(row, axis=1) * 255).round().astype(np.uint8)
+    buffer = io.BytesIO()
+    imsave(buffer, pixels.repeat(times, axis=0).repeat(times, axis=1), format="png")
+    return as_address(buffer.getvalue(), "png")

@@ -16,10 +16,11 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
@@ -66,6 +67,8 @@ class Plot:
         The image as a ``data:`` address.
     wide : bool
         Whether it takes the whole width of the page.
+    frame : bool
+        Whether its pixels are those of a frame, and may be seen.
     file : str
         Where its data lie, relative to the page; empty where they are not written.
     """
@@ -76,6 +79,7 @@ class Plot:
     columns: Mapping[str, Sequence[Any] | np.ndarray] = field(default_factory=dict)
     image: str = ""
     wide: bool = False
+    frame: bool = False
     file: str = ""
 
     def csv(self) -> bytes:
@@ -88,45 +92,80 @@ class Plot:
         return buffer.getvalue().encode()
 
 
+#: Names in a legend are put in so many columns, unless they are long.
+_COLUMNS, _LONG = 3, 24
+
+
 @contextmanager
 def drawing(
-    plot: Plot, size: tuple[float, float] = (5.6, 3.2), pixels: bool = False
+    plot: Plot, size: tuple[float, float] = (5.6, 3.4), pixels: bool = False, fitted: bool = False
 ) -> Iterator[Figure]:
     """Give a figure to draw on, and make the image of a plot of it in the end.
+
+    What has a label is named below the axes, where it hides nothing.
 
     Parameters
     ----------
     size : tuple of float
         In inches, of which a page is about eleven wide.
     pixels : bool
-        Make it of pixels: smaller where there are many shapes, or photographs.
+        Make it of pixels: smaller where there are many shapes.
+    fitted : bool
+        Look for room for each label: slow, for what is not one pair of axes.
     """
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=size, layout="constrained" if fitted else None, dpi=110)
         yield figure
+        below = _legend(figure)
+        if not fitted:
+            bottom = (0.5 + 0.19 * below) / size[1]
+            figure.subplots_adjust(0.13, bottom, 0.97, 1 - 0.28 / size[1])
         buffer = io.BytesIO()
         if pixels:
             FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
-            kind = "png"
         else:
             FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
-            kind = "svg+xml"
-        content = base64.b64encode(buffer.getvalue()).decode()
-        plot.image = f"data:image/{kind};base64,{content}"
+        plot.image = as_address(buffer.getvalue(), "png" if pixels else "svg+xml")
 
 
-def photographs(size: tuple[float, float] = (3.4, 1.5)) -> Figure:
-    """Return a figure for a row of pictures."""
-    return Figure(figsize=size, layout="constrained", dpi=120)
+def _legend(figure: Figure) -> int:
+    """Name what has a label below the axes; return how many lines that takes."""
+    named: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
+            named.setdefault(text, handle)
+    if not named:
+        return 0
+    columns = _COLUMNS if max(map(len, named)) <= _LONG else 2
+    columns = columns if max(map(len, named)) <= 2 * _LONG else 1
+    figure.legend(
+        named.values(), named.keys(), loc="lower center", ncols=min(columns, len(named)),
+        handlelength=2.0, columnspacing=1.4, borderaxespad=0.2,
+    )  # fmt: skip
+    return -(-len(named) // columns)
 
 
-def legend(axes: Axes) -> None:
-    """Add a legend where something has a name."""
-    if axes.get_legend_handles_labels()[1]:
-        axes.legend(loc="best", handlelength=2.2)
+def as_address(content: bytes, kind: str) -> str:
+    """Return an image as an address that holds it."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def short(text: str, length: int = 28) -> str:
+def logarithmic(axis: Axis, finely: bool = False) -> None:
+    """Make an axis logarithmic, with numbers as people write them.
+
+    Parameters
+    ----------
+    finely : bool
+        Also name 2 and 5 times the powers of ten.
+    """
+    axes = axis.axes
+    axes.set_xscale("log") if axis is axes.xaxis else axes.set_yscale("log")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if finely else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def short(text: str, length: int = 44) -> str:
     """Return a name that fits into a plot, shortened in its middle."""
     if len(text) <= length:
         return text

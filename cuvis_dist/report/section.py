@@ -11,11 +11,12 @@ from cuvis_dist.report.plot import Plot
 
 @dataclass
 class Table:
-    """A table: a heading, the names of the columns, rows of text."""
+    """A table: a heading, the names of the columns, rows of text; whether most are numbers."""
 
     caption: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]] = field(default_factory=list)
+    numbers: bool = False
 
 
 @dataclass

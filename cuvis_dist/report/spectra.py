@@ -17,7 +17,6 @@ from cuvis_dist.report.plot import (
     VERMILLION,
     Plot,
     drawing,
-    legend,
     literal,
     number,
 )
@@ -115,7 +114,6 @@ def _mean(kept: Kept, port: dict[str, Any], runs: Sequence[Kept]) -> Plot:
             if other is not kept and kept is runs[0] and (theirs := band_port(other)):
                 _overlay(axes, other, theirs)
         axes.set(xlabel=what, ylabel="value", title="mean spectrum")
-        legend(axes)
     return plot
 
 
@@ -168,7 +166,6 @@ def _recordings(kept: Kept, port: dict[str, Any], runs: Sequence[Kept]) -> list[
             axes.set(xlabel=what, ylabel=ylabel, title=title)
             if name == "shifts":
                 axes.axhline(0, color=GREY, lw=0.8)
-            legend(axes)
         plots.append(plot)
     return plots
 
@@ -205,7 +202,8 @@ def _ranges(kept: Kept, port: dict[str, Any], runs: Sequence[Kept]) -> list[Tabl
     more = f", the first 12 of {len(rows)}" if len(rows) > 12 else ""
     table = Table(
         f"Recordings by how far their mean is from that of all pixels{more}{label(kept, runs)}",
-        ("recording", "pixels", "shift, in deviations", "gain", "smallest", "largest"),
+        ("recording", "pixels", "shift in std", "gain", "smallest", "largest"),
         [row for _, row in rows[:12]],
+        numbers=True,
     )
     return [table] if rows else []
