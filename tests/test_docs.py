@@ -19,6 +19,7 @@ from archives import ROOT
 
 from cuvis_dist.cli import _parser, main
 from cuvis_dist.demo import DemoSettings, write_demo
+from cuvis_dist.runs.record import RunRecord
 from cuvis_dist.runs.trainrun import load_trainrun
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -95,6 +96,8 @@ def clone(tmp_path_factory) -> Iterator[Path]:
     for ending in ("initialized", "restored"):
         pipeline = load_trainrun(trainrun).pipeline
         pipeline.save_to_file(str(trained / f"Channel_Selector_{ending}.yaml"))
+    for output in (trainrun.parent / "results", folder / "outputs" / "other" / "results"):
+        RunRecord(job="run", output_dir=str(output), trainrun=str(trainrun), name="demo").write()
     before = Path.cwd()
     os.chdir(folder)
     yield folder
