@@ -13,6 +13,7 @@ known of their class, else from the part on which it is found out.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
@@ -197,7 +198,8 @@ class ClusterPipeline:
             frames, done = frames + row.frames, done + len(part.outputs)
             pooled.append(part.metric_nodes)
             if self.seen is not None and part.seen is not None:
-                self.seen[split.name] = self.seen.get(split.name, Seen()).merge(part.seen)
+                looked = copy.deepcopy(part.seen)  # what comes out of Ray stays there
+                self.seen[split.name] = self.seen.get(split.name, Seen()).merge(looked)
             for name, node in part.changed.items():
                 adopt(nodes[name], node)
             if done == len(batches):  # upstream reads the metrics after the last batch

@@ -18,6 +18,8 @@ from cuvis_dist.errors import InputError, one_line
 from cuvis_dist.plain import NotPlainError, from_bytes, to_bytes
 from cuvis_dist.storage import OutputFolder
 
+#: The page about a run.
+PAGE = "report.html"
 #: The folder of these files, and of the CSV files of ``--data``.
 FOLDER = "report"
 #: The splits that are evaluated.
@@ -92,7 +94,20 @@ def read_kept(output: OutputFolder) -> Kept:
         raise InputError(f"{output.at('run.json')} is damaged: {one_line(error)}") from error
     if not isinstance(record, dict) or "trainrun" not in record:
         raise InputError(f"{output.at('run.json')} is not the record of a run")
-    return Kept(str(output), record, **read_parts(output))
+    return kept_of(output, record)
+
+
+def kept_of(output: OutputFolder, record: dict[str, Any]) -> Kept:
+    """Return what a run has left, given its record; without what another phase 1 has measured."""
+    parts = read_parts(output)
+    if parts.get("measured", {}).get("initialized") != record.get("initialized"):
+        parts.pop("measured", None)
+    return Kept(str(output), record, **parts)
+
+
+def forget(output: OutputFolder, *names: str) -> None:
+    """Remove some of the parts; raises as :func:`keep` does."""
+    output.remove(*map(_file, names))
 
 
 def read_parts(output: OutputFolder) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from cuvis_dist.nodes.catalogue import is_pixelwise, keeps_bands
 from cuvis_dist.nodes.shown import judged, portraits
 from cuvis_dist.nodes.upstream import nodes_before
 from cuvis_dist.report.diary import Diary
-from cuvis_dist.report.kept import keep, read_parts
+from cuvis_dist.report.kept import PAGE, forget, keep, read_parts
 from cuvis_dist.statistics import ExactMoments, Extrema, Moments, Statistic
 from cuvis_dist.storage import OutputFolder
 
@@ -60,6 +60,12 @@ class Notebook:
         self._nodes: dict[str, Any] = {}
         self._before: Snapshot | None = None
         self._initialized = ""
+
+    def begin(self) -> None:
+        """Remove the page about an earlier run in this folder, and what it has ended with."""
+        with harmless("the report of an earlier run is still there"):
+            self.output.remove(PAGE)
+            forget(self.output, "nodes", "seen")
 
     def measured(self, trainer: StatisticalTrainer, initialized: str) -> None:
         """Keep what phase 1 has measured.

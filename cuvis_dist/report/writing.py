@@ -7,11 +7,11 @@ from typing import Any
 from loguru import logger
 
 from cuvis_dist.errors import one_line
-from cuvis_dist.report.kept import FOLDER, Kept, read_kept, read_parts
+from cuvis_dist.report.kept import FOLDER, PAGE, Kept, kept_of, read_kept
 from cuvis_dist.storage import Location, OutputFolder
 
-#: The names of the page, alone and beside another run.
-PAGE, COMPARED = "report.html", "report-against.html"
+#: The name of the page about a run beside another one.
+COMPARED = "report-against.html"
 
 
 def report_on(output: OutputFolder, record: dict[str, Any]) -> str | None:
@@ -25,7 +25,7 @@ def report_on(output: OutputFolder, record: dict[str, Any]) -> str | None:
         What its ``run.json`` is going to say.
     """
     try:
-        return str(_write(output, [Kept(str(output), record, **read_parts(output))], False))
+        return str(_write(output, [kept_of(output, record)], False))
     except Exception as error:
         logger.opt(exception=True).debug("the report failed")
         logger.warning(f"no report was written: {one_line(error)}")

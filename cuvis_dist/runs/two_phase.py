@@ -120,6 +120,7 @@ def run_trainrun(
         resume.begin()
         entered.begin()
         notebook = Notebook(trainrun.output, emit or log_event)
+        notebook.begin()
         try:
             _Phases(trainrun, datamodule, entered, resume, notebook).run()
         finally:
