@@ -24,6 +24,7 @@ ORDER = [
     {"evaluation"},
     {"scoring"},
     {"execution"},
+    {"store"},
     {"archive"},
     {"staging"},
     {"storage"},

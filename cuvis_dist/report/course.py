@@ -235,6 +235,8 @@ def trouble(runs: Sequence[Kept]) -> Section:
 
 
 def _again(number_: int, each: dict[str, Any]) -> Iterator[str]:
+    if stored := each.get("from_store"):
+        yield f"Pass {number_}: {number(stored)} frames were not read, but taken from a store"
     if restored := each.get("restored_frames"):
         yield f"Pass {number_}: {number(restored)} frames were measured by an earlier try"
     if repeated := each.get("repeated"):

@@ -48,7 +48,7 @@ class JobRecord:
     Attributes
     ----------
     job : str
-        ``run``, ``init``, ``train``, ``evaluate`` or ``score``.
+        ``run``, ``init``, ``train``, ``evaluate``, ``score`` or ``measure``.
     output_dir : str
         Path or URI of the output folder.
     status : str
@@ -123,6 +123,8 @@ class RunRecord(JobRecord):
         Path of the trainrun, and what it is called in it.
     weights : str or None
         The saved state that ``train`` began with.
+    without : list of str
+        The recordings that were left out of the train split, as they were named.
     pipeline : str
         Where the result was saved.
     scaling : dict
@@ -157,6 +159,7 @@ class RunRecord(JobRecord):
     trainrun: str
     name: str
     weights: str | None = None
+    without: list[str] = field(default_factory=list)
     pipeline: str = ""
     scaling: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(
