@@ -17,6 +17,7 @@ from settings import scaling_of
 from cuvis_dist.archive import open_archive
 from cuvis_dist.cli import main
 from cuvis_dist.report import noting
+from cuvis_dist.report.kept import read_parts
 from cuvis_dist.report.writing import report_on
 from cuvis_dist.runs.record import RunRecord
 from cuvis_dist.runs.trainrun import load_trainrun
@@ -266,6 +267,32 @@ def test_the_result_does_not_depend_on_who_looks(trained, demo_trainrun, tmp_pat
     assert record.metrics == RunRecord.load(trained).metrics
 
 
+def test_recordings_are_those_of_a_store_too(trained, demo_trainrun, tmp_path):
+    """Measured into a store, and then taken from it without reading."""
+    expected = recordings_of(trained)
+    assert len(expected) == 3
+    for name in ("filling", "filled"):
+        run = load_trainrun(demo_trainrun, output_dir=tmp_path / name).initialization_only()
+        scaling = HERE.replace(measuring={"store": str(tmp_path / "store")})
+        record = run_trainrun(run, scaling, silent)
+        found = recordings_of(tmp_path / name)
+        assert found.keys() == expected.keys()
+        for recording, spectra in expected.items():
+            for what, values in spectra.items():
+                np.testing.assert_allclose(found[recording][what], values, rtol=1e-12)
+    assert record.passes[0].from_store == record.passes[0].frames
+    assert "not read, but taken from a store" in page_of(tmp_path / "filled").text
+
+
+def recordings_of(out: Path) -> dict:
+    (port,) = (
+        port
+        for port in read_parts(OutputFolder(out))["measured"]["ports"]
+        if port["source"] == "data.cube"
+    )
+    return port["recordings"]
+
+
 @pytest.fixture(params=["trained", "initialized"])
 def folder(request) -> Path:
     return request.getfixturevalue(request.param)
@@ -278,3 +305,18 @@ def test_a_browser_shows_all_of_it(folder, tmp_path):
         assert (looked.missing, looked.requests, looked.dangling) == (0, [], [])
         assert not looked.scrolls
         assert looked.over == []
+
+
+@needs_browser
+def test_a_browser_notices_what_is_wrong_with_a_page(tmp_path):
+    page = tmp_path / "bad.html"
+    page.write_text(
+        f"<!DOCTYPE html><title>x</title><p>{'W' * 300}</p><a href='#nowhere'>x</a>"
+        "<img src='http://127.0.0.1:9/x.png' alt='elsewhere'>"
+    )
+    for looked in look(page, tmp_path):
+        assert looked.scrolls
+        assert looked.over[0].startswith("P: WWW")
+        assert looked.missing == 1
+        assert looked.requests == ["http://127.0.0.1:9/x.png"]
+        assert looked.dangling == ["#nowhere"]
