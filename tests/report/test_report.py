@@ -16,6 +16,7 @@ from settings import scaling_of
 
 from cuvis_dist.archive import open_archive
 from cuvis_dist.cli import main
+from cuvis_dist.evaluation.seen import Look
 from cuvis_dist.report import noting
 from cuvis_dist.report.kept import read_parts
 from cuvis_dist.report.writing import report_on
@@ -260,11 +261,16 @@ def test_a_report_that_fails_is_a_warning(tmp_path, warnings):
     assert any("no report was written" in message for message in warnings)
 
 
-def test_the_result_does_not_depend_on_who_looks(trained, demo_trainrun, tmp_path, monkeypatch):
-    monkeypatch.setattr(noting.Notebook, "seen", property(lambda self: None, lambda s, v: None))
-    run = load_trainrun(demo_trainrun, output_dir=tmp_path)
-    record = run_trainrun(run, HERE, silent)
+def test_a_result_does_not_depend_on_what_is_seen(trained, demo_trainrun, tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("nothing can be seen")
+
+    monkeypatch.setattr(Look, "batch", broken)
+    monkeypatch.setattr(noting, "portraits", broken)
+    record = run_trainrun(load_trainrun(demo_trainrun, output_dir=tmp_path), HERE, silent)
     assert record.metrics == RunRecord.load(trained).metrics
+    assert record.status == "done"
+    assert "No frame was kept" in page_of(tmp_path).text
 
 
 def test_recordings_are_those_of_a_store_too(trained, demo_trainrun, tmp_path):
