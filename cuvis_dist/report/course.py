@@ -81,7 +81,7 @@ _Noted = list[tuple[Kept, dict[int, dict[str, float]], str]]
 
 def _curves(found: _Noted, losses: bool, runs: Sequence[Kept]) -> Plot | None:
     names = list(dict.fromkeys(n for _, e, _ in found for values in e.values() for n in values))
-    names = [n for n in names if losses or not n.startswith("train")]
+    names = [n for n in names if losses or not n.startswith(("train", "val"))]
     chosen = [n for n in names if ("loss" in n) == losses]
     if not losses:
         best = (found[0][0].record.get("checkpoint") or {}).get("monitor") if found else None
@@ -95,10 +95,12 @@ def _curves(found: _Noted, losses: bool, runs: Sequence[Kept]) -> Plot | None:
         for _, e, _ in found[:1]
         for n in chosen
     ]
+    marked = any((k.record.get("checkpoint") or {}).get("restored") for k, _, _ in found)
+    restored = "; the vertical line is the epoch that was restored" if marked else ""
     plot = Plot(
         "losses" if losses else "metrics",
         f"{what.capitalize()} per epoch: {'; '.join(ends)}.",
-        f"{what.capitalize()} per epoch; the vertical line is the epoch that was restored.",
+        f"{what.capitalize()} per epoch{restored}.",
     )
     epochs = sorted({number for _, e, _ in found for number in e})
     plot.columns = {"epoch": np.array(epochs)} | {

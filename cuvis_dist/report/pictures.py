@@ -17,6 +17,8 @@ from cuvis_dist.report.section import Section
 
 #: A panel has about so many pixels at its longer side, and so many are between two of them.
 _SIDE, _GAP = 256, 12
+#: Frames that are so many times as wide as high are shown below each other.
+_WIDE = 2.5
 
 
 def frames(runs: Sequence[Kept]) -> Section:
@@ -34,7 +36,7 @@ def frames(runs: Sequence[Kept]) -> Section:
         )
         return section
     section.said.append(
-        "From left to right: three bands as red, green and blue; the scores, bright where they are "
+        "One after another: three bands as red, green and blue; the scores, bright where they are "
         "high; the decisions: blue where an annotated anomaly was found, orange at false alarms, "
         "and reddish where one was missed. A pixel here stands for a block of pixels of a large "
         "frame, with the largest of each."
@@ -67,7 +69,7 @@ def _frame(kept: Kept, split: str, index: int, picture: dict[str, Any]) -> Plot 
     ]
     if not shown:
         return None
-    plot.frame, plot.image = True, _beside([_coloured(*each, picture) for each in shown])
+    plot.frame, plot.image = True, _together([_coloured(*each, picture) for each in shown])
     if picture["scores"] is not None:
         rows, columns = np.indices(picture["scores"].shape)
         plot.columns = {
@@ -109,12 +111,15 @@ def _agreement(decided: np.ndarray, annotated: np.ndarray | None) -> np.ndarray:
     return colours
 
 
-def _beside(panels: list[np.ndarray]) -> str:
-    """Return panels beside each other as one image, small ones enlarged pixel by pixel."""
-    times = max(1, round(_SIDE / max(panels[0].shape[:2])))
-    gap = np.ones((panels[0].shape[0], max(1, _GAP // times), 3))
+def _together(panels: list[np.ndarray]) -> str:
+    """Return panels as one image, beside or below each other, small ones enlarged by pixels."""
+    height, width = panels[0].shape[:2]
+    times = max(1, round(_SIDE / max(height, width)))
+    below = width > _WIDE * height
+    apart = max(1, _GAP // times)
+    gap = np.ones((apart, width, 3) if below else (height, apart, 3))
     row = [part for panel in panels for part in (panel, gap)][:-1]
-    pixels = (np.concatenate(row, axis=1) * 255).round().astype(np.uint8)
+    pixels = (np.concatenate(row, axis=0 if below else 1) * 255).round().astype(np.uint8)
     buffer = io.BytesIO()
     imsave(buffer, pixels.repeat(times, axis=0).repeat(times, axis=1), format="png")
     return as_address(buffer.getvalue(), "png")
