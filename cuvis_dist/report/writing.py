@@ -8,6 +8,7 @@ from loguru import logger
 
 from cuvis_dist.errors import one_line
 from cuvis_dist.report.kept import FOLDER, PAGE, Kept, kept_of, read_kept
+from cuvis_dist.report.tracking import is_tracked, track
 from cuvis_dist.storage import Location, OutputFolder
 
 #: The name of the page about a run beside another one.
@@ -17,6 +18,8 @@ COMPARED = "report-against.html"
 def report_on(output: OutputFolder, record: dict[str, Any]) -> str | None:
     """Write the report of a run that has ended; None, and a warning, where that fails.
 
+    Where MLflow is set up, the run becomes one of MLflow's, too.
+
     Parameters
     ----------
     output : OutputFolder
@@ -25,11 +28,19 @@ def report_on(output: OutputFolder, record: dict[str, Any]) -> str | None:
         What its ``run.json`` is going to say.
     """
     try:
-        return str(_write(output, [kept_of(output, record)], False))
+        kept = kept_of(output, record)
+        place = str(_write(output, [kept], False))
     except Exception as error:
         logger.opt(exception=True).debug("the report failed")
         logger.warning(f"no report was written: {one_line(error)}")
         return None
+    if is_tracked():
+        try:
+            logger.info(f"tracked by MLflow as run {track(output, kept)}")
+        except Exception as error:
+            logger.opt(exception=True).debug("MLflow failed")
+            logger.warning(f"the run is not tracked by MLflow: {one_line(error)}")
+    return place
 
 
 def write_report(
