@@ -231,7 +231,7 @@ def rates(runs: Sequence[Kept]) -> Section:
         if found:
             section.plots += [_roc(split, found), _precision(split, found)]
     if not section.plots:
-        section.missing = "There is no split with annotated anomalies that were scored."
+        section.missing = "There is no split with annotated anomalies that was scored."
         return section
     section.said.append(
         "Of all scores; a metric of the pipeline may look at fewer thresholds, and so differ a "

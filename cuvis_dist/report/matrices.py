@@ -118,7 +118,7 @@ def _correlation(kept: Kept, port: dict[str, Any], runs: Sequence[Kept]) -> Plot
         f"Correlation of each band with each other, over {what} on both axes{label(kept, runs)}."
         + low,
         "Blocks are bands that carry the same; a stripe is a band that is like no other, and what "
-        f"has no colour has no variance{label(kept, runs)}.",
+        f"is grey has no variance{label(kept, runs)}.",
         {what: x, **{f"{v:g}": matrix[:, i] for i, v in enumerate(x)}},
     )
     step = (x[-1] - x[0]) / max(1, len(x) - 1) / 2 if len(x) > 1 else 0.5
@@ -126,7 +126,7 @@ def _correlation(kept: Kept, port: dict[str, Any], runs: Sequence[Kept]) -> Plot
     with drawing(plot, (5.0, 4.0), fitted=True) as figure:
         axes = figure.subplots()
         axes.grid(False)
-        axes.set_facecolor("#F5F5F5")
+        axes.set_facecolor("#9A9A9A")
         image = axes.imshow(matrix, cmap="PuOr", vmin=-1, vmax=1, extent=extent, aspect="auto")
         bar = figure.colorbar(image, ax=axes, label="correlation")
         bar.outline.set_visible(False)

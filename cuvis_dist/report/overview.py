@@ -8,7 +8,7 @@ from typing import Any
 
 from cuvis_dist.report.kept import SPLITS, Kept
 from cuvis_dist.report.plot import number
-from cuvis_dist.report.section import Section, Table
+from cuvis_dist.report.section import Section, Table, label, which
 
 #: Settings that differ between any two runs, and say nothing.
 _ALWAYS_OTHERS = ("started", "finished", "seconds", "output_dir", "report", "pipeline")
@@ -17,7 +17,7 @@ _ALWAYS_OTHERS = ("started", "finished", "seconds", "output_dir", "report", "pip
 def overview(runs: Sequence[Kept]) -> Section:
     """Show what was run, on what, with which result."""
     section = Section("overview", "What was run")
-    names = [kept.name if len(runs) > 1 else "" for kept in runs]
+    names = [f"{which(kept, runs)}: {kept.name}" if len(runs) > 1 else "" for kept in runs]
     facts = [dict(_facts(kept)) for kept in runs]
     keys = list(dict.fromkeys(key for each in facts for key in each))
     rows = [[key, *(each.get(key, "-") for each in facts)] for key in keys]
@@ -47,7 +47,7 @@ def _facts(kept: Kept) -> Iterator[tuple[str, str]]:
         what += f", {number(max(known))} pixels" if known else ""
         yield "phase 1 on", what
         read = sum(each["bytes"] for each in passes)
-        yield "read for it", f"{read / 1e9:.2f} GB in {len(passes)} passes"
+        yield "read for it", f"{_size(read)} in {len(passes)} passes"
     for port in kept.measured.get("ports", [])[:1]:
         if port["recordings"]:
             yield "recordings", number(len(port["recordings"]))
@@ -64,6 +64,10 @@ def _facts(kept: Kept) -> Iterator[tuple[str, str]]:
     yield from _calibration(record)
     if versions := record.get("versions"):
         yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
 
 
 def _ending(record: Mapping[str, Any]) -> str:
@@ -100,7 +104,7 @@ def _metrics(runs: Sequence[Kept]) -> list[Table]:
     columns, values = [""], []
     for kept in runs:
         for split, found in kept.record.get("metrics", {}).items():
-            columns.append(f"{split}, {kept.name}" if len(runs) > 1 else split)
+            columns.append(f"{split}{label(kept, runs)}")
             values.append(found)
     names = list(dict.fromkeys(name for found in values for name in found))
     if not names:
@@ -123,7 +127,11 @@ def _differences(runs: Sequence[Kept]) -> Table:
     initialized = [kept.record.get("initialized", "")[:12] for kept in runs[:2]]
     same = "the same" if initialized[0] == initialized[1] else "not the same"
     rows.append([f"state after phase 1 ({same})", *initialized])
-    return Table("What differs in settings and versions", ("", *(k.name for k in runs[:2])), rows)
+    return Table(
+        "What differs in settings and versions",
+        ("", *(which(kept, runs) for kept in runs[:2])),
+        rows,
+    )
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -139,7 +147,7 @@ def findings(runs: Sequence[Kept]) -> list[tuple[str, str, str]]:
     """Return what looks bad about each fit: the node, the message and the section that shows it."""
     found = []
     for kept in runs:
-        of = f" ({kept.name})" if len(runs) > 1 else ""
+        of = label(kept, runs)
         kinds = {e["node"]: e["kind"] for e in kept.nodes.get("initialized", [])}
         for each in kept.record.get("findings", []):
             anchor = _SHOWN_IN.get(kinds.get(each["node"], ""), "spectra")

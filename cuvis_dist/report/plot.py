@@ -92,8 +92,8 @@ class Plot:
         return buffer.getvalue().encode()
 
 
-#: Names in a legend are put in so many columns, unless they are long.
-_COLUMNS, _LONG = 3, 24
+#: Names of at most so many letters stand in three columns, or in two.
+_THREE, _TWO = 22, 36
 
 
 @contextmanager
@@ -136,8 +136,8 @@ def _legend(figure: Figure) -> int:
             named.setdefault(text, handle)
     if not named:
         return 0
-    columns = _COLUMNS if max(map(len, named)) <= _LONG else 2
-    columns = columns if max(map(len, named)) <= 2 * _LONG else 1
+    longest = max(map(len, named))
+    columns = 3 if longest <= _THREE else 2 if longest <= _TWO else 1
     figure.legend(
         named.values(), named.keys(), loc="lower center", ncols=min(columns, len(named)),
         handlelength=2.0, columnspacing=1.4, borderaxespad=0.2,
@@ -165,7 +165,7 @@ def logarithmic(axis: Axis, finely: bool = False) -> None:
     axis.set_minor_locator(NullLocator())
 
 
-def short(text: str, length: int = 44) -> str:
+def short(text: str, length: int = 60) -> str:
     """Return a name that fits into a plot, shortened in its middle."""
     if len(text) <= length:
         return text

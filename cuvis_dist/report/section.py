@@ -47,5 +47,10 @@ class Section:
 
 
 def label(kept: Kept, runs: Sequence[Kept]) -> str:
-    """Return the name of a run where there are two, as the end of a caption."""
-    return f" ({kept.name})" if len(runs) > 1 else ""
+    """Return which of two runs one is, as the end of a caption; nothing where there is one."""
+    return f" ({which(kept, runs)})" if len(runs) > 1 else ""
+
+
+def which(kept: Kept, runs: Sequence[Kept]) -> str:
+    """Return what a run is called beside another one."""
+    return "this run" if kept is runs[0] else "the other"

@@ -120,7 +120,7 @@ def _mean(kept: Kept, port: dict[str, Any], runs: Sequence[Kept]) -> Plot:
 def _overlay(axes: Axes, other: Kept, port: dict[str, Any]) -> None:
     if "mean" in port["values"]:
         x, _ = other.axis(len(port["values"]["mean"]), port["bands"])
-        axes.plot(x, port["values"]["mean"], "k", ls=LINES[1], lw=1.2, label=literal(other.name))
+        axes.plot(x, port["values"]["mean"], "k", ls=LINES[1], lw=1.2, label="the other")
 
 
 def _recordings(kept: Kept, port: dict[str, Any], runs: Sequence[Kept]) -> list[Plot]:

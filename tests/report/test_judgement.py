@@ -70,7 +70,7 @@ def test_one_score_for_all_makes_curves_too():
     assert areas(rates)[0] == pytest.approx(0.5)
 
 
-def frame_of(position: int, height: int = 40, width: int = 300) -> tuple[dict, dict]:
+def frame_of(position: int, height: int = 20, width: int = 150) -> tuple[dict, dict]:
     """Return a batch of one frame, of which one pixel more is decided wrongly than before it."""
     cube = torch.rand(1, height, width, 5)
     mask = torch.zeros(1, height, width, 1, dtype=torch.int32)
@@ -99,10 +99,10 @@ def test_the_worst_the_median_and_those_with_anomalies_are_kept():
     assert len(seen.pictures) <= 56
     picture = seen.pictures[0]
     assert picture.scores.shape == picture.decided.shape == picture.colours.shape[:2] == (17, 128)
-    assert seen.counts["logits"].counts.sum() == 101 * 40 * 300
+    assert seen.counts["logits"].counts.sum() == 101 * 20 * 150
     assert seen.counts["logits"].counts[:, 1].sum() == 50 * 4
     weights = sum(pixels.weights.sum() for pixels in seen.pixels)
-    assert weights == pytest.approx(101 * 40 * 300)
+    assert weights == pytest.approx(101 * 20 * 150)
     assert sum(len(pixels.weights) for pixels in seen.pixels) < 40_000
 
 
