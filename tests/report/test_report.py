@@ -13,12 +13,13 @@ import pytest
 from archives import edit
 from browser import look, needs_browser
 from settings import scaling_of
+from stores import s3_server
 
 from cuvis_dist.archive import open_archive
 from cuvis_dist.cli import main
 from cuvis_dist.evaluation.seen import Look
 from cuvis_dist.report import noting
-from cuvis_dist.report.kept import read_parts
+from cuvis_dist.report.kept import PARTS, read_parts
 from cuvis_dist.report.writing import report_on
 from cuvis_dist.runs.record import RunRecord
 from cuvis_dist.runs.trainrun import load_trainrun
@@ -226,6 +227,19 @@ def test_two_runs_beside_each_other(trained, initialized, tmp_path, capsys):
     assert "beside demo/results" in page.text
     assert "What differs in settings and versions" in page.text
     assert "This section could not be made" not in page.text
+
+
+def test_the_folder_may_be_at_a_uri(trained, tmp_path, monkeypatch, capsys):
+    with s3_server() as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        folder = OutputFolder(f"s3://bucket/{tmp_path.name}")
+        for name in ("run.json", *(f"report/{part}.state" for part in PARTS)):
+            folder.upload(trained / name, name)
+        assert main(["report", str(folder), "--data"]) == 0
+        assert capsys.readouterr().out == f"report   {folder}/report.html\n"
+        assert "Mean spectrum of data.cube" in folder.read("report.html").decode()
+        assert folder.read("report/spectrum.csv").startswith(b"wavelength in nm,mean,std,")
 
 
 def test_a_folder_without_a_run_is_told(tmp_path, capsys):
