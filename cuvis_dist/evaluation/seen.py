@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, adaptive_max_pool2d
+from torch.nn.functional import max_pool2d
 
 from cuvis_dist.archive import Frame
 from cuvis_dist.nodes.shown import Judged, PortOf
 
 #: Longest side of a picture, in pixels.
 _SIDE = 128
+#: RX scores are counted of one pixel in so many: their distribution is all that is shown.
+_EVERY = 8
 #: Pictures that the driver keeps: so many of the worst frames, as many of those with anomalies, and
 #: of others, among which the median is looked for.
 _WORST, _OTHERS = 4, 48
@@ -83,7 +85,7 @@ class Picture:
     uid, recording : str
         Which frame it is.
     colours : ndarray
-        ``[h, w, 3]`` float16, three of its bands, averaged.
+        ``[h, w, 3]`` float32, three of its bands, of one pixel of each cell.
     bands : tuple of int
         Which ones.
     scores, decided, annotated : ndarray or None
@@ -136,7 +138,8 @@ class Seen:
     annotated : bool
         Whether they have an annotation.
     counts : dict of str to Counts
-        Of ``scores`` and ``logits``: see :class:`~cuvis_dist.nodes.shown.Judged`.
+        Of ``scores``, of some pixels, and of ``logits``, of all: see
+        :class:`~cuvis_dist.nodes.shown.Judged`.
     wrong : list of float
         :attr:`Picture.wrong` of each frame.
     pictures : list of Picture
@@ -250,9 +253,10 @@ class Look:
                 marked = np.zeros(len(flat), bool)
                 if anomalous is not None and anomalous.numel() == len(flat):
                     marked = anomalous.numpy().reshape(-1)
-                counts[name] = Counts.of(flat, marked)
+                step = _EVERY if name == "scores" else 1
+                counts[name] = Counts.of(flat[::step], marked[::step])
         if anomalous is not None and decided is not None and anomalous.shape == decided.shape:
-            wrong = float((anomalous != decided).double().mean())
+            wrong = int((anomalous != decided).sum()) / anomalous.numel()
         else:
             wrong = float(shown.max()) if shown is not None else 0.0
         colours, bands = _colours(cube, wavelengths)
@@ -297,9 +301,9 @@ def _map(value: Any) -> Tensor | None:
     return value.detach() if value.ndim == 4 else value.detach()[..., None]
 
 
-def _size(height: int, width: int) -> tuple[int, int]:
-    shrink = max(1.0, max(height, width) / _SIDE)
-    return max(1, round(height / shrink)), max(1, round(width / shrink))
+def _step(height: int, width: int) -> int:
+    """Return how many pixels of a frame, along each side, are one of its picture."""
+    return -(-max(height, width) // _SIDE)
 
 
 def _colours(
@@ -308,9 +312,8 @@ def _colours(
     if cube is None:
         return None, ()
     bands = colour_bands(cube.shape[-1], wavelengths)
-    three = cube[..., list(bands)].float().permute(2, 0, 1)
-    small = adaptive_avg_pool2d(three[None], _size(*cube.shape[:2]))[0]
-    return small.permute(1, 2, 0).cpu().numpy(), bands
+    step = _step(*cube.shape[:2])
+    return cube[::step, ::step][..., list(bands)].float().cpu().numpy(), bands
 
 
 def colour_bands(channels: int, wavelengths: np.ndarray | None) -> tuple[int, int, int]:
@@ -327,5 +330,6 @@ def _largest(value: Tensor | None) -> np.ndarray | None:
     if value is None:
         return None
     plane = (value if value.ndim == 2 else value[..., 0]).float()
-    small = adaptive_max_pool2d(plane[None, None], _size(*plane.shape))[0, 0].cpu().numpy()
+    step = _step(*plane.shape)
+    small = max_pool2d(plane[None, None], step, ceil_mode=True)[0, 0].cpu().numpy()
     return small > 0 if value.dtype is torch.bool else small

@@ -113,9 +113,7 @@ def _distances(kept: Kept, split: str, found: Scored, runs: Sequence[Kept]) -> P
         f"Distribution of the squared distances on {split}{when}, beside that of χ² with {bands} "
         f"degrees of freedom{label(kept, runs)}. The median is {number(median)}, that of χ² about "
         f"{number(bands * (1 - 2 / (9 * bands)) ** 3)}.",
-        f"RX scores on {split}{when}"
-        + (", of a sample of its pixels" if trained else "")
-        + f"{label(kept, runs)}.",
+        f"RX scores on {split}{when}, of a sample of its pixels{label(kept, runs)}.",
         {"score": centres, "not annotated": density, "annotated": marked, "chi squared": expected},
     )
     with drawing(plot) as figure:

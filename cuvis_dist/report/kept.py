@@ -61,7 +61,7 @@ class Kept:
     @property
     def wavelengths(self) -> np.ndarray | None:
         """Those of its frames in nm, ``[C]``."""
-        for part in (self.measured, *self.seen.values()):
+        for part in (self.nodes, *self.seen.values()):
             if (found := part.get("wavelengths")) is not None:
                 return np.asarray(found, dtype=float)
         return None

@@ -5,7 +5,7 @@ Nothing of it may fail the run: what cannot be noted is a warning, and the repor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,6 +59,7 @@ class Notebook:
         self.seen: dict[str, Seen] = {}
         self._nodes: dict[str, Any] = {}
         self._before: Snapshot | None = None
+        self._wavelengths: Callable[[], Any] = lambda: None
         self._initialized = ""
 
     def begin(self) -> None:
@@ -87,10 +88,10 @@ class Notebook:
                     _describe(port, measurement.key, this_pass, outcome)
             content = {
                 "initialized": initialized,
-                "wavelengths": _flat(trainer.wavelengths()) if ports else None,
                 "ports": [port for port in ports.values() if port["values"]],
             }
             keep(self.output, "measured", content)
+            self._wavelengths = trainer.wavelengths
 
     def initialized(self, pipeline: CuvisPipeline, initialized: str, trains: bool) -> None:
         """Note what the nodes are after phase 1; keep a copy where training follows."""
@@ -105,6 +106,8 @@ class Notebook:
         with harmless("what the run ended with is not kept for the report"):
             if trained:
                 self._nodes["trained"] = [vars(each) for each in portraits(pipeline)]
+            if all(seen.wavelengths is None for seen in self.seen.values()):
+                self._nodes["wavelengths"] = _flat(self._wavelengths())  # reads a frame
             keep(self.output, "nodes", {"of": self._initialized, **self._nodes})
             bands = judged(pipeline).bands
             content = {split: _evaluated(seen, bands) for split, seen in self.seen.items()}

@@ -98,7 +98,7 @@ def test_the_worst_the_median_and_those_with_anomalies_are_kept():
     assert "a#50" in {picture.uid for picture in seen.pictures}
     assert len(seen.pictures) <= 56
     picture = seen.pictures[0]
-    assert picture.scores.shape == picture.decided.shape == picture.colours.shape[:2] == (17, 128)
+    assert picture.scores.shape == picture.decided.shape == picture.colours.shape[:2] == (10, 75)
     assert seen.counts["logits"].counts.sum() == 101 * 20 * 150
     assert seen.counts["logits"].counts[:, 1].sum() == 50 * 4
     weights = sum(pixels.weights.sum() for pixels in seen.pixels)

@@ -39,13 +39,14 @@ def kept(recordings: int = 1000, bands: int = 186, known: bool = True, **record)
          "values": {"mean": mean[:6], "covariance": cov[:6, :6], "eps": np.array(1e-6)}},
     ]  # fmt: skip
     wavelengths = np.linspace(400, 900, bands) if known else None
-    measured = {"ports": [port], "wavelengths": wavelengths}
+    measured = {"ports": [port]}
+    learnt = {"initialized": nodes, "wavelengths": wavelengths}
     diary = [{"hook": "epoch_start", "at": 0.0, "epoch": 1}]
     for epoch in range(1, 1001):
         values = {"train_loss": 1 / epoch, "val_loss": 2 / epoch, f"{LONG}/iou": 0.5}
         diary.append({"hook": "epoch_end", "at": float(epoch), "epoch": epoch, "metrics": values})
         diary.append({"hook": "epoch_start", "at": float(epoch), "epoch": epoch + 1})
-    return Kept("/out/a", RECORD | record, measured, {"initialized": nodes}, {}, diary)
+    return Kept("/out/a", RECORD | record, measured, learnt, {}, diary)
 
 
 def text_of(run: Kept) -> str:
