@@ -23,6 +23,7 @@ from cuvis_dist.execution.asked import trains_here
 from cuvis_dist.execution.session import has_room_for_both
 from cuvis_dist.execution.where import Work, work_on_splits
 from cuvis_dist.hashing import hash_settings
+from cuvis_dist.initialization.card import built
 from cuvis_dist.initialization.diagnosis import Finding
 from cuvis_dist.initialization.passes import PassRecord
 from cuvis_dist.initialization.plan import statistical_nodes
@@ -36,6 +37,7 @@ from cuvis_dist.plain import NotPlainError
 from cuvis_dist.report.noting import Notebook
 from cuvis_dist.report.writing import report_on
 from cuvis_dist.runs.dependences import TRAINING, depends_on
+from cuvis_dist.runs.initialized import save_phase_1
 from cuvis_dist.runs.job import Job, job
 from cuvis_dist.runs.record import RunRecord, save_pipeline
 from cuvis_dist.runs.resume import Resume
@@ -97,7 +99,7 @@ def run_trainrun(
         output_dir=str(trainrun.output),
         trainrun=str(trainrun.path),
         name=trainrun.config.name,
-        weights=str(trainrun.weights) if trainrun.weights else None,
+        initialization=trainrun.initialization,
         without=[*trainrun.without],
         scaling=scaling.model_dump(mode="json"),
     )
@@ -179,12 +181,7 @@ class _Phases:
     datamodule: pl.LightningDataModule
     job: Job[RunRecord]
     resume: Resume
-    notebook: Notebook
-
-    @property
-    def emit(self) -> EmitFn:
-        """Where events go."""
-        return self.notebook.emit
+    notes: Notebook
 
     @property
     def _record(self) -> RunRecord:
@@ -193,7 +190,7 @@ class _Phases:
     def run(self) -> None:
         trainrun, record = self.trainrun, self._record
         pipeline, trains = trainrun.pipeline, trainrun.config.training is not None
-        trainer: StatisticalTrainer | None = None
+        as_built = built(pipeline)
         with record.timed("start"):
             require_room_for_run(trainrun)
             for contents in self.resume.depends_on.files.values():
@@ -209,11 +206,9 @@ class _Phases:
             logger.info(f"phase 1 is left out: its result is that of {trainrun.weights}")
         elif statistical_nodes(pipeline):
             self._start_ranks_early(work)
-            trainer = self._initialize()
+            self._initialize()
         record.initialized = hash_state(pipeline.nodes())
-        if trainer is not None:
-            self.notebook.measured(trainer, record.initialized)
-        self.notebook.initialized(pipeline, record.initialized, trains)
+        self.notes.initialized(pipeline, record.initialized, trains)
         record.nodes = outline(pipeline, trainrun.loss_nodes)
 
         with record.timed("training" if trains else "evaluation"):
@@ -224,8 +219,12 @@ class _Phases:
             for split, outcome in result.evaluations.items()
             if outcome.metrics
         }
-        record.pipeline = str(save_pipeline(pipeline, trainrun.output, trainrun.result_name))
-        self.notebook.finished(pipeline, trains)
+        if trainrun.job == "init":
+            saved = save_phase_1(trainrun, as_built, self.resume.depends_on, record)
+        else:
+            saved = save_pipeline(pipeline, trainrun.output, trainrun.result_name)
+        record.pipeline = str(saved)
+        self.notes.finished(pipeline, trains)
         if failure := failed_split(result):
             raise DataError(f"the pipeline was saved to {record.pipeline}, but {failure}")
 
@@ -274,7 +273,7 @@ class _Phases:
                 f"{others[0]} begins with other random values, as training.seed says"
             )
 
-    def _initialize(self) -> StatisticalTrainer:
+    def _initialize(self) -> None:
         """Carry out phase 1, and keep its result for a run that goes on from there."""
         trainrun, record = self.trainrun, self._record
         fitted = statistical_nodes(trainrun.pipeline)
@@ -284,7 +283,7 @@ class _Phases:
             trainrun.pipeline,
             self.datamodule,
             metric_nodes=trainrun.metric_nodes or None,
-            emit=self.emit,
+            emit=self.notes.emit,
             scaling=self.job.scaling.replace(reading={"verify": False}),  # Resume has done so
             output_dir=trainrun.output_dir,
         )
@@ -297,11 +296,12 @@ class _Phases:
                     uid: reason for done in trainer.records for uid, reason in done.skipped.items()
                 }
             record.findings = trainer.diagnose()
+        self.notes.measured(trainer, hash_state(trainrun.pipeline.nodes()))
         try:
             states = before.write_all(nodes)
         except NotPlainError as error:
             logger.warning(f"phase 1 is carried out again if the run is interrupted: {error}")
-            return trainer
+            return
         unfitted = {n: v for n, v in hash_tensors(nodes).items() if begins.get(n) == v}
         self.resume.save_initialized(
             nodes=states,
@@ -311,12 +311,11 @@ class _Phases:
             skipped_frames=record.skipped_frames,
             findings=[asdict(each) for each in record.findings],
         )
-        return trainer
 
     def _post_fit(self) -> PostFitResult:
         """Calibrate and evaluate what phase 1 made."""
         pipeline, scaling = self.trainrun.pipeline, self.job.scaling
-        evaluator = Evaluator(pipeline, self.datamodule, scaling, self.emit, self.notebook.seen)
+        evaluator = Evaluator(pipeline, self.datamodule, scaling, self.notes.emit, self.notes.seen)
         return evaluator.post_fit(self.trainrun.metric_nodes or None)
 
     def _train(self) -> PostFitResult:
@@ -335,14 +334,14 @@ class _Phases:
             trainrun.metric_nodes,
             training,
             callbacks=[
-                PostFitCallback(emit=self.emit, metric_nodes=trainrun.metric_nodes or None),
+                PostFitCallback(emit=self.notes.emit, metric_nodes=trainrun.metric_nodes or None),
                 *create_callbacks_from_config(training.callbacks),
             ],
-            emit=self.emit,
+            emit=self.notes.emit,
             scaling=self.job.scaling,
             output_dir=trainrun.output_dir,
         )
-        trainer.seen = self.notebook.seen
+        trainer.seen = self.notes.seen
         trainer.fit(resume=True)  # what is there is this run's: see Resume
         self._record.epochs, self._record.nodes = trainer.epochs, trainer.nodes
         assert trainer.outcome is not None
