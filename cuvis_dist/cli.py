@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from cuvis_dist.commands import applying, previewing, running, stores, submitting
+from cuvis_dist.commands import applying, previewing, reporting, running, stores, submitting
 from cuvis_dist.commands.options import quiet_libraries
 from cuvis_dist.errors import INTERRUPTED, CuvisDistError, one_line
 from cuvis_dist.runs.lines import Lines
@@ -83,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     applying.add(commands)
     previewing.add(commands)
     stores.add(commands)
+    reporting.add(commands)
     running.add_demo(commands)
     submitting.add(commands, lambda argv: _parser().parse_args(argv))
     return parser

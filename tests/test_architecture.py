@@ -19,6 +19,7 @@ ORDER = [
     {"cli"},
     {"commands"},
     {"runs"},
+    {"report"},
     {"initialization"},
     {"training"},
     {"evaluation"},

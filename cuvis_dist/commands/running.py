@@ -142,6 +142,8 @@ def _run_and_print(
     print(f"record   {record.output.at(record.file)}")
     for finding in record.findings:
         print(f"warning: {finding}")
+    if record.report:
+        print(f"report   {record.report}")
     return record
 
 
