@@ -1,0 +1,208 @@
+"""What is the likely cause, in words, of how a group stands out?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cuvis_dist.audit import models
+from cuvis_dist.audit.bands import exchanged, saturated_shares
+from cuvis_dist.audit.compared import Cause, Compared
+from cuvis_dist.audit.features import OUTSIDE, Features
+from cuvis_dist.audit.groups import Group
+from cuvis_dist.statistics.spread import LEAST_OTHERS
+
+#: The weight of what is wrong whatever the others are like, in units of the limit.
+_FACT = 10.0
+#: A model that explains less of what is unusual is no explanation.
+_EXPLAINS = 0.5
+#: With too few others, exchanged bands are named where pixels are so much farther off than usual.
+_PLAIN = 5.0
+#: Below this part of the usual brightness a recording is called dark.
+_DARK = 0.2
+#: Bands that one message lists.
+_LISTED = 5
+
+
+def facts_of(
+    group: Group, constant: np.ndarray, full: np.ndarray, wavelengths: np.ndarray | None
+) -> list[Cause]:
+    """Return what is wrong with single bands, given which are constant and which saturated."""
+    causes = []
+    if constant.any():
+        still = np.flatnonzero(constant)
+        words = f"{named(still, wavelengths)} constant"
+        if constant.all() or (group.variance == 0).all():
+            words = "all bands constant"
+        causes.append(Cause("constant", words, _FACT * (1 + len(still) / len(constant))))
+    if full.any():
+        bands = np.flatnonzero(full)
+        share = float(saturated_shares(group)[bands].max())
+        top = float((group.maximum if group.maximum is not None else group.pixels.max(axis=0))[
+            bands
+        ].max())
+        words = f"{named(bands, wavelengths)} saturated: up to {share:.0%} of pixels at {top:g}"
+        causes.append(Cause("saturated", words, _FACT))
+    return causes
+
+
+def named(bands: Sequence[int] | np.ndarray, wavelengths: np.ndarray | None) -> str:
+    """Return ``band 3 (462 nm)``, ``bands 3 and 5``, or the range of many."""
+
+    def one(band: int) -> str:
+        return f"{band}" + (f" ({float(wavelengths[band]):g} nm)" if wavelengths is not None else "")
+
+    listed = [int(band) for band in bands]
+    if len(listed) == 1:
+        return f"band {one(listed[0])}"
+    if len(listed) <= _LISTED:
+        return f"bands {', '.join(map(one, listed[:-1]))} and {one(listed[-1])}"
+    if listed == list(range(listed[0], listed[-1] + 1)):
+        return f"bands {one(listed[0])} to {one(listed[-1])}"
+    return f"{len(listed)} bands from {one(listed[0])} to {one(listed[-1])}"
+
+
+def causes_of(
+    compared: Compared,
+    away: dict[str, float],
+    others: int,
+    usual_trace: float,
+    wavelengths: np.ndarray | None,
+) -> list[Cause]:
+    """Return likely causes of what is unusual about a group, besides what is known of it.
+
+    Parameters
+    ----------
+    compared : Compared
+        The group beside the others.
+    away : dict of str to float
+        By name of the measure: how far it is off, in units of the limit.
+    others : int
+        How many usual groups it was compared with.
+    usual_trace : float
+        Their mean square of whitened pixels.
+    wavelengths : ndarray or None
+        ``[C]`` in nm.
+    """
+    features, reference, group = compared.features, compared.reference, compared.group
+    if features is None or reference is None:
+        return []
+    largest = max(away.values())
+    few = others < LEAST_OTHERS
+    if largest > 1 or (few and features.trace > _PLAIN * max(1.0, usual_trace)):
+        block = np.ix_(reference.bands, reference.bands)
+        _, pair, shift = exchanged(
+            group.covariance[block], group.mean[reference.bands], reference, max(1.0, usual_trace)
+        )
+        weight = largest if largest > 1 else _FACT
+        if pair:
+            both = reference.bands[list(pair)]
+            return [Cause("swapped", f"{named(both, wavelengths)} swapped", weight)]
+        if shift:
+            words = f"spectrum shifted by {abs(shift)} band{'s' * (abs(shift) > 1)} "
+            words += "towards the last" if shift > 0 else "towards the first"
+            return [Cause("spectral shift", words, weight)]
+    if largest <= 1:
+        return []
+    return [_likeliest(compared, features, away, largest, wavelengths)]
+
+
+def _likeliest(
+    compared: Compared,
+    features: Features,
+    away: dict[str, float],
+    largest: float,
+    wavelengths: np.ndarray | None,
+) -> Cause:
+    assert compared.reference is not None
+    fit = models.fit(features, compared.atoms)
+    band, by, of_band = models.shifted_band(features)
+    place = named(compared.reference.bands[[band]], wavelengths)
+    foreign = _foreign(features, away)
+    in_mean = max(away[name] for name in ("gain", "offset", "slope", "mean", "level"))
+    if foreign is not None and (in_mean <= 1 or foreign >= max(_EXPLAINS, fit.explained - 0.1)):
+        share = features.outside - OUTSIDE
+        return Cause("foreign", f"{_percent(share)} foreign pixels", largest)
+    if away["noise"] > 1 and (in_mean <= 1 or max(fit.explained, of_band) < _EXPLAINS):
+        return _noisy(compared, features, largest, wavelengths)
+    if in_mean > 1:
+        if of_band > max(_EXPLAINS, fit.explained + 0.05):
+            return Cause("band", f"{place} shifted by {by:+.4g}", largest)
+        if fit.explained > _EXPLAINS:
+            return Cause("+".join(fit.values), _words(compared, fit), largest)
+    varying = _varying(compared, features)
+    if varying:
+        return Cause("varying", varying, largest)
+    if in_mean > 1:
+        words = (
+            f"another mean spectrum, {np.sqrt((features.mean**2).mean()):.2g} times the usual "
+            "spread: other content, or a fault of no simple form"
+        )
+        return Cause("mean", words, largest)
+    return Cause("covariance", "other correlations between bands: other content?", largest)
+
+
+def _foreign(features: Features, away: dict[str, float]) -> float | None:
+    """Return what foreign pixels explain of the mean's deviation; None if there are none."""
+    if away["foreign"] <= 1 or features.cleaned is None or not 0.5 < features.bulk < 2:
+        return None
+    before, after = models.stacked(features), models.stacked(features, features.cleaned)
+    return float(1 - after @ after / max(float(before @ before), 1e-300))
+
+
+def _noisy(
+    compared: Compared, features: Features, largest: float, wavelengths: np.ndarray | None
+) -> Cause:
+    assert compared.reference is not None
+    worst = np.abs(features.bands_noise)
+    bands = np.flatnonzero(worst > max(worst.max() / 2, 1))
+    where = named(compared.reference.bands[bands], wavelengths)
+    left = features.noise - features.level - features.tilt * compared.axis
+    times = float(np.exp(left[int(worst.argmax())]))
+    what = "noisy" if times > 1 else "with little noise"
+    return Cause("noisy", f"{where} {what}: {times:.2g} times the usual noise", largest)
+
+
+def _words(compared: Compared, fit: models.Fit) -> str:
+    """Return what a model's parameters mean; the last band is where the slope ends."""
+    assert compared.reference is not None
+    parts = []
+    values = fit.values
+    usual = float(compared.reference.mean.mean())
+    here = float(compared.group.mean[compared.reference.bands].mean())
+    if usual > 0 and here < _DARK * usual:
+        return f"dark: {_percent(here / usual)} of the usual brightness"
+    if "slope" in values:
+        middle = 1 + values.get("gain", 0.0)
+        ends = [middle + sign * values["slope"] for sign in (-1, 1)]
+        parts.append(
+            f"slope over the wavelengths, from gain {ends[0]:.3f} to {ends[1]:.3f}: another lamp"
+        )
+    elif "gain" in values:
+        parts.append(f"gain {1 + values['gain']:.3g} over all bands")
+    if "offset" in values:
+        parts.append(f"offset {values['offset']:+.3g} over all bands")
+    if "noise" in values:
+        parts.append(f"noise {1 + values['noise']:.3g} times the usual in all bands")
+    return ", ".join(parts)
+
+
+def _varying(compared: Compared, features: Features) -> str:
+    """Say so if the pixels spread along the direction of a gain or an offset."""
+    assert compared.reference is not None
+    reference, largest = compared.reference, float(features.relative[-1])
+    ways = {
+        "an offset": reference.whitened(np.ones(len(reference.mean))),
+        "a gain": reference.whitened(reference.mean),
+    }
+    for name, way in ways.items():
+        length = float(np.linalg.norm(way))
+        if length and (features.direction @ way / length) ** 2 > 0.8 and largest > 2:
+            by = np.sqrt(largest - 1) / length
+            return f"{name} that varies from pixel to pixel by {by:.3g}: stripes, or single frames"
+    return ""
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %"
