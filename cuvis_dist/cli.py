@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from cuvis_dist.errors import INTERRUPTED, CuvisDistError, InputError, one_line
 from cuvis_dist.runs.lines import Lines
+from cuvis_dist.runs.stores import add_store_commands
 from cuvis_dist.stopping import stoppable
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ _SHORT = {
     "train_workers": "resources.train_workers",
     "train_gpus": "resources.train_gpus",
     "fold": "measuring.fold",
+    "store": "measuring.store",
     "verify": "reading.verify",
 }
 
@@ -72,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _what(arguments: argparse.Namespace, argv: Sequence[str]) -> str:
     """Return the command and the files that it is about."""
     files = (getattr(arguments, name, None) for name in ("pipeline", "trainrun"))
-    return shlex.join([argv[0], *(str(file) for file in files if file)])
+    words = argv[:2] if argv[0] == "store" else argv[:1]
+    return shlex.join([*words, *(str(file) for file in files if file)])
 
 
 def _in_ray() -> bool:
@@ -162,6 +165,31 @@ def _parser() -> argparse.ArgumentParser:
         help="try each pass on a few frames to estimate its time",
     )
     plan.set_defaults(command=_plan)
+
+    for command in (run, init, plan):
+        _add_store(command)
+        command.add_argument(
+            "--without",
+            action="append",
+            default=[],
+            metavar="RECORDING",
+            help="leave a recording out of the train split: its name, or a glob; repeatable",
+        )
+
+    measure = commands.add_parser(
+        "measure", help="measure the frames of a split that a store lacks; fit nothing"
+    )
+    add_trainrun_options(measure)
+    measure.add_argument(
+        "--split",
+        choices=("train", "predict"),
+        default="train",
+        help="default: train; predict: all frames",
+    )
+    add_scaling_options(measure)
+    _add_store(measure)
+    measure.set_defaults(command=_measure, dry_run=False)
+    add_store_commands(commands)
 
     demo = commands.add_parser(
         "demo", help="generate a labelled archive and run the two-phase example on it"
@@ -280,6 +308,14 @@ def add_scaling_options(parser: argparse.ArgumentParser) -> None:
         _add_verbose(parser)
 
 
+def _add_store(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--store",
+        metavar="S",
+        help="folder or URI: take from there what was measured of each frame, and add to it",
+    )
+
+
 def _add_restart(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--restart",
@@ -347,7 +383,8 @@ def _trainrun(
     if not arguments.verbose:
         _quiet_libraries()
     lines.wait("building the pipeline")
-    trainrun = build_trainrun(configuration, arguments.plugins_dir)
+    without = getattr(arguments, "without", ())
+    trainrun = build_trainrun(configuration, arguments.plugins_dir, without)
     lines.wait("setting up the data")
     return trainrun
 
@@ -355,7 +392,7 @@ def _trainrun(
 def _scaling(arguments: argparse.Namespace) -> Scaling:
     from cuvis_dist.scaling import Scaling
 
-    options = {setting: getattr(arguments, option) for option, setting in _SHORT.items()}
+    options = {setting: getattr(arguments, option, None) for option, setting in _SHORT.items()}
     given = {setting: value for setting, value in options.items() if value is not None}
     return Scaling.load(arguments.scaling, arguments.settings, given)
 
@@ -392,6 +429,24 @@ def _train(arguments: argparse.Namespace, lines: Lines) -> int:
     if arguments.dry_run:
         return _dry_run(trainrun, scaling, lines)
     _run_and_print(arguments, trainrun, scaling, lines)
+    return 0
+
+
+def _measure(arguments: argparse.Namespace, lines: Lines) -> int:
+    scaling = _scaling(arguments)
+    if scaling.measuring.store is None:
+        raise InputError("measure fills a store: name it, as in --store FOLDER")
+    trainrun = _trainrun(arguments, lines, scaling)
+    from cuvis_dist.runs.measure import measure
+    from cuvis_dist.runs.progress import ProgressLines
+
+    record = measure(
+        trainrun, arguments.split, scaling, ProgressLines(lines).measured, arguments.verbose
+    )
+    lines.settle()
+    for reason in (record.skipped or {}).values():
+        print(f"skipped  {reason}")
+    print(f"{record.from_store:,} of {record.frames:,} frames from the store, {record.read:,} read")
     return 0
 
 
@@ -478,6 +533,10 @@ def _run_and_print(
     for split, metrics in record.metrics.items():
         for name, value in metrics.items():
             print(f"{split:5} {name} {value:.4f}")
+    for done in record.passes:
+        if done.from_store is not None:
+            read = done.frames - done.from_store
+            print(f"store    {done.from_store:,} of {done.frames:,} frames, {read:,} read")
     for line in record.sampled():
         print(f"sampled  {line}")
     print(f"pipeline {record.pipeline}")
@@ -557,7 +616,10 @@ def _print_plan(
     print(f"{frames} frames in {plan.shards} shards, {frame / 1e6:.1f} MB a frame")
     for number, cost in enumerate(plan.costs, 1):
         memory = f"{cost.worker_bytes / 1e9:.2f} GB per worker"
-        print(f"pass {number}: reads {frame * frames / 1e9:.3g} GB, {memory}, {cost.step}")
+        read = frames - cost.from_store
+        print(f"pass {number}: reads {frame * read / 1e9:.3g} GB, {memory}, {cost.step}")
+        if cost.from_store:
+            print(f"  {cost.from_store:,} of {frames:,} frames from the store, {read:,} to read")
         for fit in cost.step.fits:
             again = f" (read again: {fit.again})" if fit.again else ""
             print(f"  {fit.node.name}: {fit}{again}")

@@ -118,6 +118,11 @@ class Measuring(_Settings):
     """Which pixels count: ``all``; ``unlabelled``, without those that the annotation marks as
     anomalies; ``finite``, without those that have a value that is not finite."""
 
+    store: str | None = None
+    """Folder or URI of a store: what the first pass measures of each frame is taken from there, and
+    added where it is missing. Changes no result. The same store serves any number of trainruns,
+    and several runs at the same time."""
+
     sample_frames: int | None = Field(default=None, ge=1)
     """Measure at most so many frames of the train split, drawn by a hash of their uid."""
 

@@ -23,6 +23,7 @@ ORDER = [
     {"evaluation"},
     {"scoring"},
     {"execution"},
+    {"store"},
     {"archive"},
     {"staging"},
     {"storage"},

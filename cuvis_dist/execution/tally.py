@@ -73,11 +73,15 @@ class Tally:
         return self.frames + self.left_out
 
     def close(self) -> None:
-        """Raise DataError unless every frame of the archive was measured or skipped."""
+        """Raise DataError unless every frame was measured or skipped, and one measured."""
+        self.require_all()
+        if not self.frames:
+            raise DataError(f"none of {self.listed} frames could be used")
+
+    def require_all(self) -> None:
+        """Raise DataError unless every frame was measured or skipped."""
         if self.done != self.listed:
             raise DataError(
                 f"the archive lists {self.listed} frames, but {self.frames} were measured "
                 f"and {self.left_out} skipped"
             )
-        if not self.frames:
-            raise DataError(f"none of {self.listed} frames could be used")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import pytorch_lightning as pl
@@ -43,6 +43,8 @@ FRAME_SECONDS = 0.02
 WEIGHTS_PER_SECOND = 2.5e7
 #: Frames that are tried to find out how large one is.
 _TRIED = 3
+#: So few frames are not worth that.
+_FEW = 4
 
 
 @dataclass(frozen=True)
@@ -90,13 +92,21 @@ def _short(value: float) -> str:
     return f"{float(f'{value:.2g}'):g}"
 
 
-def work_on(archive: Archive, pipeline: CuvisPipeline, times: int = 1) -> Work:
-    """Return the work of computing an archive a few times; reads the first frame that can be.
+def work_on(archive: Archive, pipeline: CuvisPipeline, frames: int | None = None) -> Work:
+    """Return the work of computing frames of an archive; reads the first one that can be read.
 
-    Where none of the first can be read, a frame counts as large.
+    A frame counts as large where none of the first can be read, or so few are to be read that it
+    makes no difference.
+
+    Parameters
+    ----------
+    frames : int, optional
+        How many are to be read, each as often as it is read; by default each once.
     """
-    frames = len(archive) * times
+    frames = len(archive) if frames is None else frames
     weights = sum(p.numel() for node in pipeline.nodes() for p in node.parameters())
+    if frames <= _FEW:
+        return Work(frames, int(VALUES_PER_SECOND) if frames else 0, weights)
     for index in range(min(_TRIED, len(archive))):
         try:
             with isolate_rng(include_cuda=False):
@@ -109,10 +119,16 @@ def work_on(archive: Archive, pipeline: CuvisPipeline, times: int = 1) -> Work:
 
 
 def work_on_splits(
-    datamodule: pl.LightningDataModule, pipeline: CuvisPipeline, times: Mapping[str, int]
+    datamodule: pl.LightningDataModule,
+    pipeline: CuvisPipeline,
+    times: Mapping[str, int],
+    frames: int = 0,
 ) -> Work:
-    """Return the work of computing these splits so often each, if the data module serves them."""
-    frames, first = 0, None
+    """Return the work of computing these splits so often each, if the data module serves them.
+
+    ``frames`` are to be read besides.
+    """
+    first = None
     with isolate_rng(include_cuda=False):
         for split in times:
             try:
@@ -121,7 +137,7 @@ def work_on_splits(
                 continue
             frames += times[split] * len(archive)
             first = first or archive
-    return replace(work_on(first, pipeline), frames=frames) if first else Work(0, 0)
+    return work_on(first, pipeline, frames) if first else Work(0, 0)
 
 
 @dataclass(frozen=True)

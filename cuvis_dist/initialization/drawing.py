@@ -7,7 +7,7 @@ as wavelengths, is kept beside them where a later node wants it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from cuvis_dist.errors import DataError, one_line
 from cuvis_dist.initialization.measuring import annotated
 from cuvis_dist.initialization.plan import Pass
 from cuvis_dist.nodes.upstream import edges_into, nodes_before, run_nodes
-from cuvis_dist.scaling import Scaling
+from cuvis_dist.scaling import Measuring
 from cuvis_dist.statistics.drawn import Drawn, draw, expected_per_frame
 from cuvis_dist.statistics.statistic import as_array
 
@@ -75,21 +75,26 @@ class Drawing:
     ----------
     pipeline : CuvisPipeline
         As far as it is fitted when the pass begins.
-    this_pass : Pass
-        A pass with later levels.
-    scaling : Scaling
-        How many pixels are kept, and which count.
-    frames : int
-        How many frames the archive has.
+    names : sequence of str
+        What is kept of each pixel: those of a :class:`Frontier`, or of :func:`kept_at`.
+    measuring : Measuring
+        Which pixels count.
+    expected : float
+        How many pixels are kept of a frame, on average.
     """
 
     def __init__(
-        self, pipeline: CuvisPipeline, this_pass: Pass, scaling: Scaling, frames: int
+        self,
+        pipeline: CuvisPipeline,
+        names: Sequence[str],
+        measuring: Measuring,
+        expected: float,
     ) -> None:
-        frontier, measuring = Frontier(pipeline, this_pass), scaling.measuring
-        self.nodes, self.names = {node.name for node in frontier.known}, frontier.names
-        self.seed, self.pixels = measuring.sample_seed, measuring.pixels
-        self.expected = expected_per_frame(measuring.sample_pixels, frames)
+        named = {name.rpartition(_PORT)[0] for name in names}
+        known = [node for node in pipeline.nodes() if node.name in named]
+        self.nodes = {node.name for node in (*known, *nodes_before(pipeline, known))}
+        self.names, self.seed = [*names], measuring.sample_seed
+        self.pixels, self.expected = measuring.pixels, expected
 
     def frame(
         self, pipeline: CuvisPipeline, batch: dict[str, Any], frame: Frame, position: int
@@ -154,8 +159,35 @@ class Drawing:
         return {name: every[name] for name in self.names if name in every}
 
 
+def drawing_for(
+    pipeline: CuvisPipeline, this_pass: Pass, measuring: Measuring, frames: int
+) -> Drawing | None:
+    """Return what keeps pixels for the later levels of a pass; None where it has none.
+
+    Parameters
+    ----------
+    frames : int
+        How many frames the archive has.
+    """
+    if not this_pass.later:
+        return None
+    expected = expected_per_frame(measuring.sample_pixels, frames)
+    return Drawing(pipeline, Frontier(pipeline, this_pass).names, measuring, expected)
+
+
+def kept_at(node: str, port: str) -> str:
+    """Return the name of the kept value of a node's output; of the batch's without a node."""
+    return f"{node}{_PORT}{port}"
+
+
+def port_of(name: str) -> tuple[str, str]:
+    """Return the node and output of a kept value's name; the batch's have no node."""
+    node, _, port = name.rpartition(_PORT)
+    return node, port
+
+
 def given(kept: dict[str, Any]) -> tuple[dict[tuple[str, str], Any], dict[str, Any]]:
     """Return kept values as the outputs of nodes and as a batch."""
-    parts = {tuple(name.rsplit(_PORT, 1)): value for name, value in kept.items()}
+    parts = {port_of(name): value for name, value in kept.items()}
     outputs = {(node, port): value for (node, port), value in parts.items() if node}
     return outputs, {port: value for (node, port), value in parts.items() if not node}

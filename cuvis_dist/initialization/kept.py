@@ -58,7 +58,7 @@ def renew(output: OutputFolder, contents: Contents) -> None:
     output.write(_FILES, write_contents({"train": contents.with_checksums_of(earlier)}))
 
 
-class StoredPass:
+class KeptPass:
     """The file of one pass, read when it is opened. It holds plain values and no code.
 
     Parameters
@@ -189,7 +189,7 @@ def identify(pipeline: CuvisPipeline, archive: Archive, this_pass: Pass, scaling
     return hash_settings(
         {
             "pass": str(this_pass),
-            "settings": scaling.measuring.model_dump(mode="json"),
+            "settings": scaling.measuring.model_dump(mode="json", exclude={"store"}),
             "frames": [frame.uid for frame in archive.frames],
             "batches": archive.batch_size if this_pass.streamed is not None else None,
             "nodes": [

@@ -10,7 +10,7 @@ import torch
 
 from cuvis_dist.execution.spread import Row
 from cuvis_dist.execution.tally import Tally
-from cuvis_dist.initialization.kept import StoredPass
+from cuvis_dist.initialization.kept import KeptPass
 from cuvis_dist.initialization.measuring import Partial
 from cuvis_dist.initialization.shards import Measurement
 from cuvis_dist.statistics import Drawn, MergeTree, Statistic, from_bytes
@@ -100,7 +100,7 @@ class Measured:
         drawn = [self._drawn[ordinal] for ordinal in sorted(self._drawn)]
         return Outcome(self.tree.root().statistics, self.probes, None if self._lacking else drawn)
 
-    def state(self, stored: StoredPass) -> dict[str, Any]:
+    def state(self, stored: KeptPass) -> dict[str, Any]:
         """Return all of it as plain values, but for kept pixels that are in files of their own.
 
         These are written once, as soon as there are enough of them for a file.
@@ -123,7 +123,7 @@ class Measured:
             "seconds": self.seconds,
         }
 
-    def take(self, state: dict[str, Any], stored: StoredPass) -> Measured:
+    def take(self, state: dict[str, Any], stored: KeptPass) -> Measured:
         """Go on from what :meth:`state` returned in another process; return this one."""
         in_files = {
             i: part for content in stored.appended(state["files"]) for i, part in content.items()

@@ -23,8 +23,8 @@ from cuvis_dist.execution.pool import Workers
 from cuvis_dist.execution.spread import Row, spread
 from cuvis_dist.execution.tally import Tally
 from cuvis_dist.execution.where import engine_for
-from cuvis_dist.initialization.drawing import Drawing
-from cuvis_dist.initialization.kept import StoredPass
+from cuvis_dist.initialization.drawing import drawing_for
+from cuvis_dist.initialization.kept import KeptPass
 from cuvis_dist.initialization.measured import Measured, Outcome
 from cuvis_dist.initialization.plan import Fit, Pass
 from cuvis_dist.initialization.shards import MeasureShard
@@ -62,6 +62,9 @@ class PassRecord:
         Ordinals of the shards that were run again, since a worker or node was lost (with the
         others of the same task, where shards are read from one staged file) or the node could not
         read the recording.
+    from_store : int or None
+        How many of the frames were not read, since a store had what was measured of them; None
+        where the pass used no store.
     """
 
     nodes: dict[str, dict[str, Any]]
@@ -74,6 +77,7 @@ class PassRecord:
     restored_shards: int = 0
     restored_frames: int = 0
     repeated: list[int] = field(default_factory=list)
+    from_store: int | None = None
 
 
 def measure_pass(
@@ -82,7 +86,7 @@ def measure_pass(
     this_pass: Pass,
     scaling: Scaling,
     on_shard: OnShard,
-    stored: StoredPass | None = None,
+    stored: KeptPass | None = None,
 ) -> tuple[PassRecord, list[Fit], Outcome]:
     """Carry out the measurements of ``this_pass`` over the archive and freeze its nodes.
 
@@ -90,7 +94,7 @@ def measure_pass(
 
     Parameters
     ----------
-    stored : StoredPass, optional
+    stored : KeptPass, optional
         Where to keep what is measured; what an earlier run left there is not measured again.
 
     Returns
@@ -151,7 +155,7 @@ def _rows(
         engine_for(Workers.measuring(scaling)) as engine,
     ):
         order = engine.make_order(pipeline, archive, scaling.measuring.on_error == "skip")
-        drawing = Drawing(pipeline, this_pass, scaling, len(archive)) if this_pass.later else None
+        drawing = drawing_for(pipeline, this_pass, scaling.measuring, len(archive))
         measure = MeasureShard(order, this_pass.by_key(), scaling, drawing)
         yield from spread(shards, measure, engine)
 
@@ -161,7 +165,7 @@ def _merge(
     measured: Measured,
     measurements: Iterable[str],
     on_shard: OnShard,
-    stored: StoredPass | None,
+    stored: KeptPass | None,
 ) -> None:
     """Add rows to ``measured``, which is kept however this ends."""
     started = time.perf_counter() - measured.seconds

@@ -16,10 +16,10 @@ from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from torch import Tensor
 
-from cuvis_dist.archive import Archive, batch_bytes, open_archive
+from cuvis_dist.archive import Archive, Contents, batch_bytes, open_archive
 from cuvis_dist.errors import CuvisDistError, DataError, one_line
 from cuvis_dist.execution.worker import peak_bytes, prepare_worker
-from cuvis_dist.initialization.drawing import Drawing
+from cuvis_dist.initialization.drawing import drawing_for
 from cuvis_dist.initialization.levels import planned
 from cuvis_dist.initialization.measured import Outcome
 from cuvis_dist.initialization.measuring import Measurer, Partial, compute_inputs
@@ -27,6 +27,7 @@ from cuvis_dist.initialization.passes import freeze_fits
 from cuvis_dist.initialization.plan import Pass, measured_directly, share
 from cuvis_dist.initialization.sampling import fit_later
 from cuvis_dist.initialization.shards import together
+from cuvis_dist.initialization.stored import readings
 from cuvis_dist.nodes.upstream import nodes_before
 from cuvis_dist.scaling import Scaling
 
@@ -50,12 +51,15 @@ class Cost:
         To read and measure one frame on one worker (median), if it was tried.
     exact : dict of str to bool
         Which measurements are free of rounding, as far as that was looked at.
+    from_store : int
+        How many frames are not read, since a store has what is measured of them.
     """
 
     step: Pass
     worker_bytes: int
     seconds: float | None = None
     exact: dict[str, bool] = field(default_factory=dict)
+    from_store: int = 0
 
     @property
     def rounding(self) -> str:
@@ -150,15 +154,17 @@ def preview(
         finally:
             torch.set_num_threads(threads)
     else:
-        plan = planned(pipeline, scaling.measuring)
         sizes = frame_bytes, archive.batch_size
+        stored = scaling.measuring.store is not None
+        contents = Contents.of(archive.frames) if stored else Contents({})
         costs = [
             Cost(
                 step,
                 _worker_bytes(pipeline, step, *sizes),
                 exact=_exact_at_first(pipeline, archive, step, scaling, first),
+                from_store=len(archive) - read if stored else 0,
             )
-            for step in plan
+            for step, read in readings(pipeline, datamodule, archive, contents, scaling.measuring)
         ]
     workers = scaling.resources.workers or max(
         1, int((os.cpu_count() or 1) / scaling.resources.cpus_per_worker)
@@ -210,7 +216,7 @@ def _tried(pipeline: CuvisPipeline, archive: Archive, scaling: Scaling) -> list[
             costs.append(_try_streaming(pipeline, few, step, step.streamed))
             continue
         measurer = Measurer(pipeline, step.by_key(), scaling.measuring.pixels)
-        drawing = Drawing(pipeline, step, scaling, len(archive)) if step.later else None
+        drawing = drawing_for(pipeline, step, scaling.measuring, len(archive))
         partial, probes = Partial({}, ""), dict[str, Tensor]()
         seconds, drawn = [], []
         for position, frame in enumerate(few.frames):

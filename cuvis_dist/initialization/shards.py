@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cuvis_ai_core.node.node import Node
@@ -80,13 +80,21 @@ class MeasureShard:
     ) -> None:
         self.order, self.measurements, self.drawing = order, measurements, drawing
         self.pixels = scaling.measuring.pixels
-        # The probes of the first shard with a frame are used; so many can be without one.
-        self.probed = scaling.measuring.max_skipped if order.skip else 0
+        self.max_skipped = scaling.measuring.max_skipped
 
     def __call__(self, shard: Shard) -> list[Row]:
         """Return the row of ``shard``."""
-        archive, pipeline = self.order.open()
+        # The probes of the first shard with a frame are used; so many can be without one.
+        probed = shard.ordinal <= (self.max_skipped if self.order.skip else 0)
         ranks = _smallest_ranks(self.order.pipeline)
+        return [self._measured(shard, ranks, probed, first=not shard.ordinal)]
+
+    def _measured(self, shard: Shard, ranks: dict[str, Tensor], probed: bool, first: bool) -> Row:
+        """Return the row of ``shard``, with probes or without.
+
+        The ``first`` shard of an archive shows whether nodes change with every frame.
+        """
+        archive, pipeline = self.order.open()
         measurer = Measurer(pipeline, self.measurements, self.pixels, ranks)
         watch = StateWatch(nodes_before(pipeline, measurer.targets))
         merged, probes = Partial({}, ""), dict[str, Tensor]()
@@ -106,16 +114,34 @@ class MeasureShard:
                 self.order.leave_out(error)
                 skipped.append((frame.uid, str(error)))
                 continue
-            first = not shard.ordinal and not frames
-            _require_steady(pipeline, measurer.targets, watch, batch, first)
+            _require_steady(pipeline, measurer.targets, watch, batch, first and not frames)
             frames, size, probes = frames + 1, size + batch_bytes(batch), probes or few
         payload = Measurement(
             merged.first_frame,
             [statistic.to_bytes() for statistic in merged.statistics.values()],
-            probes if shard.ordinal <= self.probed else {},
+            probes if probed else {},
             together(drawn),
         )
-        return [Row(shard.ordinal, payload, frames, size, tuple(skipped))]
+        return Row(shard.ordinal, payload, frames, size, tuple(skipped))
+
+
+class MeasureFrames(MeasureShard):
+    """Measures the frames of a shard one by one: a row for each, with a :class:`Measurement`.
+
+    The first of them keeps probes. Each has the whole sample of its pixels that a measurement asks
+    for, whichever pixels other frames have. The payload is the frame's position in the archive,
+    and the measurement.
+    """
+
+    def __call__(self, shard: Shard) -> list[Row]:
+        """Return the rows of ``shard``."""
+        rows = []
+        for index in range(shard.start, shard.stop):
+            begins = index == shard.start
+            alone = Shard(shard.ordinal, index, index + 1, shard.staged)
+            row = self._measured(alone, {}, begins, first=begins and not shard.ordinal)
+            rows.append(replace(row, payload=(index, row.payload)))
+        return rows
 
 
 def together(drawn: list[Drawn | None]) -> Drawn | None:

@@ -27,7 +27,7 @@ from cuvis_dist.execution.pool import Workers
 from cuvis_dist.execution.spread import Engine, spread
 from cuvis_dist.execution.tally import Tally
 from cuvis_dist.execution.where import engine_for, in_one_process
-from cuvis_dist.initialization.kept import StoredPass
+from cuvis_dist.initialization.kept import KeptPass
 from cuvis_dist.initialization.measuring import compute_inputs
 from cuvis_dist.initialization.passes import PassRecord
 from cuvis_dist.initialization.plan import Pass
@@ -83,13 +83,13 @@ def stream_pass(
     this_pass: Pass,
     scaling: Scaling,
     emit: EmitFn,
-    stored: StoredPass | None = None,
+    stored: KeptPass | None = None,
 ) -> PassRecord:
     """Fit the streamed node of a pass on its inputs for every frame of the archive.
 
     Parameters
     ----------
-    stored : StoredPass, optional
+    stored : KeptPass, optional
         Where to keep the fitted node; one that an earlier run left there is not fitted again.
 
     Raises

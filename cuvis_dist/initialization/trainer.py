@@ -22,17 +22,20 @@ from loguru import logger
 from cuvis_dist.archive import Archive, Contents, frame_cache, open_archive
 from cuvis_dist.errors import DataError
 from cuvis_dist.evaluation.steps import Evaluator
-from cuvis_dist.execution.where import begin, settled, work_on
+from cuvis_dist.execution.where import Work, begin, settled, work_on
 from cuvis_dist.initialization.diagnosis import Finding, diagnose
-from cuvis_dist.initialization.kept import StoredPass, identify, renew
+from cuvis_dist.initialization.from_store import Filler, measure_stored
+from cuvis_dist.initialization.kept import KeptPass, identify, renew
 from cuvis_dist.initialization.levels import planned
 from cuvis_dist.initialization.passes import PassRecord, measure_pass
 from cuvis_dist.initialization.plan import Pass, measured_directly, share
 from cuvis_dist.initialization.sampling import fit_later
+from cuvis_dist.initialization.stored import StoredPass, can_be_stored, readings, unseen
 from cuvis_dist.initialization.streaming import require_whole_frames, stream_pass
 from cuvis_dist.nodes.state import StatefulNodesError
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.storage import Location, OutputFolder
+from cuvis_dist.store import Store
 
 
 class StatisticalTrainer(UpstreamStatisticalTrainer):
@@ -75,6 +78,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         self.scaling = scaling or Scaling()
         self.output = OutputFolder(output_dir)
         self.records: list[PassRecord] = []
+        self._contents = Contents({})  # the files of the archive, as they are when a fit begins
 
     def fit(self, *, resume: bool = False) -> None:
         """Fit every statistical node of the pipeline on the train split.
@@ -113,7 +117,8 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         contents = Contents.of(archive.frames, scaling.reading.verify)
         if resume:
             renew(self.output, contents)
-        work = partial(work_on, archive, self.pipeline, len(plan))
+        self._contents = contents
+        work = partial(self._work, archive)
         self.scaling = settled(scaling, "the fit of phase 1", work)
         begin(self.scaling, training=False)
 
@@ -125,9 +130,12 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
                 self._raise_if_cancelled()
                 number += 1
                 this_pass = plan.popleft()
-                stored = self._stored(number, this_pass, archive) if resume else None
+                in_store = self._in_store(this_pass, archive)
+                keeps = resume and in_store is None  # a store keeps more
+                kept = self._kept(number, this_pass, archive) if keeps else None
                 try:
-                    plan.extendleft(reversed(self._run(this_pass, archive, stored)))
+                    further = self._run(this_pass, archive, kept, in_store)
+                    plan.extendleft(reversed(further))
                     contents.require_unchanged(archive.frames, f"pass {number}")
                 except StatefulNodesError as error:
                     found |= {*error.names}
@@ -164,16 +172,44 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
                 )
         return plan
 
-    def _stored(self, number: int, this_pass: Pass, archive: Archive) -> StoredPass:
-        scaling = self.scaling
+    def _work(self, archive: Archive) -> Work:
+        """Return how much there is to do."""
+        args = self.pipeline, self.datamodule, archive, self._contents, self.scaling.measuring
+        return work_on(archive, self.pipeline, sum(frames for _, frames in readings(*args)))
+
+    def _in_store(self, this_pass: Pass, archive: Archive) -> StoredPass | None:
+        """Return a pass in the store; None if there is no store that keeps what it measures."""
+        done = {name for record in self.records for name in record.nodes}
+        measuring = self.scaling.measuring
+        if measuring.store is None or not can_be_stored(this_pass, self.pipeline, done):
+            return None
+        if hidden := unseen(archive, self._contents):
+            logger.warning(
+                f"the store {measuring.store} is not used: the files of {len(hidden)} frames, such "
+                f"as {hidden[0]}, cannot be seen from here, so that nobody could tell whether they "
+                "have changed"
+            )
+            return None
         return StoredPass(
+            Store(measuring.store), self.pipeline, self.datamodule, archive, this_pass, measuring
+        )
+
+    def _kept(self, number: int, this_pass: Pass, archive: Archive) -> KeptPass:
+        scaling = self.scaling
+        return KeptPass(
             self.output,
             number,
             identify(self.pipeline, archive, this_pass, scaling),
             scaling.resources.save_seconds,
         )
 
-    def _run(self, this_pass: Pass, archive: Archive, stored: StoredPass | None) -> list[Pass]:
+    def _run(
+        self,
+        this_pass: Pass,
+        archive: Archive,
+        kept: KeptPass | None,
+        in_store: StoredPass | None,
+    ) -> list[Pass]:
         """Carry out one pass between the start and end events of its nodes.
 
         Returns passes that turned out to be needed before the next one of the plan.
@@ -187,24 +223,24 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
                 self.emit(TrainEvent(hook, node=node.name, progress=frames))
 
         done = 0
-        if stored and stored.earlier:
-            done = stored.earlier["done"]
+        if kept and kept.earlier:
+            done = kept.earlier["done"]
             logger.warning(
-                f"pass {stored.number} goes on: {done} of {len(archive)} frames were read before"
+                f"pass {kept.number} goes on: {done} of {len(archive)} frames were read before"
             )
         progress(TrainHook.STATISTICAL_NODE_START, done)
         further: list[Pass] = []
         if this_pass.streamed is not None:
-            record = stream_pass(self.pipeline, archive, this_pass, self.scaling, self.emit, stored)
+            record = stream_pass(self.pipeline, archive, this_pass, self.scaling, self.emit, kept)
         else:
-            record, left, outcome = measure_pass(
-                self.pipeline,
-                archive,
-                this_pass,
-                self.scaling,
-                lambda done: progress(TrainHook.STATISTICAL_PROGRESS, done),
-                stored,
-            )
+            measured = partial(progress, TrainHook.STATISTICAL_PROGRESS)
+            if in_store is not None:
+                filler = Filler(in_store, self.pipeline, self._contents, self.scaling, measured)
+                record, left, outcome = measure_stored(filler)
+            else:
+                record, left, outcome = measure_pass(
+                    self.pipeline, archive, this_pass, self.scaling, measured, kept
+                )
             further = [share([measured_directly(self.pipeline, fit)]) for fit in left]
             if left:
                 further += this_pass.later  # a reading each: what they need is not fitted yet

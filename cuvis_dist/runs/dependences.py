@@ -122,7 +122,7 @@ def _phase_1(trainrun: TrainRun, scaling: Scaling) -> dict[str, Any]:
         },
         "data.params": [data.data_module, data.params],
         "data.batch_size": data.batch_size if streamed else None,
-        "measuring": scaling.measuring.model_dump(mode="json"),
+        "measuring": scaling.measuring.model_dump(mode="json", exclude={"store"}),
         # Fits by a node's own code may draw random numbers. What nodes begin with is compared
         # where phase 1 is used again: most of it is gone after the fit.
         "training.seed": trainrun.seed if streamed else None,

@@ -69,6 +69,13 @@ class ProgressLines:
         else:
             self.lines.change(f"scoring: {self._rate(FrameProgress(done, total))}")
 
+    def measured(self, done: int, total: int) -> None:
+        """Say of how many frames the store has what is measured."""
+        if done >= total:
+            self.lines.say(f"measured {self._rate(FrameProgress(total, total))}")
+        else:
+            self.lines.change(f"measuring: {self._rate(FrameProgress(done, total))}")
+
     def _epoch(self, event: TrainEvent) -> None:
         epochs = event.epochs
         name = f"epoch {epochs.current}/{epochs.total}" if epochs else "epoch"

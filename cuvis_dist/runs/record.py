@@ -48,7 +48,7 @@ class JobRecord:
     Attributes
     ----------
     job : str
-        ``run``, ``init``, ``train``, ``evaluate`` or ``score``.
+        ``run``, ``init``, ``train``, ``evaluate``, ``score`` or ``measure``.
     output_dir : str
         Path or URI of the output folder.
     status : str
@@ -123,6 +123,8 @@ class RunRecord(JobRecord):
         Path of the trainrun, and what it is called in it.
     weights : str or None
         The saved state that ``train`` began with.
+    without : list of str
+        The recordings that were left out of the train split, as they were named.
     pipeline : str
         Where the result was saved.
     scaling : dict
@@ -155,6 +157,7 @@ class RunRecord(JobRecord):
     trainrun: str
     name: str
     weights: str | None = None
+    without: list[str] = field(default_factory=list)
     pipeline: str = ""
     scaling: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(
@@ -246,6 +249,32 @@ class EvaluateRecord(JobRecord):
     split: str
     frames: int | None = None
     metrics: dict[str, dict[str, float]] | None = None
+    seconds: float | None = None
+
+
+@dataclass(kw_only=True)
+class MeasureRecord(JobRecord):
+    """What ``measure`` finds out; None where it did not come so far.
+
+    Attributes
+    ----------
+    store, split : str
+        Which store was filled with which frames.
+    frames, from_store, read : int
+        Frames of the split that can be used; those that the store had; those that were measured.
+    skipped : dict of str to str
+        Frames that could not be used, by uid, each with its reason.
+    seconds : float
+        Wall-clock time of the job.
+    """
+
+    job: str = "measure"
+    store: str
+    split: str
+    frames: int | None = None
+    from_store: int | None = None
+    read: int | None = None
+    skipped: dict[str, str] | None = None
     seconds: float | None = None
 
 

@@ -15,13 +15,14 @@ from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training.config import TrainRunConfig
 
-from cuvis_dist.archive import setup_error
+from cuvis_dist.archive import open_split, setup_error
 from cuvis_dist.errors import CuvisDistError, InputError, one_line
 from cuvis_dist.hashing import hash_settings
 from cuvis_dist.nodes import upstream
 from cuvis_dist.nodes.building import build_pipeline, load_pipeline
 from cuvis_dist.plain import NotPlainError
 from cuvis_dist.runs.configuration import Configuration, fitted_state, read_configuration
+from cuvis_dist.runs.leaving_out import leave_out
 from cuvis_dist.runs.places import check_places
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.staging import fetched_when_opened, localize
@@ -47,6 +48,8 @@ class TrainRun:
         The ``.pt`` that the state of the pipeline's nodes was loaded from.
     seed : int or None
         The seed that the pipeline was built with: that of the training block, if there is one.
+    without : tuple of str
+        Recordings that are left out of the train split, by name or glob.
     """
 
     path: Path
@@ -56,6 +59,7 @@ class TrainRun:
     job: str = "run"
     weights: Path | None = None
     seed: int | None = None
+    without: tuple[str, ...] = ()
 
     @property
     def loss_nodes(self) -> list[Node]:
@@ -175,13 +179,17 @@ class TrainRun:
         Raises
         ------
         InputError
-            If it cannot be built: a missing plugin, parameter, recording or SDK.
+            If it cannot be built: a missing plugin, parameter, recording or SDK; or a recording
+            that is to be left out is not there.
         DataError
             If a remote file that it opens is missing, or cannot be fetched.
         """
         upstream.select_by_recording()
         data, base_dir = self.config.data, self.path.parent
         local = localize(data, scaling or Scaling(), base_dir)
+        if self.without and fitting:
+            whole = replace(self, without=()).datamodule(scaling)
+            local = leave_out(local, self.without, base_dir, open_split(whole, "train")[1])
         config = self.config.model_copy(update={"data": local})
         try:
             with (
@@ -204,6 +212,7 @@ def load_trainrun(
     plugins_dirs: Sequence[str | Path] = (),
     output_dir: str | Path | None = None,
     saved: str | Path | None = None,
+    without: Sequence[str] = (),
 ) -> TrainRun:
     """Read a trainrun (flat YAML or with Hydra ``defaults``) and build its pipeline.
 
@@ -212,6 +221,8 @@ def load_trainrun(
     saved : str or Path, optional
         A saved pipeline, ``.pt`` beside it, to use instead of the trainrun's own, which then
         need not be there.
+    without : sequence of str
+        Recordings to leave out of the train split: names, or globs.
 
     Raises
     ------
@@ -219,11 +230,13 @@ def load_trainrun(
         If the trainrun or pipeline is missing or invalid, or names a node that is not there.
     """
     configuration = read_configuration(path, overrides, output_dir, saved)
-    return build_trainrun(configuration, plugins_dirs)
+    return build_trainrun(configuration, plugins_dirs, without)
 
 
 def build_trainrun(
-    configuration: Configuration, plugins_dirs: Sequence[str | Path] = ()
+    configuration: Configuration,
+    plugins_dirs: Sequence[str | Path] = (),
+    without: Sequence[str] = (),
 ) -> TrainRun:
     """Build the pipeline that a trainrun names; raises InputError as :func:`load_trainrun` does."""
     path, config = configuration.path, configuration.config
@@ -249,7 +262,7 @@ def build_trainrun(
     _check_names(path, config, pipeline, ["unfreeze_nodes", "loss_nodes", "metric_nodes"])
     check_places(path, config, pipeline)
     seed = config.training.seed if config.training else None
-    return TrainRun(path, config, pipeline, dirs, seed=seed)
+    return TrainRun(path, config, pipeline, dirs, seed=seed, without=tuple(without))
 
 
 def _load_saved(path: Path) -> CuvisPipeline:

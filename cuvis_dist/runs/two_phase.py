@@ -16,17 +16,17 @@ from cuvis_ai_core.training.post_fit import EmitFn, PostFitCallback, PostFitResu
 from loguru import logger
 from pytorch_lightning.utilities.seed import isolate_rng
 
-from cuvis_dist.archive import open_split
-from cuvis_dist.errors import DataError
+from cuvis_dist.archive import Contents, open_archive, open_split
+from cuvis_dist.errors import CuvisDistError, DataError
 from cuvis_dist.evaluation.steps import Evaluator, failed_split
 from cuvis_dist.execution.asked import trains_here
 from cuvis_dist.execution.session import has_room_for_both
 from cuvis_dist.execution.where import Work, work_on_splits
 from cuvis_dist.hashing import hash_settings
 from cuvis_dist.initialization.diagnosis import Finding
-from cuvis_dist.initialization.levels import planned
 from cuvis_dist.initialization.passes import PassRecord
 from cuvis_dist.initialization.plan import statistical_nodes
+from cuvis_dist.initialization.stored import readings
 from cuvis_dist.initialization.trainer import StatisticalTrainer
 from cuvis_dist.nodes.state import hash_state, hash_tensors
 from cuvis_dist.nodes.survey import outline
@@ -96,6 +96,7 @@ def run_trainrun(
         trainrun=str(trainrun.path),
         name=trainrun.config.name,
         weights=str(trainrun.weights) if trainrun.weights else None,
+        without=[*trainrun.without],
         scaling=scaling.model_dump(mode="json"),
     )
     with job(record, scaling, verbose, locked=trainrun.output) as entered:
@@ -139,11 +140,26 @@ def _check_splits(datamodule: pl.LightningDataModule, training: TrainingConfig) 
 
 def work_of(trainrun: TrainRun, datamodule: pl.LightningDataModule, scaling: Scaling) -> Work:
     """Return how much a trainrun has to do, training apart: the passes, val twice and test."""
-    passes = 0
+    times, frames = {"val": 2, "test": 1, "train": 0}, 0
     if trainrun.weights is None:
-        passes = len(planned(trainrun.pipeline, scaling.measuring))
-    times = ({"train": passes} if passes else {}) | {"val": 2, "test": 1}
-    return work_on_splits(datamodule, trainrun.pipeline, times)
+        frames = train_readings(trainrun, datamodule, scaling)
+    return work_on_splits(datamodule, trainrun.pipeline, times, frames)
+
+
+def train_readings(trainrun: TrainRun, datamodule: pl.LightningDataModule, scaling: Scaling) -> int:
+    """Return how many frames phase 1 reads, each as often as it is read."""
+    with isolate_rng(include_cuda=False):
+        try:
+            archive = open_archive(datamodule, "train")
+        except CuvisDistError:  # whoever needs the split says so
+            return 0
+    measuring = scaling.measuring
+    archive = archive.sampled(
+        measuring.sample_frames, measuring.sample_fraction, measuring.sample_seed
+    )
+    contents = Contents({}) if measuring.store is None else Contents.of(archive.frames)
+    passes = readings(trainrun.pipeline, datamodule, archive, contents, measuring)
+    return sum(frames for _, frames in passes)
 
 
 @dataclass(frozen=True)

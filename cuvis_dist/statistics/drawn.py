@@ -54,6 +54,17 @@ class Drawn:
         values = {name: array.copy() for name, array in self.values.items()}
         return replace(self, rank=self.rank.copy(), frame=self.frame.copy(), values=values)
 
+    def at(self, position: int) -> Drawn:
+        """Return the pixels of one frame for another place of that frame in the archive."""
+        return replace(self, frame=np.full(len(self.rank), position))
+
+    def thinned(self, expected: float) -> Drawn:
+        """Return those that :func:`draw` gives where fewer are expected; of one frame."""
+        bound = min(1.0, expected / max(1, self.n))
+        few = self.rank <= bound
+        values = {name: array[few] for name, array in self.values.items()}
+        return replace(self, bound=bound, rank=self.rank[few], frame=self.frame[few], values=values)
+
     @property
     def bytes(self) -> int:
         """Size of the pixels."""

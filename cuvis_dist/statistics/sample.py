@@ -9,7 +9,7 @@ samples merge exactly.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import numpy as np
@@ -93,6 +93,12 @@ class PixelSample(Statistic):
             torch.as_tensor(place, dtype=torch.float64),
             values.double().cpu(),
         )
+
+    def at(self, position: int) -> Self:
+        """Return the sample of one frame for another place of that frame in the archive."""
+        place = self.place.clone()
+        place[:, 0] = position
+        return replace(self, place=place)
 
     def merge(self, other: Self) -> Self:
         """Return the sample of both; raises ValueError on unlike channels or sizes."""

@@ -109,6 +109,13 @@ def as_array(pixels: Tensor) -> np.ndarray:
     return (pixels.float() if pixels.dtype is torch.bfloat16 else pixels).numpy(force=True)
 
 
+def statistic_class(name: str) -> type[Statistic]:
+    """Return the class of statistics of this name; raises ValueError if there is none."""
+    if name not in _REGISTRY:
+        raise ValueError(f"not a statistic: it is called {name!r}, known are {sorted(_REGISTRY)}")
+    return _REGISTRY[name]
+
+
 def from_arrow(batch: pa.RecordBatch) -> Statistic:
     """Rebuild the statistic that :meth:`Statistic.to_arrow` wrote.
 
@@ -118,12 +125,7 @@ def from_arrow(batch: pa.RecordBatch) -> Statistic:
         If the batch does not name a known statistic.
     """
     metadata = {k.decode(): v.decode() for k, v in (batch.schema.metadata or {}).items()}
-    cls = _REGISTRY.get(metadata.get("statistic", ""))
-    if cls is None:
-        raise ValueError(
-            f"not a statistic: Arrow metadata names {metadata.get('statistic')!r}, "
-            f"known are {sorted(_REGISTRY)}"
-        )
+    cls = statistic_class(metadata.get("statistic", ""))
     values: dict[str, Any] = {}
     for field in fields(cls):
         cell = batch.column(field.name)[0]

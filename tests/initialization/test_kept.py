@@ -19,7 +19,7 @@ from settings import scaling_of
 from cuvis_dist import Scaling, StatisticalTrainer
 from cuvis_dist.archive import open_archive
 from cuvis_dist.execution.tally import Tally
-from cuvis_dist.initialization.kept import PASSES, StoredPass, identify
+from cuvis_dist.initialization.kept import PASSES, KeptPass, identify
 from cuvis_dist.initialization.plan import make_plan
 from cuvis_dist.plain import from_bytes
 from cuvis_dist.runs.trainrun import load_trainrun
@@ -74,7 +74,7 @@ class Fits:
     def kept(self, number):
         """Frames in the file of a pass."""
         path = self.folder / "results" / PASSES / f"{number}.state"
-        stored = StoredPass(OutputFolder(self.folder / "results"), number, identity_in(path), 0)
+        stored = KeptPass(OutputFolder(self.folder / "results"), number, identity_in(path), 0)
         shards = self.archive.shards(SETTINGS["shard_frames"])
         return {
             frame
@@ -176,29 +176,29 @@ def test_a_streamed_node_is_kept_when_it_is_fitted(tmp_path):
 
 
 def test_a_damaged_or_foreign_file_is_ignored(tmp_path, warnings):
-    StoredPass(OutputFolder(tmp_path), 1, "mine", 5).save({"done": 3})
+    KeptPass(OutputFolder(tmp_path), 1, "mine", 5).save({"done": 3})
     path = tmp_path / PASSES / "1.state"
-    assert StoredPass(OutputFolder(tmp_path), 1, "mine", 5).earlier == {"done": 3}
+    assert KeptPass(OutputFolder(tmp_path), 1, "mine", 5).earlier == {"done": 3}
     assert warnings == []
 
-    assert StoredPass(OutputFolder(tmp_path), 1, "another", 5).earlier is None
+    assert KeptPass(OutputFolder(tmp_path), 1, "another", 5).earlier is None
     assert "belongs to another pipeline" in warnings[-1]
     whole = path.read_bytes()
     for damaged in (whole[:-7], whole[:10], b"", b"something else " * 20):
         path.write_bytes(damaged)
-        assert StoredPass(OutputFolder(tmp_path), 1, "mine", 5).earlier is None
+        assert KeptPass(OutputFolder(tmp_path), 1, "mine", 5).earlier is None
         assert "it is damaged" in warnings[-1]
     assert [p.name for p in path.parent.iterdir()] == ["1.state"], "nothing temporary is left"
 
 
 def test_writing_is_rare_and_its_failure_no_end(tmp_path, warnings):
-    stored = StoredPass(OutputFolder(tmp_path), 1, "mine", every=60)
+    stored = KeptPass(OutputFolder(tmp_path), 1, "mine", every=60)
     stored.save_if_due(dict)
     assert not any(tmp_path.iterdir())
 
     blocked = tmp_path / "file"
     blocked.touch()
-    StoredPass(OutputFolder(blocked), 1, "mine", 0).save({"done": 3})
+    KeptPass(OutputFolder(blocked), 1, "mine", 0).save({"done": 3})
     assert "cannot be written" in warnings[-1]
 
 

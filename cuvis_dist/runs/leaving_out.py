@@ -1,0 +1,77 @@
+"""How is a recording left out of the train split? By upstream's own selectors."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+
+from cuvis_ai_schemas.training import DataConfig
+from cuvis_ai_schemas.training.data import DataSplitConfig, Selector, SelectorKind
+
+from cuvis_dist.archive import Frame
+from cuvis_dist.errors import InputError
+
+#: So many recordings are named in a message.
+_NAMED = 5
+
+
+def leave_out(
+    data: DataConfig, without: Collection[str], base_dir: Path, frames: Sequence[Frame]
+) -> DataConfig:
+    """Return settings whose train split has all frames but those of some recordings.
+
+    Parameters
+    ----------
+    data : DataConfig
+        The ``data`` block of a trainrun.
+    without : collection of str
+        Names of recordings, with or without their folders and suffixes, or globs of such names.
+    base_dir : Path
+        The folder that a relative ``splits_path`` starts from.
+    frames : sequence of Frame
+        Those of the whole train split.
+
+    Raises
+    ------
+    InputError
+        If nothing in the split has such a name, nothing else is in it, or the data module decides
+        by itself what is in it.
+    """
+    splits = data.splits
+    if splits is None:
+        raise InputError(
+            f"no recording can be left out: the data module {data.data_module} has no splits in "
+            "the trainrun, and decides by itself what is in the train split"
+        )
+    recordings = list(dict.fromkeys(frame.recording for frame in frames))
+    for pattern in without:
+        if not any(_matches(recording, pattern) for recording in recordings):
+            raise InputError(
+                f"no recording of the train split is called {pattern}: there are "
+                f"{_some(recordings)}"
+            )
+    if all(any(_matches(name, pattern) for pattern in without) for name in recordings):
+        raise InputError(f"no frame of the train split is left without {', '.join(without)}")
+    if splits.splits_path is not None:
+        content = (base_dir / splits.splits_path).read_bytes()
+        splits = DataSplitConfig.model_validate_json(content)
+    patterns = [each for pattern in without for each in (pattern, f"*/{pattern}")]
+    of = [
+        Selector(kind=SelectorKind.UNION, of=splits.train),
+        *(Selector(kind=SelectorKind.GLOB, pattern=pattern) for pattern in patterns),
+    ]
+    train = [Selector(kind=SelectorKind.EXCEPT, of=of)]
+    return data.model_copy(update={"splits": splits.model_copy(update={"train": train})})
+
+
+def _matches(recording: str, pattern: str) -> bool:
+    """Whether upstream's selector finds a recording by a pattern or by one of any folder."""
+    stem = PurePosixPath(recording.replace("\\", "/")).stem
+    return any(fnmatch(name, p) for name in (recording, stem) for p in (pattern, f"*/{pattern}"))
+
+
+def _some(recordings: Iterable[str]) -> str:
+    names = list(recordings)
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")

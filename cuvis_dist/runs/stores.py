@@ -1,0 +1,148 @@
+"""What does a person ask of a store, and what is the answer? ``cuvis-dist store ...``"""
+
+from __future__ import annotations
+
+import argparse
+from fnmatch import fnmatch
+from typing import TYPE_CHECKING, Any
+
+from cuvis_dist.errors import DataError, InputError
+from cuvis_dist.runs.lines import Lines
+
+if TYPE_CHECKING:
+    from cuvis_dist.store import Store
+
+#: Frames that ``verify`` measures again, by default.
+_FRAMES = 3
+
+
+def add_store_commands(commands: Any) -> None:
+    """Add ``store list``, ``show``, ``verify`` and ``prune`` to a command's sub-commands."""
+    store = commands.add_parser("store", help="list, show, verify or prune what a store has")
+    asked = store.add_subparsers(required=True, metavar="WHAT")
+    every = {
+        "list": (_list, "print what was measured, of how many frames"),
+        "show": (_show, "print what there is of each recording"),
+        "verify": (_verify, "check every file, and a few frames against the archive"),
+        "prune": (_prune, "remove what no frame has any more, and join small files"),
+    }
+    for name, (command, text) in every.items():
+        parser = asked.add_parser(name, help=text)
+        parser.add_argument("store", metavar="S", help="the store's folder or URI")
+        parser.add_argument("-v", "--verbose", action="store_true", help="show logs")
+        parser.set_defaults(command=command)
+        if name == "show":
+            parser.add_argument(
+                "recording", nargs="?", metavar="RECORDING", help="a recording or glob: its frames"
+            )
+        if name == "verify":
+            parser.add_argument(
+                "--data",
+                dest="trainrun",
+                metavar="TRAINRUN",
+                help="measure a few frames of its train split again, and compare",
+            )
+            parser.add_argument("--frames", type=int, default=_FRAMES, metavar="N", help="how many")
+            parser.add_argument("--plugins-dir", action="append", default=[], metavar="DIR")
+            for option, dest, form in (
+                ("--override", "override", "KEY=VALUE"),
+                ("--set", "settings", "PART.NAME=VALUE"),
+            ):
+                parser.add_argument(option, dest=dest, action="append", default=[], metavar=form)
+        if name == "prune":
+            parser.add_argument(
+                "--dry-run", action="store_true", help="only say what would be removed"
+            )
+
+
+def _opened(arguments: argparse.Namespace, lines: Lines) -> Store:
+    """Return the store; raises InputError if there is none."""
+    lines.wait(f"reading {arguments.store}")
+    from cuvis_dist.store import Store
+
+    store = Store(arguments.store)
+    if not store.folder.names():
+        raise InputError(f"there is no store at {store}, or it is empty")
+    return store
+
+
+def _list(arguments: argparse.Namespace, lines: Lines) -> int:
+    from cuvis_dist.store.upkeep import kinds
+
+    found = kinds(_opened(arguments, lines))
+    lines.settle()
+    for kind in found:
+        size = f"{kind.bytes / 1e6:,.1f} MB in {kind.files} files"
+        print(f"{kind.measured}: {kind.frames:,} frames, {size}")
+        print(f"  read by {kind.data_module}, last written {kind.written}, folder {kind.key}")
+    return 0
+
+
+def _show(arguments: argparse.Namespace, lines: Lines) -> int:
+    from cuvis_dist.store.upkeep import recordings
+
+    found, wanted = recordings(_opened(arguments, lines)), arguments.recording
+    lines.settle()
+    names = [name for name in found if wanted is None or fnmatch(name, wanted)]
+    if not names:
+        raise InputError(f"the store has no recording {wanted}: it has {', '.join(found)}")
+    for name in names:
+        measured = ", ".join(f"{what} {len(uids)}" for what, uids in sorted(found[name].items()))
+        print(f"{name}: {len(set().union(*found[name].values()))} frames ({measured})")
+        if wanted is not None:
+            for uid in sorted(set().union(*found[name].values())):
+                print(f"  {uid}")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace, lines: Lines) -> int:
+    from cuvis_dist.store.upkeep import damaged
+
+    store = _opened(arguments, lines)
+    lines.wait("checking every file against its manifest")
+    wrong, files = damaged(store), len(store.files())
+    lines.settle()
+    print(f"{files - len(wrong)} of {files} files are as their manifests say")
+    for each in wrong:
+        print(f"damaged  {each}")
+    if arguments.trainrun:
+        lines.wait(f"reading {arguments.trainrun}")
+        from cuvis_dist.runs.measure import differing
+        from cuvis_dist.runs.trainrun import load_trainrun
+
+        trainrun = load_trainrun(arguments.trainrun, arguments.override, arguments.plugins_dir)
+        from cuvis_dist.scaling import Scaling
+
+        scaling = Scaling.load(None, arguments.settings, {"measuring.store": str(store)})
+        checked, differ = differing(trainrun, scaling, arguments.frames)
+        lines.settle()
+        print(f"{len(checked) - len(differ)} of {len(checked)} frames measure as they did")
+        wrong += differ
+        for each in differ:
+            print(f"differs  {each}")
+    if wrong:
+        raise DataError(
+            f"{store} is not sound: a run that uses it sets damaged files aside and measures "
+            "their frames again; remove the files that differ, or begin a new store"
+        )
+    return 0
+
+
+def _prune(arguments: argparse.Namespace, lines: Lines) -> int:
+    from cuvis_dist.store.upkeep import prune
+
+    store = _opened(arguments, lines)
+    lines.wait("looking for frames that are gone or have changed")
+    found = prune(store, arguments.dry_run)
+    lines.settle()
+    would = "would be " if arguments.dry_run else ""
+    for recording, uids in sorted(found.stale.items()):
+        print(f"{recording}: {len(uids)} frames are gone or have changed")
+    for path in sorted(found.hidden):
+        print(f"kept     {path} cannot be seen from here, nor its folder")
+    gone = sum(map(len, found.stale.values()))
+    print(
+        f"{gone} frames {would}removed, {found.again} rows that were measured again, and "
+        f"{len(found.rubbish)} files that do not count; {found.rows} rows stay"
+    )
+    return 0

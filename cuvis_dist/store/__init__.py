@@ -1,0 +1,11 @@
+"""Which statistics are kept from run to run?
+
+A store is a folder, or a place at a URI, of what was measured of frames: see
+:class:`~cuvis_dist.store.store.Store`.
+"""
+
+from cuvis_dist.store.files import DamagedFileError, Entry, StoredFile
+from cuvis_dist.store.identity import Key, Keys
+from cuvis_dist.store.store import Found, Store
+
+__all__ = ["DamagedFileError", "Entry", "Found", "Key", "Keys", "Store", "StoredFile"]

@@ -1,0 +1,211 @@
+"""Which statistics of frames are kept from run to run, and where is what of which frame?
+
+Many may read and write a store at the same time: files are only ever added, each under a name of
+its own. Who measures a frame that another one measures at the same time does it twice; either
+measurement will do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import pyarrow as pa
+from loguru import logger
+
+from cuvis_dist.archive import Contents, Frame
+from cuvis_dist.errors import CuvisDistError, one_line
+from cuvis_dist.storage import Location, OutputFolder
+from cuvis_dist.store.files import (
+    DamagedFileError,
+    Entry,
+    StoredFile,
+    UnusableFileError,
+    manifest_of,
+    read_file,
+    read_manifest,
+    write_file,
+)
+from cuvis_dist.store.identity import Key
+
+#: Folder in a store: files that were found to be damaged.
+SET_ASIDE = "set-aside"
+#: Manifests that are read at the same time.
+_READERS = 16
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a frame's measurement is.
+
+    Attributes
+    ----------
+    file : StoredFile
+        The file.
+    row : int
+        The row in it.
+    """
+
+    file: StoredFile
+    row: int
+
+    @property
+    def entry(self) -> Entry:
+        """What the manifest says of the frame."""
+        return self.file.entries[self.row]
+
+
+class Store:
+    """Statistics of frames, in a folder or at a URI.
+
+    ``<key>/<time>-<random>.parquet`` holds what was measured of some frames, and the ``.json``
+    beside it is its manifest; ``<key>`` stands for what was measured, and all that it depends on.
+
+    Parameters
+    ----------
+    place : path or URI
+        It is made when something is written.
+    """
+
+    def __init__(self, place: Location) -> None:
+        self.folder = OutputFolder(place)
+        self._known: dict[str, StoredFile | None] = {}
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def files(self, where: str = "") -> list[StoredFile]:
+        """Return the files of the store, or of one folder in it, oldest first.
+
+        A manifest that cannot be used is named in a warning; a damaged one is set aside.
+
+        Raises
+        ------
+        InputError, ClusterError
+            If the store cannot be read.
+        """
+        names = [n for n in self.folder.names(where) if n.endswith(".json") and _is_ours(n)]
+        new = [name for name in names if name not in self._known]
+        with ThreadPoolExecutor(_READERS) as readers:
+            self._known |= zip(new, readers.map(self._manifest, new), strict=True)
+        found = (self._known[name] for name in names)
+        return sorted((file for file in found if file), key=lambda file: file.name)
+
+    def find(
+        self,
+        key: Key,
+        frames: Iterable[Frame],
+        contents: Contents,
+        suits: Callable[[Entry], bool] = lambda entry: True,
+    ) -> dict[str, Found]:
+        """Return where the measurements of some frames are, by uid, as far as they are there.
+
+        A frame is known by its uid and all files that it is read from; one whose files cannot be
+        seen from here is never found.
+
+        Parameters
+        ----------
+        key : Key
+            What is asked for.
+        frames : iterable of Frame
+            Of which frames.
+        contents : Contents
+            The files that they are read from, as they are now.
+        suits : callable
+            Says whether a measurement will do.
+        """
+        wanted = {frame.uid: contents.only([frame]).as_json() for frame in frames}
+        found: dict[str, Found] = {}
+        for file in self.files(key.digest):
+            for row, entry in enumerate(file.entries):
+                files = wanted.get(entry.uid)
+                if files and _same(files, entry) and suits(entry):
+                    found[entry.uid] = Found(file, row)  # the last one that was written
+        return found
+
+    def read(self, file: StoredFile) -> pa.Table:
+        """Return the table of a file; one that is damaged is set aside.
+
+        Raises
+        ------
+        DamagedFileError
+            If it is damaged.
+        """
+        try:
+            return read_file(self.folder, file)
+        except DamagedFileError as error:
+            self.set_aside(file.name, str(error))
+            raise
+
+    def add(self, key: Key, kind: str, table: pa.Table, entries: Sequence[Entry]) -> StoredFile:
+        """Write what was measured of some frames, a row each.
+
+        Parameters
+        ----------
+        key : Key
+            What was measured.
+        kind : str
+            Class of the statistics, or what else the table holds.
+
+        Raises
+        ------
+        InputError, ClusterError
+            If the store cannot be written to.
+        """
+        about = kind, key.name, key.depends_on
+        file = write_file(self.folder, key.digest, about, table, entries)
+        self._known[file.manifest] = file
+        return file
+
+    def require_writable(self) -> None:
+        """Raise InputError or ClusterError, before any work is done, if nothing can be added."""
+        name = f".probe-{os.getpid()}"
+        self.folder.write(name, b"-")
+        self.folder.remove(name)
+
+    def set_aside(self, name: str, why: str) -> None:
+        """Move a file that is damaged, and its manifest, out of the way, and say so."""
+        logger.warning(f"{why}. It is set aside, and its frames are measured again")
+        for each in (manifest_of(name), name):
+            self._known[each] = None
+            try:
+                self.folder.write(f"{SET_ASIDE}/{each}", self.folder.read(each))
+                self.folder.remove(each)
+            except FileNotFoundError:
+                continue
+            except (OSError, CuvisDistError) as error:  # a store that may only be read
+                logger.warning(f"{self.folder.at(each)} stays where it is: {one_line(error)}")
+
+    def remove(self, files: Collection[StoredFile]) -> None:
+        """Remove files, first their manifests: what is left of one does not count."""
+        self.folder.remove(*(file.manifest for file in files), *(file.name for file in files))
+        for file in files:
+            self._known.pop(file.manifest, None)
+
+    def _manifest(self, name: str) -> StoredFile | None:
+        try:
+            return read_manifest(self.folder, name)
+        except FileNotFoundError:
+            return None
+        except DamagedFileError as error:
+            self.set_aside(name.removesuffix(".json") + ".parquet", str(error))
+        except UnusableFileError as error:
+            logger.warning(f"{error}. It is not used")
+        return None
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a name is one that a file of a store has: ``<key>/<file>``."""
+    where, _, rest = name.partition("/")
+    return bool(rest) and "/" not in rest and where != SET_ASIDE
+
+
+def _same(files: dict[str, list], entry: Entry) -> bool:
+    """Whether a frame was read from these files, as they are now."""
+    if files == entry.files:
+        return True
+    if files.keys() != entry.files.keys():
+        return False
+    return not Contents.parse(files).changed_since(entry.contents)
