@@ -7,7 +7,7 @@ the rest is judged again, so that one fault does not hide another.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -16,7 +16,8 @@ from cuvis_dist.audit import models
 from cuvis_dist.audit.causes import causes_of, facts_of, named
 from cuvis_dist.audit.compared import MEASURES, Cause, Compared
 from cuvis_dist.audit.features import features_of
-from cuvis_dist.audit.groups import FrameStatistics, Group, grouped
+from cuvis_dist.audit.groups import FrameStatistics, Group, group_of, grouped
+from cuvis_dist.audit.parts import unusual_frames
 from cuvis_dist.audit.reference import Reference, axis_of, noise, reference_of
 from cuvis_dist.statistics.spread import LEAST_OTHERS, apart, limit
 
@@ -24,6 +25,7 @@ from cuvis_dist.statistics.spread import LEAST_OTHERS, apart, limit
 _ROUNDS = 4
 #: With more groups than this, one of them changes nothing about what is usual.
 _ALONE = 100
+
 
 @dataclass(frozen=True)
 class Row:
@@ -135,22 +137,13 @@ class _Comparison:
         """Return a row for each group, given which of them say what is usual."""
         compared = [self._compare(i, usual) for i in range(len(self.groups))]
         measured = [c.measures() for c in compared]
-        bound = limit(int(usual.sum()) - 1, len(self.groups) * len(MEASURES))
-        away = {}
-        for name, two_sided in MEASURES.items():
-            values, floors = np.array([m[name] for m in measured]).T
-            z = np.nan_to_num(apart(values, usual, floors), nan=0.0)
-            away[name] = (np.abs(z) if two_sided else np.maximum(z, 0)) / bound
         traces = [c.features.trace for c in compared if c.features]
-        trace = float(np.median(traces)) if traces else 1.0
-        self.away = away
-        return [
-            self._row(c, {n: float(away[n][i]) for n in away}, int(usual.sum()) - 1, trace)
-            for i, c in enumerate(compared)
-        ]
+        judge = _Judge(measured, usual, float(np.median(traces)) if traces else 1.0)
+        return [self._row(i, c, judge) for i, c in enumerate(compared)]
 
-    def _compare(self, i: int, usual: np.ndarray) -> Compared:
-        group = self.groups[i]
+    def _compare(self, i: int, usual: np.ndarray, group: Group | None = None) -> Compared:
+        """Compare a group, or some of its frames, with the other usual groups."""
+        group = group or self.groups[i]
         others = [g for j, g in enumerate(self.groups) if usual[j] and j != i]
         constant = facts.constant_bands(group, others, self.live)
         full = facts.saturated_bands(group, others, self.live)
@@ -161,7 +154,7 @@ class _Comparison:
         alone = len(self.groups) <= _ALONE or not usual[i]
         reference = self._reference(others if alone else self._usual(usual), bands, alone)
         axis = axis_of(bands, self.wavelengths, len(group.mean))
-        noises = [self._noise_of(j, bands) for j in np.flatnonzero(usual) if j != i]
+        noises = [self._noise_of(j, bands) for j in map(int, np.flatnonzero(usual)) if j != i]
         features = features_of(group, others[:_ALONE], reference, axis, noises)
         known = models.atoms(features, reference.mean, axis)
         return Compared(group, causes, reference, axis, features, known)
@@ -183,15 +176,64 @@ class _Comparison:
             self._noise[key] = noise(self.groups[j], bands)
         return self._noise[key]
 
-    def _row(self, compared: Compared, away: dict[str, float], others: int, trace: float) -> Row:
-        causes = compared.facts + causes_of(compared, away, others, trace, self.wavelengths)
+    def _row(self, i: int, compared: Compared, judge: _Judge) -> Row:
+        away, group = judge.away(i), compared.group
+        causes = compared.facts + causes_of(compared, away, judge.context, self.wavelengths)
         # A fact stands out as such, and more than any estimate that is not above the limit.
         standing = max([*away.values(), *(cause.weight for cause in causes)])
+        if causes:
+            causes = self._of_some_frames(i, compared, judge) or causes
         return Row(
-            compared.group.name,
-            len(compared.group.frames),
-            compared.group.n,
+            group.name,
+            len(group.frames),
+            group.n,
             standing,
             tuple(sorted(causes, key=lambda cause: -cause.weight)),
             compared.figures(),
         )
+
+    def _of_some_frames(self, i: int, compared: Compared, judge: _Judge) -> list[Cause]:
+        """Return the causes of those frames that stand out, if they are not all of the group's."""
+        if compared.reference is None:
+            return []
+        others = [g for j, g in enumerate(self.groups) if judge.usual[j] and j != i]
+        those = unusual_frames(compared.group, others, compared.reference)
+        if not those:
+            return []
+        part = self._compare(i, judge.usual, group_of(compared.group.name, those))
+        away = judge.away(i, part.measures())
+        found = part.facts + causes_of(part, away, judge.context, self.wavelengths)
+        where = f"in {len(those)} of {len(compared.group.frames)} frames"
+        return [replace(cause, words=f"{where}: {cause.words}") for cause in found]
+
+
+class _Judge:
+    """Says how far a group is off in units of the limit, by the spread of the usual ones.
+
+    Parameters
+    ----------
+    measured : sequence of dict
+        What was measured of each group, with what sampling alone spreads it by.
+    usual : ndarray
+        ``[R]`` bool.
+    trace : float
+        The usual mean square of whitened pixels.
+    """
+
+    def __init__(
+        self, measured: Sequence[dict[str, tuple[float, float]]], usual: np.ndarray, trace: float
+    ) -> None:
+        self.measured, self.usual = measured, usual
+        others = int(usual.sum()) - 1
+        self.context = others, trace
+        self.bound = limit(others, len(measured) * len(MEASURES))
+
+    def away(self, i: int, own: dict[str, tuple[float, float]] | None = None) -> dict[str, float]:
+        """Return by measure how far a group is off, or one with other measures in its place."""
+        found = {}
+        for name, two_sided in MEASURES.items():
+            values = np.array([m[name][0] for m in self.measured])
+            value, floor = (own or self.measured[i])[name]
+            z = apart(value, values[self.usual & (np.arange(len(values)) != i)], floor)
+            found[name] = (abs(z) if two_sided else max(z, 0.0)) / self.bound
+        return found

@@ -8,11 +8,15 @@ import numpy as np
 
 from cuvis_dist.audit.groups import Group
 from cuvis_dist.audit.reference import RIDGE, Reference
+from cuvis_dist.statistics.spread import centre_and_spread
 
 #: A band's variance beside that of the others is this part of the other bands' where it is dead.
 _DEAD = 1e-4
-#: So many more pixels than usual have a band's largest value where it is saturated.
-_SATURATED, _LEAST_PIXELS = 0.01, 8
+#: A band is saturated where so large a part of the pixels, and so many, have the largest value:
+#: more than so many times as many as have any of so many values below it.
+_SATURATED, _LEAST_PIXELS, _PILE, _BELOW = 0.005, 8, 3, 5
+#: In spreads: the saturation of one recording beside that of the others.
+_FAR = 10
 #: What exchanging or shifting bands must bring back of what is unusual about the correlations.
 _EXPLAINED = 0.7
 
@@ -39,29 +43,34 @@ def constant_bands(group: Group, others: Sequence[Group], live: np.ndarray) -> n
 
 
 def saturated_shares(group: Group) -> np.ndarray:
-    """Return ``[C]`` the share of sampled pixels that have the band's largest value of all."""
+    """Return ``[C]`` the share of sampled pixels at the largest value, where they pile up there.
+
+    A sensor that is full gives one value to all that is brighter, so that far more pixels have it
+    than the values below it. Elsewhere the share is 0.
+    """
+    shares = np.zeros(len(group.mean))
     if len(group.pixels) < _LEAST_PIXELS:
-        return np.zeros(len(group.mean))
+        return shares
     top = group.maximum if group.maximum is not None else group.pixels.max(axis=0)
     # A sample is of float32 where the extrema are of float64.
-    return (group.pixels >= top - 1e-6 * np.abs(top)).mean(axis=0)
+    at_top = group.pixels >= top - 1e-6 * np.abs(top)
+    for band in np.flatnonzero(at_top.sum(axis=0) >= _LEAST_PIXELS):
+        values, counts = np.unique(group.pixels[:, band][~at_top[:, band]], return_counts=True)
+        count = int(at_top[:, band].sum())
+        # Two values are those of a band that is hardly there.
+        if len(values) > 1 and count > _PILE * counts[-_BELOW:].max():
+            shares[band] = count / len(group.pixels)
+    return shares
 
 
 def saturated_bands(group: Group, others: Sequence[Group], live: np.ndarray) -> np.ndarray:
-    """Return ``[C]`` bool: the bands where far more pixels than elsewhere have the largest value.
-
-    A value that is the largest of a single pixel in a small sample is no sign of saturation.
-    """
+    """Return ``[C]`` bool: the bands where far more pixels than elsewhere are saturated."""
     shares = saturated_shares(group)
-    usual = (
-        np.max(np.stack([saturated_shares(g) for g in others]), axis=0)
-        if len(others)
-        else np.zeros(len(shares))
-    )
-    least = max(_SATURATED, _LEAST_PIXELS / max(1, len(group.pixels)))
-    # Values of few levels have many pixels at the largest one, in all recordings alike.
-    levels = np.array([len(np.unique(column)) for column in group.pixels.T]) if least < 1 else 0
-    return live & (shares > np.maximum(least, 3 * usual)) & (levels > 2)
+    if not shares.any():
+        return np.zeros(len(live), dtype=bool)
+    usual = [saturated_shares(g)[shares > 0].max() for g in others]
+    centre, spread = centre_and_spread(np.array(usual))
+    return live & (shares > max(_SATURATED, float(centre + _FAR * spread)))
 
 
 def exchanged(
@@ -101,7 +110,7 @@ def exchanged(
             break
         for sign in (1, -1):
             left = _shifted(covariance, mean, reference, by * sign)
-            if left < 0.5 * best:
+            if left < 0.95 * best:
                 best, pair, shift = left, None, by * sign
     need = _EXPLAINED * np.log(max(before, RIDGE) / max(usual, RIDGE))
     if before <= usual or np.log(before / max(best, RIDGE)) < need:

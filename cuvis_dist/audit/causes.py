@@ -21,6 +21,10 @@ _EXPLAINS = 0.5
 _PLAIN = 5.0
 #: Below this part of the usual brightness a recording is called dark.
 _DARK = 0.2
+#: Squared cosine between the direction in which pixels spread most and that of a gain or offset.
+_ALONG = 0.8
+#: The noise of one band is unusual by itself if it is so many times as far off as that of others.
+_LOCAL = 4.0
 #: Bands that one message lists.
 _LISTED = 5
 
@@ -39,9 +43,9 @@ def facts_of(
     if full.any():
         bands = np.flatnonzero(full)
         share = float(saturated_shares(group)[bands].max())
-        top = float((group.maximum if group.maximum is not None else group.pixels.max(axis=0))[
-            bands
-        ].max())
+        top = float(
+            (group.maximum if group.maximum is not None else group.pixels.max(axis=0))[bands].max()
+        )
         words = f"{named(bands, wavelengths)} saturated: up to {share:.0%} of pixels at {top:g}"
         causes.append(Cause("saturated", words, _FACT))
     return causes
@@ -51,7 +55,9 @@ def named(bands: Sequence[int] | np.ndarray, wavelengths: np.ndarray | None) -> 
     """Return ``band 3 (462 nm)``, ``bands 3 and 5``, or the range of many."""
 
     def one(band: int) -> str:
-        return f"{band}" + (f" ({float(wavelengths[band]):g} nm)" if wavelengths is not None else "")
+        return f"{band}" + (
+            f" ({float(wavelengths[band]):g} nm)" if wavelengths is not None else ""
+        )
 
     listed = [int(band) for band in bands]
     if len(listed) == 1:
@@ -66,8 +72,7 @@ def named(bands: Sequence[int] | np.ndarray, wavelengths: np.ndarray | None) -> 
 def causes_of(
     compared: Compared,
     away: dict[str, float],
-    others: int,
-    usual_trace: float,
+    context: tuple[int, float],
     wavelengths: np.ndarray | None,
 ) -> list[Cause]:
     """Return likely causes of what is unusual about a group, besides what is known of it.
@@ -78,16 +83,15 @@ def causes_of(
         The group beside the others.
     away : dict of str to float
         By name of the measure: how far it is off, in units of the limit.
-    others : int
-        How many usual groups it was compared with.
-    usual_trace : float
-        Their mean square of whitened pixels.
+    context : tuple of int and float
+        How many usual groups it was compared with, and their mean square of whitened pixels.
     wavelengths : ndarray or None
         ``[C]`` in nm.
     """
     features, reference, group = compared.features, compared.reference, compared.group
     if features is None or reference is None:
         return []
+    others, usual_trace = context
     largest = max(away.values())
     few = others < LEAST_OTHERS
     if largest > 1 or (few and features.trace > _PLAIN * max(1.0, usual_trace)):
@@ -121,6 +125,11 @@ def _likeliest(
     place = named(compared.reference.bands[[band]], wavelengths)
     foreign = _foreign(features, away)
     in_mean = max(away[name] for name in ("gain", "offset", "slope", "mean", "level"))
+    stripes = _varying(compared, features, "offset")
+    if stripes and max(away["pixels"], away["covariance"]) > 1:
+        return Cause("varying", stripes, largest)
+    if away["noise"] > 1 and _is_local(features) and max(fit.explained, of_band) < _EXPLAINS:
+        return _noisy(compared, features, largest, wavelengths)
     if foreign is not None and (in_mean <= 1 or foreign >= max(_EXPLAINS, fit.explained - 0.1)):
         share = features.outside - OUTSIDE
         return Cause("foreign", f"{_percent(share)} foreign pixels", largest)
@@ -131,9 +140,10 @@ def _likeliest(
             return Cause("band", f"{place} shifted by {by:+.4g}", largest)
         if fit.explained > _EXPLAINS:
             return Cause("+".join(fit.values), _words(compared, fit), largest)
-    varying = _varying(compared, features)
-    if varying:
-        return Cause("varying", varying, largest)
+    if contrast := _varying(compared, features, "gain"):
+        return Cause("varying", contrast, largest)
+    if found := _few(compared, features):
+        return Cause("foreign", found, largest)
     if in_mean > 1:
         words = (
             f"another mean spectrum, {np.sqrt((features.mean**2).mean()):.2g} times the usual "
@@ -188,20 +198,46 @@ def _words(compared: Compared, fit: models.Fit) -> str:
     return ", ".join(parts)
 
 
-def _varying(compared: Compared, features: Features) -> str:
+def _varying(compared: Compared, features: Features, what: str) -> str:
     """Say so if the pixels spread along the direction of a gain or an offset."""
     assert compared.reference is not None
-    reference, largest = compared.reference, float(features.relative[-1])
-    ways = {
-        "an offset": reference.whitened(np.ones(len(reference.mean))),
-        "a gain": reference.whitened(reference.mean),
-    }
-    for name, way in ways.items():
-        length = float(np.linalg.norm(way))
-        if length and (features.direction @ way / length) ** 2 > 0.8 and largest > 2:
-            by = np.sqrt(largest - 1) / length
-            return f"{name} that varies from pixel to pixel by {by:.3g}: stripes, or single frames"
-    return ""
+    reference = compared.reference
+    way = reference.whitened(reference.mean if what == "gain" else np.ones(len(reference.mean)))
+    length = float(np.linalg.norm(way))
+    more = float(features.relative[-1] - np.median(features.relative))
+    if more < 1 or not length or (features.direction @ way / length) ** 2 < _ALONG:
+        return ""
+    return (
+        f"{'a gain' if what == 'gain' else 'an offset'} that varies from pixel to pixel by "
+        f"{np.sqrt(more) / length:.3g}: stripes, or some frames"
+    )
+
+
+def _few(compared: Compared, features: Features) -> str:
+    """Say so if pixels of one other kind explain both the mean's shift and the larger spread.
+
+    A part p of the pixels at a distance a moves the mean by p a, and adds p (1 - p) a² to the
+    variance along it. No sample is needed, which one pixel in thousands would not be in.
+    """
+    assert compared.reference is not None
+    shift = features.mean * compared.reference.units(compared.group.n)
+    along = float(shift @ features.direction)
+    if along**2 < _ALONG * float(shift @ shift) or features.relative[-1] < 2:
+        return ""
+    part = along**2 / (along**2 + float(features.relative[-1]) - 1)
+    count = part * compared.group.n
+    if part > 0.3:
+        return ""
+    if count < 10:
+        return f"about {max(1, round(count))} of {compared.group.n} pixels are extreme"
+    return f"{_percent(part)} foreign pixels"
+
+
+def _is_local(features: Features) -> bool:
+    """Whether the noise of few bands, and not of most, is unusual."""
+    worst = np.sort(np.abs(features.bands_noise))[::-1]
+    few = max(1, len(worst) // 10)
+    return len(worst) > few and worst[0] > _LOCAL * worst[few]
 
 
 def _percent(share: float) -> str:

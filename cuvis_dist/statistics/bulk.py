@@ -104,7 +104,7 @@ def bulk_of_pixels(pixels: np.ndarray, keep: float, seed: int = 0) -> Bulk:
 
 
 class _Units:
-    """Sets of pixels with their moments, in units in which every channel has about unit variance."""
+    """Sets of pixels with their moments, scaled so that channels have about unit variance."""
 
     def __init__(self, n: np.ndarray, means: np.ndarray, M2: np.ndarray | None) -> None:
         self.n = n

@@ -17,7 +17,7 @@ from scipy import stats
 #: With fewer others there is no saying what their spread is.
 LEAST_OTHERS = 4
 #: How often an archive without a fault may be said to have one, per archive.
-_ALPHA = 0.005
+_ALPHA = 0.01
 #: The part of the degrees of freedom that the robust spread has.
 _EFFICIENCY = 0.8
 #: In MADs: what lies farther away does not count.
@@ -56,32 +56,28 @@ def _median(values: np.ndarray) -> np.ndarray:
     return np.nan_to_num((pick[0] + pick[1]) / 2)
 
 
-def apart(values: np.ndarray, usual: np.ndarray, floor: np.ndarray | float) -> np.ndarray:
-    """Return how many spreads of the other, usual values each value is above their median.
+def apart(value: float, others: np.ndarray, floor: float) -> float:
+    """Return how many spreads of the others a value is above their median.
 
     Parameters
     ----------
-    values : ndarray
-        ``[R]``, one for each group; NaN where a group has none.
-    usual : ndarray
-        ``[R]`` bool: which of them say what is usual.
-    floor : ndarray or float
-        ``[R]``: what rounding and sampling alone spread each value by.
+    value : float
+        NaN where there is none.
+    others : ndarray
+        ``[R]``; those that are not finite do not count.
+    floor : float
+        What rounding and sampling alone spread the value by.
 
     Returns
     -------
-    ndarray
-        ``[R]``, NaN where there is no value or fewer than :data:`LEAST_OTHERS` others.
+    float
+        0 where there is no value, or fewer than :data:`LEAST_OTHERS` others.
     """
-    floors = np.broadcast_to(np.asarray(floor, dtype=float), values.shape)
-    result = np.full(len(values), np.nan)
-    for i in np.flatnonzero(np.isfinite(values)):
-        others = usual & np.isfinite(values)
-        others[i] = False
-        if others.sum() >= LEAST_OTHERS:
-            centre, spread = centre_and_spread(values[others])
-            result[i] = (values[i] - centre) / max(float(spread), floors[i], 1e-300)
-    return result
+    others = others[np.isfinite(others)]
+    if not np.isfinite(value) or len(others) < LEAST_OTHERS:
+        return 0.0
+    centre, spread = centre_and_spread(others)
+    return float((value - centre) / max(float(spread), floor, 1e-300))
 
 
 def limit(others: int, tests: int) -> float:

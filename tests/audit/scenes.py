@@ -1,4 +1,4 @@
-"""Which archives are audited in tests? Made or real scenes, cut into recordings, and their faults."""
+"""Which archives are audited in tests? Made or real scenes as recordings, and their faults."""
 
 from __future__ import annotations
 
@@ -47,9 +47,7 @@ def interleaved(scene: np.ndarray, recordings: int = 12) -> list[np.ndarray]:
     """Give every 12th pixel of a real scene to one recording: contents are as alike as can be."""
     flat = scene.reshape(-1, scene.shape[-1])
     flat = flat[: len(flat) // (recordings * 4) * recordings * 4]
-    return [
-        flat[i::recordings].reshape(4, -1, 1, scene.shape[-1]) for i in range(recordings)
-    ]
+    return [flat[i::recordings].reshape(4, -1, 1, scene.shape[-1]) for i in range(recordings)]
 
 
 def statistics(
