@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cuvis_dist.errors import INTERRUPTED, CuvisDistError, InputError, one_line
+from cuvis_dist.runs.audits import add_audit_command
 from cuvis_dist.runs.lines import Lines
 from cuvis_dist.runs.stores import add_store_commands
 from cuvis_dist.stopping import stoppable
@@ -35,6 +36,7 @@ _SHORT = {
     "train_gpus": "resources.train_gpus",
     "fold": "measuring.fold",
     "store": "measuring.store",
+    "robust": "measuring.robust",
     "verify": "reading.verify",
 }
 
@@ -42,7 +44,8 @@ _SHORT = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code.
 
-    0 done, 1 failed, 2 bad input, 3 unusable data, 4 lost or missing resources, 130 interrupted.
+    0 done, 1 failed, 2 bad input, 3 unusable data, 4 lost or missing resources, 5 drift,
+    130 interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
     arguments = _parser().parse_args(argv)
@@ -166,6 +169,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.set_defaults(command=_plan)
 
+    for command in (run, init):
+        command.add_argument(
+            "--robust",
+            type=float,
+            metavar="PART",
+            help="fit phase 1 on the bulk of the frames, at least this part of them, e.g. 0.9",
+        )
     for command in (run, init, plan):
         _add_store(command)
         command.add_argument(
@@ -190,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_store(measure)
     measure.set_defaults(command=_measure, dry_run=False)
     add_store_commands(commands)
+    add_audit_command(commands, add_trainrun_options, _add_store)
 
     demo = commands.add_parser(
         "demo", help="generate a labelled archive and run the two-phase example on it"
@@ -537,6 +548,8 @@ def _run_and_print(
         if done.from_store is not None:
             read = done.frames - done.from_store
             print(f"store    {done.from_store:,} of {done.frames:,} frames, {read:,} read")
+    for words in record.left_out.values():
+        print(f"left out {words}")
     for line in record.sampled():
         print(f"sampled  {line}")
     print(f"pipeline {record.pipeline}")

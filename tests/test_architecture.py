@@ -18,6 +18,7 @@ ORDER = [
     {"cuvis_dist"},
     {"cli"},
     {"runs"},
+    {"audit"},
     {"initialization"},
     {"training"},
     {"evaluation"},

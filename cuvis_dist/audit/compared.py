@@ -90,7 +90,7 @@ class Compared:
         if self.features is None or self.reference is None:
             return known
         f = self.features
-        gain, offset, rest = _line(group.mean[self.reference.bands], self.reference.mean)
+        gain, offset, rest = line_between(self.reference.mean, group.mean[self.reference.bands])
         known |= {
             "mean_shift": float(np.sqrt((f.mean**2).mean())),
             "gain": gain,
@@ -109,7 +109,7 @@ def _log(value: float) -> float:
     return float(np.log(max(float(value), 1e-12)))
 
 
-def _line(mean: np.ndarray, usual: np.ndarray) -> tuple[float, float, float]:
+def line_between(usual: np.ndarray, mean: np.ndarray) -> tuple[float, float, float]:
     """Return gain and offset that lead from one spectrum to the other, and what is left (RMS).
 
     By least absolute residuals, so that a few bands of their own do not bend the line.
