@@ -198,13 +198,18 @@ class _Comparison:
             return []
         others = [g for j, g in enumerate(self.groups) if judge.usual[j] and j != i]
         those = unusual_frames(compared.group, others, compared.reference)
-        if not those:
+        rest = [frame for frame in compared.group.frames if not any(frame is f for f in those)]
+        if not those or self._causes(i, rest, judge):  # the others have the same, less plainly
             return []
-        part = self._compare(i, judge.usual, group_of(compared.group.name, those))
-        away = judge.away(i, part.measures())
-        found = part.facts + causes_of(part, away, judge.context, self.wavelengths)
+        found = self._causes(i, those, judge)
         where = f"in {len(those)} of {len(compared.group.frames)} frames"
         return [replace(cause, words=f"{where}: {cause.words}") for cause in found]
+
+    def _causes(self, i: int, frames: Sequence[FrameStatistics], judge: _Judge) -> list[Cause]:
+        """Return the causes of some frames of a group, as if they were all of it."""
+        part = self._compare(i, judge.usual, group_of(self.groups[i].name, frames))
+        away = judge.away(i, part.measures())
+        return part.facts + causes_of(part, away, judge.context, self.wavelengths)
 
 
 class _Judge:

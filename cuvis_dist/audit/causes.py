@@ -125,8 +125,7 @@ def _likeliest(
     place = named(compared.reference.bands[[band]], wavelengths)
     foreign = _foreign(features, away)
     in_mean = max(away[name] for name in ("gain", "offset", "slope", "mean", "level"))
-    stripes = _varying(compared, features, "offset")
-    if stripes and max(away["pixels"], away["covariance"]) > 1:
+    if stripes := _varying(compared, features, "offset"):
         return Cause("varying", stripes, largest)
     if away["noise"] > 1 and _is_local(features) and max(fit.explained, of_band) < _EXPLAINS:
         return _noisy(compared, features, largest, wavelengths)
