@@ -22,9 +22,11 @@ _PLAIN = 5.0
 #: Below this part of the usual brightness a recording is called dark.
 _DARK = 0.2
 #: Squared cosine between the direction in which pixels spread most and that of a gain or offset.
-_ALONG = 0.8
+_ALONG = 0.6
 #: The noise of one band is unusual by itself if it is so many times as far off as that of others.
 _LOCAL = 4.0
+#: What is so far off, in units of the limit, tells causes apart where something else is unusual.
+_HINT = 0.5
 #: Bands that one message lists.
 _LISTED = 5
 
@@ -56,7 +58,7 @@ def named(bands: Sequence[int] | np.ndarray, wavelengths: np.ndarray | None) -> 
 
     def one(band: int) -> str:
         return f"{band}" + (
-            f" ({float(wavelengths[band]):g} nm)" if wavelengths is not None else ""
+            f" ({float(wavelengths[band]):.4g} nm)" if wavelengths is not None else ""
         )
 
     listed = [int(band) for band in bands]
@@ -125,8 +127,6 @@ def _likeliest(
     place = named(compared.reference.bands[[band]], wavelengths)
     foreign = _foreign(features, away)
     in_mean = max(away[name] for name in ("gain", "offset", "slope", "mean", "level"))
-    if stripes := _varying(compared, features, "offset"):
-        return Cause("varying", stripes, largest)
     if away["noise"] > 1 and _is_local(features) and max(fit.explained, of_band) < _EXPLAINS:
         return _noisy(compared, features, largest, wavelengths)
     if foreign is not None and (in_mean <= 1 or foreign >= max(_EXPLAINS, fit.explained - 0.1)):
@@ -134,12 +134,14 @@ def _likeliest(
         return Cause("foreign", f"{_percent(share)} foreign pixels", largest)
     if away["noise"] > 1 and (in_mean <= 1 or max(fit.explained, of_band) < _EXPLAINS):
         return _noisy(compared, features, largest, wavelengths)
+    if away["stripes"] > _HINT and (stripes := _varying(compared, features, "offset")):
+        return Cause("varying", stripes, largest)
     if in_mean > 1:
         if of_band > max(_EXPLAINS, fit.explained + 0.05):
             return Cause("band", f"{place} shifted by {by:+.4g}", largest)
         if fit.explained > _EXPLAINS:
             return Cause("+".join(fit.values), _words(compared, fit), largest)
-    if contrast := _varying(compared, features, "gain"):
+    if features.relative[-1] > 2 and (contrast := _varying(compared, features, "gain")):
         return Cause("varying", contrast, largest)
     if found := _few(compared, features):
         return Cause("foreign", found, largest)
@@ -204,7 +206,7 @@ def _varying(compared: Compared, features: Features, what: str) -> str:
     way = reference.whitened(reference.mean if what == "gain" else np.ones(len(reference.mean)))
     length = float(np.linalg.norm(way))
     more = float(features.relative[-1] - np.median(features.relative))
-    if more < 1 or not length or (features.direction @ way / length) ** 2 < _ALONG:
+    if not length or (features.direction @ way / length) ** 2 < _ALONG:
         return ""
     return (
         f"{'a gain' if what == 'gain' else 'an offset'} that varies from pixel to pixel by "

@@ -21,6 +21,7 @@ MEASURES = {
     "noise": False,
     "pixels": False,
     "covariance": False,
+    "stripes": False,
     "foreign": False,
 }
 
@@ -77,6 +78,7 @@ class Compared:
             "pixels": (_log(f.trace), 0.01 + np.sqrt(2 / max(1, n))),
             # The distance of covariances of few pixels is large by itself.
             "covariance": (_log(f.affine_invariant) if comparable else np.nan, 0.05),
+            "stripes": (_log(f.striped), 2 * np.sqrt(2 / max(1, n))),
             "foreign": (f.outside, np.sqrt(OUTSIDE / max(1, sampled))),
         }
 

@@ -185,7 +185,13 @@ def _covariance(
     """Return the covariance that a node froze, if it froze one."""
     if now.diagonal or now.n < 2:
         return None
-    name = _which(after, now.covariance.numpy())
+    wanted = now.covariance.numpy()
+    added = {  # nodes add a small number to the diagonal
+        name: value - np.eye(len(wanted)) * np.mean(value.diagonal() - wanted.diagonal())
+        for name, value in after.items()
+        if value.shape == wanted.shape
+    }
+    name = _which(added, wanted)
     return None if name is None else before[name]
 
 

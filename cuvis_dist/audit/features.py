@@ -47,6 +47,9 @@ class Features:
         ``[B]`` eigenvalues of the covariance relative to the usual one, ascending.
     direction : ndarray
         ``[B]`` whitened direction of the largest of them.
+    striped : float
+        The variance along an offset of all bands, relative to the usual one and to that along the
+        other directions.
     affine_invariant, bhattacharyya, condition : float
         Distances from the others; the condition number of the correlations.
     outside : float
@@ -68,6 +71,7 @@ class Features:
     trace: float
     relative: np.ndarray
     direction: np.ndarray
+    striped: float
     affine_invariant: float
     bhattacharyya: float
     condition: float
@@ -100,8 +104,11 @@ def features_of(
     """
     bands, units = reference.bands, reference.units(group.n)
     shift = reference.whitened(group.mean[bands]) - reference.centre
-    relative, vectors = np.linalg.eigh(_relative(group.covariance, reference))
+    covariance = _relative(group.covariance, reference)
+    relative, vectors = np.linalg.eigh(covariance)
     relative = np.maximum(relative, RIDGE)
+    offset = reference.whitened(np.ones(len(bands)))
+    striped = float(offset @ covariance @ offset / (offset @ offset) / np.median(relative))
     affine = float(np.sqrt((np.log(relative) ** 2).sum()))
     between = shift @ vectors
     bhattacharyya = float(
@@ -120,6 +127,7 @@ def features_of(
         float(relative.sum() + (shift**2).sum()) / len(bands),
         relative,
         vectors[:, -1],
+        striped,
         affine,
         bhattacharyya,
         _condition(group.covariance[np.ix_(bands, bands)]),

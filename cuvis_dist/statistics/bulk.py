@@ -18,12 +18,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy.special import chdtri
 
 from cuvis_dist.statistics.spread import centre_and_spread, limit
 
 #: Starts that go through two steps; of the best, those that go on to the end; steps at most.
 _STARTS, _BEST, _STEPS = 50, 5, 100
+#: A frame is left out beyond so many times what is unusual, and not below twice the usual distance:
+#: one with content of its own costs more than one that is a little off.
+_FENCE = 1.5
 #: Added to the variances, in their own units, so that bands that are the same have an inverse.
 _RIDGE = 1e-9
 
@@ -82,7 +85,8 @@ def bulk_of_frames(
     # Frames differ in what they show: how much they do says how far a usual one may be.
     logs = np.log(np.maximum(distance, 1e-300))
     centre, spread = centre_and_spread(logs)
-    bound = float(centre) + limit(len(logs) - 1, len(logs)) * max(float(spread), 0.01)
+    far = _FENCE * limit(len(logs) - 1, len(logs)) * float(spread)
+    bound = float(centre) + max(far, float(np.log(2)))
     kept = core | (logs <= bound) | (units.n == 0)
     return Bulk(core, kept, distance, dets)
 
@@ -97,9 +101,9 @@ def bulk_of_pixels(pixels: np.ndarray, keep: float, seed: int = 0) -> Bulk:
     core, dets = _concentrate(units, keep, seed)
     distance = units.distances(*units.merged(core))
     channels = pixels.shape[1]
-    median = stats.chi2.median(channels) / channels
+    median = chdtri(channels, 0.5) / channels
     scaled = distance * median / max(float(np.median(distance)), 1e-300)
-    kept = scaled <= stats.chi2.ppf(0.975, channels) / channels
+    kept = scaled <= chdtri(channels, 0.025) / channels
     return Bulk(core, kept, distance, dets)
 
 

@@ -12,7 +12,7 @@ few values, which the degrees of freedom here stand for.
 from __future__ import annotations
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 #: With fewer others there is no saying what their spread is.
 LEAST_OTHERS = 4
@@ -91,6 +91,5 @@ def limit(others: int, tests: int) -> float:
         How many values are looked at in all.
     """
     freedom = max(1.0, _EFFICIENCY * (others - 1))
-    return float(stats.t.isf(_ALPHA / 2 / max(1, tests), freedom)) * float(
-        np.sqrt(1 + np.pi / 2 / max(1, others))
-    )
+    of_median = np.sqrt(1 + np.pi / 2 / max(1, others))
+    return float(-stdtrit(freedom, _ALPHA / 2 / max(1, tests)) * of_median)

@@ -1,4 +1,4 @@
-"""Does ``cuvis-dist audit`` say what a store knows, and ``init --robust`` leave out what it should?"""
+"""Does ``audit`` say what a store knows, and ``init --robust`` leave out what it should?"""
 
 from __future__ import annotations
 
