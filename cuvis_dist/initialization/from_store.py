@@ -32,7 +32,7 @@ from cuvis_dist.nodes.state import StatefulNodesError
 from cuvis_dist.pace import Pace
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.statistics import Drawn, MergeTree
-from cuvis_dist.store import DamagedFileError
+from cuvis_dist.store import DamagedFileError, Identity, identity_of
 
 #: Measurements are written when they take so many bytes, however short a time ago others were.
 _FILE_BYTES = 1 << 26
@@ -97,6 +97,7 @@ class Filler:
         self.stored, self.pipeline, self.contents = stored, pipeline, contents
         self.scaling, self.on_frames = scaling, on_frames
         self.done = Filling()
+        self._left_out = set[Identity]()
 
     def fill(self) -> list[int]:
         """Measure what is missing; return the positions of all frames that can be used.
@@ -113,11 +114,12 @@ class Filler:
         """
         archive = self.stored.archive
         self.stored.look(self.contents)
-        while missing := self.stored.missing(self.done.skipped):
+        while missing := self.stored.missing(self._left_out):
             self.stored.store.require_writable()
             self._measure(missing)
             self.stored.look(self.contents)
-        usable = [i for i, f in enumerate(archive.frames) if f.uid not in self.done.skipped]
+        frames, left_out = enumerate(archive.frames), self._left_out
+        usable = [i for i, frame in frames if identity_of(frame) not in left_out]
         if not usable:
             raise DataError(f"none of {len(archive)} frames could be used")
         return usable
@@ -127,7 +129,7 @@ class Filler:
         measuring = self.scaling.measuring
         part = self.stored.archive.only(missing)
         before = len(self.stored.archive) - len(part)
-        tally = Tally(len(part), measuring.max_skipped - len(self.done.skipped))
+        tally = Tally(len(part), measuring.max_skipped - len(self._left_out))
         pace, pending = Pace(self.scaling.resources.save_seconds), dict[int, Measurement]()
         sound, size = True, 0
         try:
@@ -168,6 +170,8 @@ class Filler:
                     tally.add(row)
                     if row.frames:
                         yield position, measured
+                    else:
+                        self._left_out.add(identity_of(part.frames[position]))
 
     def _write(self, measured: dict[int, Measurement]) -> None:
         """Add measurements to the store, unless a file that they are of has changed."""

@@ -26,8 +26,8 @@ from cuvis_dist.initialization.measuring import Measurer, Partial, compute_input
 from cuvis_dist.initialization.passes import freeze_fits
 from cuvis_dist.initialization.plan import Pass, measured_directly, share
 from cuvis_dist.initialization.sampling import fit_later
+from cuvis_dist.initialization.served import readings
 from cuvis_dist.initialization.shards import together
-from cuvis_dist.initialization.stored import readings
 from cuvis_dist.nodes.upstream import nodes_before
 from cuvis_dist.scaling import Scaling
 

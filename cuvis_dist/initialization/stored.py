@@ -8,7 +8,7 @@ archive.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,7 +32,17 @@ from cuvis_dist.statistics import Drawn, PixelSample, Statistic, from_bytes
 from cuvis_dist.statistics.columns import from_table, to_table
 from cuvis_dist.statistics.drawn import expected_per_frame
 from cuvis_dist.statistics.statistic import as_array
-from cuvis_dist.store import DamagedFileError, Entry, Found, Key, Keys, Store, StoredFile
+from cuvis_dist.store import (
+    DamagedFileError,
+    Entry,
+    Found,
+    Identity,
+    Key,
+    Keys,
+    Store,
+    StoredFile,
+    identity_of,
+)
 from cuvis_dist.store import pixels as pixel_table
 
 #: Pixels that are kept of a frame, on average, where no node is fitted on a sample.
@@ -41,61 +51,6 @@ _FEW_PIXELS = 512
 _PIXELS = "pixels"
 #: Port of the batch that says where the bands lie, in nm.
 _WAVELENGTHS = "wavelengths"
-
-
-def can_be_stored(this_pass: Pass, pipeline: CuvisPipeline, fitted: Collection[str]) -> bool:
-    """Whether a store keeps what a pass measures.
-
-    Parameters
-    ----------
-    fitted : collection of str
-        Names of the nodes that earlier passes fit.
-    """
-    before = nodes_before(pipeline, [m.node for m in this_pass.measurements])
-    return this_pass.streamed is None and not {node.name for node in before} & {*fitted}
-
-
-def storable(plan: Iterable[Pass], pipeline: CuvisPipeline) -> list[Pass]:
-    """Return the passes of a plan whose measurements a store keeps."""
-    fitted, found = set[str](), []
-    for step in plan:
-        if can_be_stored(step, pipeline, fitted):
-            found.append(step)
-        fitted |= {node.name for node in step.nodes}
-    return found
-
-
-def readings(
-    pipeline: CuvisPipeline,
-    datamodule: pl.LightningDataModule,
-    archive: Archive,
-    contents: Contents,
-    measuring: Measuring,
-) -> list[tuple[Pass, int]]:
-    """Return the passes of phase 1, and how many frames each of them reads.
-
-    Parameters
-    ----------
-    contents : Contents
-        The files of the archive; needed where the settings name a store.
-    """
-    plan = planned(pipeline, measuring)
-    if measuring.store is None or unseen(archive, contents):
-        return [(step, len(archive)) for step in plan]
-    store, kept, found = Store(measuring.store), storable(plan, pipeline), []
-    for step in plan:
-        frames = len(archive)
-        if step in kept:
-            stored = StoredPass(store, pipeline, datamodule, archive, step, measuring)
-            stored.look(contents)
-            frames = len(stored.missing())
-        found.append((step, frames))
-    return found
-
-
-def unseen(archive: Archive, contents: Contents) -> list[Frame]:
-    """Return the frames whose own file is none that can be seen from here: no store knows them."""
-    return [f for f in archive.frames if not f.reads or f.reads[0] not in contents.files]
 
 
 class StoredPass:
@@ -147,7 +102,7 @@ class StoredPass:
             # Twice as many: enough for an archive of which half is taken out.
             drawn = max(drawn, expected_per_frame(measuring.sample_pixels, -(-len(archive) // 2)))
         self.drawing = Drawing(pipeline, names, measuring, drawn)
-        self._found: dict[str, dict[str, Found]] = {}
+        self._found: dict[str, dict[Identity, Found]] = {}
 
     def look(self, contents: Contents) -> None:
         """Find what the store has of the frames, whose files are these."""
@@ -163,27 +118,27 @@ class StoredPass:
         n, bound = entry.about["n"], entry.about["bound"]
         return bound is None or bound >= min(1.0, self._needed / max(1, n))
 
-    def missing(self, without: Collection[str] = ()) -> list[int]:
+    def missing(self, without: Collection[Identity] = ()) -> list[int]:
         """Return the positions of the frames that have to be read, each frame once.
 
         Parameters
         ----------
-        without : collection of str
-            Uids of frames that do not count.
+        without : collection of Identity
+            Frames that do not count.
         """
-        first: dict[str, int] = {}
+        first: dict[Identity, int] = {}
         for position, frame in enumerate(self.archive.frames):
-            if frame.uid not in without:
-                first.setdefault(frame.uid, position)
+            if identity_of(frame) not in without:
+                first.setdefault(identity_of(frame), position)
         lacking = [
             position
-            for uid, position in first.items()
-            if not all(uid in found for found in self._found.values())
+            for identity, position in first.items()
+            if not all(identity in found for found in self._found.values())
         ]
         if not lacking and any(fit.chain for fit in self.this_pass.fits):
             for key in self.keys.values():
                 found = self._found[key.digest]
-                if not any(found[uid].entry.about["probes"] for uid in first):
+                if not any(found[each].entry.about["probes"] for each in first):
                     return [*first.values()][:1]  # some frame has to show that maps are affine
         return lacking
 
@@ -236,7 +191,7 @@ class StoredPass:
         rows: dict[str, list[tuple[int, int]]] = {}
         files: dict[str, StoredFile] = {}
         for position in positions:
-            place = found[frames[position].uid]
+            place = found[identity_of(frames[position])]
             files[place.file.name] = place.file
             rows.setdefault(place.file.name, []).append((place.row, position))
         for name in sorted(files):
@@ -269,7 +224,8 @@ class StoredPass:
         InputError, ClusterError
             If the store cannot be written to.
         """
-        entries = {i: self._entry(self.archive.frames[i], contents) for i in measured}
+        frames = self.archive.frames
+        entries = {i: _entry(frames[i], contents) for i in measured}
         by_kind: dict[tuple[str, str], list[tuple[int, Statistic]]] = {}
         for position, each in measured.items():
             statistics = map(from_bytes, each.statistics)
@@ -282,7 +238,7 @@ class StoredPass:
             told: list[dict[str, Any]] = [{"probes": probes is not None} for probes in few]
             self._write(self.keys[name], kind, table, [entries[i] for i, _ in some], told)
         known = self._found[self._pixels.digest]
-        kept = {i: m.drawn for i, m in measured.items() if entries[i].uid not in known}
+        kept = {i: m.drawn for i, m in measured.items() if entries[i].identity not in known}
         if kept:
             about = [{"n": d.n if d else 0, "bound": d.bound if d else None} for d in kept.values()]
             table = pixel_table.to_table([*kept.values()])
@@ -290,7 +246,7 @@ class StoredPass:
 
     def _has(self, name: str, position: int, measured: Measurement) -> bool:
         """Whether a frame's statistic is there, with probes if there are any now."""
-        there = self._found[self.keys[name].digest].get(self.archive.frames[position].uid)
+        there = self._found[self.keys[name].digest].get(identity_of(self.archive.frames[position]))
         return there is not None and (name not in measured.probes or there.entry.about["probes"])
 
     def _write(
@@ -302,9 +258,9 @@ class StoredPass:
         ]
         self.store.add(key, kind, table, told)
 
-    @staticmethod
-    def _entry(frame: Frame, contents: Contents) -> Entry:
-        return Entry(frame.uid, frame.recording, contents.only([frame]).as_json())
+
+def _entry(frame: Frame, contents: Contents) -> Entry:
+    return Entry(frame.uid, frame.recording, contents.only([frame]).as_json())
 
 
 def _kept(pipeline: CuvisPipeline, this_pass: Pass, measuring: Measuring) -> list[str]:

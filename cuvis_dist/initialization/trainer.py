@@ -31,7 +31,8 @@ from cuvis_dist.initialization.passes import PassRecord, measure_pass
 from cuvis_dist.initialization.plan import Pass, measured_directly, share
 from cuvis_dist.initialization.robust import frames_outside, moments_of
 from cuvis_dist.initialization.sampling import fit_later
-from cuvis_dist.initialization.stored import StoredPass, can_be_stored, readings, unseen
+from cuvis_dist.initialization.served import can_be_stored, readings, unseen
+from cuvis_dist.initialization.stored import StoredPass
 from cuvis_dist.initialization.streaming import require_whole_frames, stream_pass
 from cuvis_dist.nodes.state import StatefulNodesError
 from cuvis_dist.scaling import Scaling

@@ -16,7 +16,6 @@ from typing import Any
 import networkx as nx
 import numpy as np
 import torch
-import yaml
 from cuvis_ai.node.conversion import ScoreToLogit
 from cuvis_ai.node.monitor import TensorBoardMonitorNode
 from cuvis_ai_core.data import selectors
@@ -26,7 +25,6 @@ from cuvis_ai_core.training import StatisticalTrainer
 from cuvis_ai_core.training.evaluation import (
     _pooled_objects as pooled_objects,
 )
-from cuvis_ai_core.utils import restore
 from cuvis_ai_core.utils.node_registry import NodeRegistry
 from cuvis_ai_core.utils.restore import (
     _build_data_module,
@@ -61,7 +59,6 @@ __all__ = [
     "edges_into",
     "inputs_of",
     "log_to",
-    "manifests_counted_once",
     "node_inputs",
     "nodes_before",
     "only_real_numbers",
@@ -81,52 +78,6 @@ def build_datamodule(data: DataConfig, plugins_dirs: list[Path], base_dir: Path)
     """
     data = _resolve_splits_path_in_config(data, base_dir)
     return _build_data_module(NodeRegistry(), data, plugins_dirs)
-
-
-@contextmanager
-def manifests_counted_once(installed: Collection[Path]) -> Iterator[None]:
-    """Let a plugin's manifest that is found in several folders count once.
-
-    Upstream refuses a name that it finds twice. Here the same content counts once, and whatever
-    another folder says wins over one of ``installed``, which are looked up without being asked
-    for. Private: the name by which ``restore`` knows ``_build_catalog``, which reads the folders.
-
-    Parameters
-    ----------
-    installed : collection of Path
-        Folders that come last and give way.
-    """
-    theirs = restore._build_catalog
-
-    def merged(folders: list[Path]) -> dict[str, Any]:
-        catalog: dict[str, Any] = {}
-        found: dict[str, Path] = {}
-        said: dict[str, Any] = {}
-        for folder in folders:
-            manifests, contents = theirs([folder]), _manifests_of(folder)
-            for name, manifest in manifests.items():
-                if name not in catalog:
-                    catalog[name], found[name], said[name] = manifest, folder, contents[name]
-                elif folder not in installed and contents[name] != said[name]:
-                    raise ValueError(
-                        f"plugin {name} is declared by {found[name]} and otherwise by {folder}: "
-                        "remove one of the two manifests"
-                    )
-        return catalog
-
-    replaced: Any = merged
-    restore._build_catalog = replaced
-    try:
-        yield
-    finally:
-        restore._build_catalog = theirs
-
-
-def _manifests_of(folder: Path) -> dict[str, Any]:
-    """Return what the manifests in a folder say, by plugin, paths as they are written."""
-    files = folder.glob("*.yaml")
-    contents = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in files]
-    return {content["name"]: content for content in contents}
 
 
 def restore_weights(pipeline: CuvisPipeline, path: Path) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
@@ -16,9 +16,10 @@ from cuvis_dist.initialization.from_store import Filler
 from cuvis_dist.initialization.levels import planned
 from cuvis_dist.initialization.measuring import Measurer
 from cuvis_dist.initialization.plan import Pass
-from cuvis_dist.initialization.stored import StoredPass, storable, unseen
+from cuvis_dist.initialization.served import storable, unseen
+from cuvis_dist.initialization.stored import StoredPass
 from cuvis_dist.runs.job import job
-from cuvis_dist.runs.record import MeasureRecord
+from cuvis_dist.runs.record import JobRecord
 from cuvis_dist.runs.trainrun import TrainRun
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.statistics import Statistic
@@ -29,6 +30,32 @@ _ROUNDING = 1e-9
 
 OnFrames = Callable[[int, int], None]
 """Called with the number of frames that the store has, and the number of all of them."""
+
+
+@dataclass(kw_only=True)
+class MeasureRecord(JobRecord):
+    """What ``measure`` finds out; None where it did not come so far.
+
+    Attributes
+    ----------
+    store, split : str
+        Which store was filled with which frames.
+    frames, from_store, read : int
+        Frames of the split that can be used; those that the store had; those that were measured.
+    skipped : dict of str to str
+        Frames that could not be used, by uid, each with its reason.
+    seconds : float
+        Wall-clock time of the job.
+    """
+
+    job: str = "measure"
+    store: str
+    split: str
+    frames: int | None = None
+    from_store: int | None = None
+    read: int | None = None
+    skipped: dict[str, str] | None = None
+    seconds: float | None = None
 
 
 def measure(

@@ -257,32 +257,6 @@ class EvaluateRecord(JobRecord):
 
 
 @dataclass(kw_only=True)
-class MeasureRecord(JobRecord):
-    """What ``measure`` finds out; None where it did not come so far.
-
-    Attributes
-    ----------
-    store, split : str
-        Which store was filled with which frames.
-    frames, from_store, read : int
-        Frames of the split that can be used; those that the store had; those that were measured.
-    skipped : dict of str to str
-        Frames that could not be used, by uid, each with its reason.
-    seconds : float
-        Wall-clock time of the job.
-    """
-
-    job: str = "measure"
-    store: str
-    split: str
-    frames: int | None = None
-    from_store: int | None = None
-    read: int | None = None
-    skipped: dict[str, str] | None = None
-    seconds: float | None = None
-
-
-@dataclass(kw_only=True)
 class ScoreRecord(JobRecord):
     """What ``score`` finds out; None where it did not come so far.
 

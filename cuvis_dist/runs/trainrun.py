@@ -20,6 +20,7 @@ from cuvis_dist.errors import CuvisDistError, InputError, one_line
 from cuvis_dist.hashing import hash_settings
 from cuvis_dist.nodes import upstream
 from cuvis_dist.nodes.building import build_pipeline, load_pipeline
+from cuvis_dist.nodes.manifests import manifests_counted_once
 from cuvis_dist.plain import NotPlainError
 from cuvis_dist.runs.configuration import Configuration, fitted_state, read_configuration
 from cuvis_dist.runs.leaving_out import leave_out
@@ -194,7 +195,7 @@ class TrainRun:
         try:
             with (
                 fetched_when_opened(),
-                upstream.manifests_counted_once(installed_plugins_dirs()),
+                manifests_counted_once(installed_plugins_dirs()),
             ):
                 if fitting:
                     return upstream.create_datamodule(config, self.plugins_dirs, base_dir=base_dir)

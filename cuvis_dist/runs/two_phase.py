@@ -26,7 +26,7 @@ from cuvis_dist.hashing import hash_settings
 from cuvis_dist.initialization.diagnosis import Finding
 from cuvis_dist.initialization.passes import PassRecord
 from cuvis_dist.initialization.plan import statistical_nodes
-from cuvis_dist.initialization.stored import readings
+from cuvis_dist.initialization.served import readings
 from cuvis_dist.initialization.trainer import StatisticalTrainer
 from cuvis_dist.nodes.state import hash_state, hash_tensors
 from cuvis_dist.nodes.survey import outline

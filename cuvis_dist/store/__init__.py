@@ -4,8 +4,18 @@ A store is a folder, or a place at a URI, of what was measured of frames: see
 :class:`~cuvis_dist.store.store.Store`.
 """
 
-from cuvis_dist.store.files import DamagedFileError, Entry, StoredFile
+from cuvis_dist.store.files import DamagedFileError, Entry, Identity, StoredFile
 from cuvis_dist.store.identity import Key, Keys
-from cuvis_dist.store.store import Found, Store
+from cuvis_dist.store.store import Found, Store, identity_of
 
-__all__ = ["DamagedFileError", "Entry", "Found", "Key", "Keys", "Store", "StoredFile"]
+__all__ = [
+    "DamagedFileError",
+    "Entry",
+    "Found",
+    "Identity",
+    "Key",
+    "Keys",
+    "Store",
+    "StoredFile",
+    "identity_of",
+]

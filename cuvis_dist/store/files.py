@@ -29,6 +29,10 @@ FORMAT = 1
 _TIME = "%Y%m%dT%H%M%S"
 
 
+Identity = tuple[str, str]
+"""What a frame is known by: its uid, and the path or URI of its file."""
+
+
 class UnusableFileError(CuvisDistError):
     """A file that cannot be used; the message names it and says why."""
 
@@ -55,6 +59,11 @@ class Entry:
     recording: str
     files: dict[str, list[Any]]
     about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def identity(self) -> Identity:
+        """What the frame is known by; the first file is its own."""
+        return self.uid, next(iter(self.files))
 
     @property
     def contents(self) -> Contents:

@@ -21,6 +21,7 @@ from cuvis_dist.storage import Location, OutputFolder
 from cuvis_dist.store.files import (
     DamagedFileError,
     Entry,
+    Identity,
     StoredFile,
     UnusableFileError,
     manifest_of,
@@ -34,6 +35,14 @@ from cuvis_dist.store.identity import Key
 SET_ASIDE = "set-aside"
 #: Manifests that are read at the same time.
 _READERS = 16
+
+
+def identity_of(frame: Frame) -> Identity:
+    """Return what a store knows a frame by: its uid, and its own file.
+
+    Data modules that do not name their recordings give frames of several files the same uid.
+    """
+    return frame.uid, frame.reads[0]
 
 
 @dataclass(frozen=True)
@@ -99,11 +108,11 @@ class Store:
         frames: Iterable[Frame],
         contents: Contents,
         suits: Callable[[Entry], bool] = lambda entry: True,
-    ) -> dict[str, Found]:
-        """Return where the measurements of some frames are, by uid, as far as they are there.
+    ) -> dict[Identity, Found]:
+        """Return where the measurements of some frames are, as far as they are there.
 
-        A frame is known by its uid and all files that it is read from; one whose files cannot be
-        seen from here is never found.
+        A frame is found if all files that it is read from are as they were; one whose files cannot
+        be seen from here is never found.
 
         Parameters
         ----------
@@ -116,13 +125,15 @@ class Store:
         suits : callable
             Says whether a measurement will do.
         """
-        wanted = {frame.uid: contents.only([frame]).as_json() for frame in frames}
-        found: dict[str, Found] = {}
+        wanted = {
+            identity_of(frame): contents.only([frame]).as_json() for frame in frames if frame.reads
+        }
+        found: dict[Identity, Found] = {}
         for file in self.files(key.digest):
             for row, entry in enumerate(file.entries):
-                files = wanted.get(entry.uid)
+                files = wanted.get(entry.identity)
                 if files and _same(files, entry) and suits(entry):
-                    found[entry.uid] = Found(file, row)  # the last one that was written
+                    found[entry.identity] = Found(file, row)  # the last one that was written
         return found
 
     def read(self, file: StoredFile) -> pa.Table:

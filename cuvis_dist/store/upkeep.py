@@ -208,6 +208,7 @@ def _by_key(files: Iterable[StoredFile]) -> dict[str, list[StoredFile]]:
 
 
 def _identity(entry: Entry) -> tuple[str, str]:
+    """Return what tells frames apart, and one frame before its file changed from after that."""
     return entry.uid, str(entry.files)
 
 
