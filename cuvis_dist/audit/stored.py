@@ -16,7 +16,8 @@ from cuvis_dist.audit.groups import FrameStatistics
 from cuvis_dist.errors import InputError
 from cuvis_dist.initialization.levels import planned
 from cuvis_dist.initialization.plan import Fit, Measurement, Pass
-from cuvis_dist.initialization.stored import StoredPass, storable
+from cuvis_dist.initialization.served import storable
+from cuvis_dist.initialization.stored import StoredPass
 from cuvis_dist.scaling import Measuring
 from cuvis_dist.statistics import Drawn, ExactMoments, Extrema, Moments, Statistic
 from cuvis_dist.store import Store

@@ -129,6 +129,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         begin(self.scaling, training=False)
         if scaling.measuring.robust is not None:
             archive = self._bulk(plan[0], archive, scaling.measuring.robust)
+            contents = self._contents = contents.only(archive.frames)
 
         outer_owner = self.pipeline.structure_frozen_by
         self.pipeline.freeze_structure("StatisticalTrainer.fit")

@@ -38,7 +38,7 @@ class Bulk:
     Attributes
     ----------
     core : ndarray
-        ``[F]`` bool: the wanted part of the units, whose covariance has the least determinant.
+        ``[F]`` bool: so many units whose covariance has the least determinant.
     kept : ndarray
         ``[F]`` bool: the core, and every other unit that is not unusually far from it.
     distance : ndarray
@@ -70,7 +70,8 @@ def bulk_of_frames(
     means, M2 : ndarray
         ``[F, C]`` and ``[F, C, C]`` float64: see :class:`~cuvis_dist.statistics.Moments`.
     keep : float
-        The part of the frames that is surely good, above 0.5 and up to 1.
+        The part of the frames that is surely good, above 0.5 and up to 1: so many are kept at
+        least. The core is smaller: it leaves out twice as many as may be bad.
     seed : int
         Chooses the starts.
 
@@ -79,8 +80,11 @@ def bulk_of_frames(
     ValueError
         If ``keep`` is not above 0.5 and up to 1.
     """
+    if not 0.5 < keep <= 1:
+        raise ValueError(f"keep is {keep}: it must be above 0.5 and up to 1")
     units = _Units(np.asarray(n, dtype=float), means, M2)
-    core, dets = _concentrate(units, keep, seed)
+    # Frames with content of their own are far off, too: the core needs room to be without them.
+    core, dets = _concentrate(units, max(0.5, 2 * keep - 1), seed)
     distance = units.distances(*units.merged(core))
     # Frames differ in what they show: how much they do says how far a usual one may be.
     logs = np.log(np.maximum(distance, 1e-300))
@@ -88,14 +92,16 @@ def bulk_of_frames(
     far = _FENCE * limit(len(logs) - 1, len(logs)) * float(spread)
     bound = float(centre) + max(far, float(np.log(2)))
     kept = core | (logs <= bound) | (units.n == 0)
+    kept[np.argsort(distance, kind="stable")[: _part(keep, len(logs))]] = True
     return Bulk(core, kept, distance, dets)
 
 
 def bulk_of_pixels(pixels: np.ndarray, keep: float, seed: int = 0) -> Bulk:
     """Find the pixels ``[K, C]`` that are the bulk; see :func:`bulk_of_frames`.
 
-    Pixels outside of the core are kept as in the source: up to the 97.5 % quantile of χ² with the
-    core's covariance scaled so that half of the pixels lie within the median of χ².
+    The core has the part ``keep`` of the pixels, and others are kept as in the source: up to the
+    97.5 % quantile of χ², with the core's covariance scaled so that half of the pixels lie within
+    the median of χ².
     """
     units = _Units(np.ones(len(pixels)), np.asarray(pixels, dtype=float), None)
     core, dets = _concentrate(units, keep, seed)
@@ -151,10 +157,8 @@ class _Units:
 
 def _concentrate(units: _Units, keep: float, seed: int) -> tuple[np.ndarray, tuple[float, ...]]:
     """Return the best core, and the determinants on the way to it."""
-    if not 0.5 < keep <= 1:
-        raise ValueError(f"keep is {keep}: it must be above 0.5 and up to 1")
     count = len(units.n)
-    size = int(np.ceil(keep * count))
+    size = _part(keep, count)
     everything = np.ones(count, dtype=bool)
     if size >= count:
         return everything, (_log_determinant(units, everything),)
@@ -178,6 +182,11 @@ def _steps(
             break
         chosen, dets = after, (*dets, found)
     return chosen, dets
+
+
+def _part(part: float, count: int) -> int:
+    """Return a part of a number, rounded up, but for what rounding has added to it."""
+    return int(np.ceil(round(part * count, 6)))
 
 
 def _those(count: int, chosen: np.ndarray) -> np.ndarray:

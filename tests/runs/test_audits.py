@@ -113,7 +113,7 @@ def test_drift_above_the_limit_has_an_exit_code_of_its_own(stored, capsys):
         (["--by", "lens"], "no field 'lens' to group by; there are recording, frame, source"),
         (["--max-drift", "0.1"], "needs a pipeline to compare with"),
         (["--against", "nowhere.yaml"], "nowhere"),
-        (["--override", "data.params.cube_key=x"], "cuvis-dist measure TRAINRUN --store"),
+        (["--set", "measuring.pixels=finite"], "cuvis-dist measure TRAINRUN --store"),
     ],
 )
 def test_what_cannot_be_answered_is_said(stored, options, words, capsys):
