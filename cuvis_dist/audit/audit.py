@@ -40,7 +40,7 @@ class Row:
     standing_out : float
         The largest of its deviations, in units of the limit: above 1 it is unusual.
     causes : tuple of Cause
-        Likely causes, the first one first; empty for a usual group.
+        Likely causes, the first one first; empty for a usual group, a guess near the limit.
     figures : dict of str to float
         What was measured, by name.
     """
@@ -55,7 +55,7 @@ class Row:
     @property
     def unusual(self) -> bool:
         """Whether somebody should look at it."""
-        return bool(self.causes)
+        return self.standing_out > 1
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -27,6 +28,8 @@ _ALONG = 0.6
 _LOCAL = 4.0
 #: What is so far off, in units of the limit, tells causes apart where something else is unusual.
 _HINT = 0.5
+#: From here on a cause is given, as a guess.
+_PERHAPS = 0.8
 #: Bands that one message lists.
 _LISTED = 5
 
@@ -49,7 +52,7 @@ def facts_of(
             (group.maximum if group.maximum is not None else group.pixels.max(axis=0))[bands].max()
         )
         words = f"{named(bands, wavelengths)} saturated: up to {share:.0%} of pixels at {top:g}"
-        causes.append(Cause("saturated", words, _FACT))
+        causes.append(Cause("saturated", words, 1 + (_FACT - 1) * min(1, 10 * share)))
     return causes
 
 
@@ -93,8 +96,14 @@ def causes_of(
     features, reference, group = compared.features, compared.reference, compared.group
     if features is None or reference is None:
         return []
-    others, usual_trace = context
     largest = max(away.values())
+    if _PERHAPS < largest <= 1:
+        as_unusual = {name: value * 1.001 / largest for name, value in away.items()}
+        return [
+            replace(cause, words=f"perhaps {cause.words}", weight=largest)
+            for cause in causes_of(compared, as_unusual, context, wavelengths)
+        ]
+    others, usual_trace = context
     few = others < LEAST_OTHERS
     if largest > 1 or (few and features.trace > _PLAIN * max(1.0, usual_trace)):
         block = np.ix_(reference.bands, reference.bands)

@@ -21,6 +21,8 @@ from cuvis_dist.statistics.spread import centre_and_spread
 OUTSIDE = 0.01
 #: Pixels of a group's sample that are looked at, and the fewest that say anything.
 _MOST_PIXELS, LEAST_PIXELS = 2000, 40
+#: Bands that are farther off a line, in standard deviations, count less.
+_HUBER = 1.5
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ class _Noise:
         self.pixels = reference.n
 
     def _line(self, apart: np.ndarray) -> tuple[float, float]:
-        """Fit a line over the spectrum, by least absolute residuals; (level, tilt)."""
+        """Fit a line over the spectrum that few bands do not bend (Huber 1964); (level, tilt)."""
         seen = np.isfinite(apart)
         if not seen.any():
             return np.nan, np.nan
@@ -177,8 +179,9 @@ class _Noise:
         design = np.stack([np.ones_like(x), x], axis=1)
         line = np.array([level, 0.0])
         for _ in range(20):
-            size = np.maximum(np.abs(y - design @ line), 1e-4)
-            weighted = design / size[:, None]
+            size = np.abs(y - design @ line)
+            near = _HUBER * max(1.4826 * float(np.median(size)), 1e-6)
+            weighted = design * np.minimum(1, near / np.maximum(size, 1e-300))[:, None]
             line = np.linalg.solve(design.T @ weighted, weighted.T @ y)
         return float(line[0]), float(line[1])
 
@@ -188,7 +191,7 @@ class _Noise:
         _, spread = centre_and_spread(lines)
         few = np.sqrt(max(1.0, self.pixels / max(1, n)))
         sampling = 1 / np.sqrt(2 * max(1, n) * max(1, len(self.axis)))
-        level, tilt = np.maximum(spread * few, sampling * np.array([1.25, 2.2]))
+        level, tilt = np.maximum(spread * few, sampling * np.array([1.0, 1.75]))
         return float(level), float(tilt)
 
     def bands(self) -> np.ndarray:
