@@ -155,7 +155,7 @@ class _Comparison:
         reference = self._reference(others if alone else self._usual(usual), bands, alone)
         axis = axis_of(bands, self.wavelengths, len(group.mean))
         noises = [self._noise_of(j, bands) for j in map(int, np.flatnonzero(usual)) if j != i]
-        features = features_of(group, others[:_ALONE], reference, axis, noises)
+        features = features_of(group, others, reference, axis, noises)
         known = models.atoms(features, reference.mean, axis)
         return Compared(group, causes, reference, axis, features, known)
 

@@ -101,7 +101,7 @@ def exchanged(
     size = len(mean)
     before = float(np.sum(P * S)) / size
     best, pair, shift = before, None, 0
-    if size > 2:
+    if size > 1:
         after = _pairs(covariance, P, apart, mean) / size
         i, j = np.unravel_index(int(np.argmin(after)), after.shape)
         best, pair = float(after[i, j]), (int(min(i, j)), int(max(i, j)))

@@ -136,7 +136,8 @@ def _likeliest(
     place = named(compared.reference.bands[[band]], wavelengths)
     foreign = _foreign(features, away)
     in_mean = max(away[name] for name in ("gain", "offset", "slope", "mean", "level"))
-    if away["noise"] > 1 and _is_local(features) and max(fit.explained, of_band) < _EXPLAINS:
+    explained = max(fit.explained, of_band) >= _EXPLAINS and away["noise"] < in_mean
+    if away["noise"] > 1 and _is_local(features) and not explained:
         return _noisy(compared, features, largest, wavelengths)
     if foreign is not None and (in_mean <= 1 or foreign >= max(_EXPLAINS, fit.explained - 0.1)):
         share = features.outside - OUTSIDE
@@ -165,7 +166,7 @@ def _likeliest(
 
 def _foreign(features: Features, away: dict[str, float]) -> float | None:
     """Return what foreign pixels explain of the mean's deviation; None if there are none."""
-    if away["foreign"] <= 1 or features.cleaned is None or not 0.5 < features.bulk < 2:
+    if away["foreign"] <= _HINT or features.cleaned is None or not 0.5 < features.bulk < 2:
         return None
     before, after = models.stacked(features), models.stacked(features, features.cleaned)
     return float(1 - after @ after / max(float(before @ before), 1e-300))

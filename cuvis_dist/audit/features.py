@@ -21,6 +21,8 @@ from cuvis_dist.statistics.spread import centre_and_spread
 OUTSIDE = 0.01
 #: Pixels of a group's sample that are looked at, and the fewest that say anything.
 _MOST_PIXELS, LEAST_PIXELS = 2000, 40
+#: Other groups whose noise and pixels are looked at, spread over all.
+_MOST_GROUPS = 40
 #: Bands that are farther off a line, in standard deviations, count less.
 _HUBER = 1.5
 
@@ -117,15 +119,16 @@ def features_of(
         (between**2 / (1 + relative)).sum() / 4
         + np.log((1 + relative) / 2 / np.sqrt(relative)).sum() / 2
     )
-    outside, bulk, cleaned = _outside(group, others, reference)
-    level = _Noise(group, reference, axis, noises)
+    some = slice(None, None, -(-len(others) // _MOST_GROUPS) or 1)
+    outside, bulk, cleaned = _outside(group, others[some], reference)
+    level = _Noise(group, reference, axis, noises[some])
     return Features(
         shift / units,
         reference.whiten / reference.scale[:, None] / units,
         level.apart,
         *level.line,
         *level.spreads(group.n),
-        level.bands(),
+        level.bands(group.n),
         float(relative.sum() + (shift**2).sum()) / len(bands),
         relative,
         vectors[:, -1],
@@ -178,7 +181,7 @@ class _Noise:
             return level, 0.0
         design = np.stack([np.ones_like(x), x], axis=1)
         line = np.array([level, 0.0])
-        for _ in range(20):
+        for _ in range(8):
             size = np.abs(y - design @ line)
             near = _HUBER * max(1.4826 * float(np.median(size)), 1e-6)
             weighted = design * np.minimum(1, near / np.maximum(size, 1e-300))[:, None]
@@ -194,7 +197,7 @@ class _Noise:
         level, tilt = np.maximum(spread * few, sampling * np.array([1.0, 1.75]))
         return float(level), float(tilt)
 
-    def bands(self) -> np.ndarray:
+    def bands(self, n: int) -> np.ndarray:
         """Return ``[B]`` how far each band is off the line, in spreads."""
         left = self._left(self.apart)
         if not len(self.known):
@@ -203,7 +206,8 @@ class _Noise:
         _, own = centre_and_spread(rest)
         together = float(np.sqrt(np.median(own**2))) if len(own) else 0.0
         floor = 1 / np.sqrt(2 * max(1, self.pixels))
-        return np.nan_to_num(left / np.sqrt((own**2 + together**2) / 2 + floor**2))
+        few = np.sqrt(max(1.0, self.pixels / max(1, n)))
+        return np.nan_to_num(left / few / np.sqrt((own**2 + together**2) / 2 + floor**2))
 
     def _left(self, apart: np.ndarray) -> np.ndarray:
         level, tilt = self._line(apart)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cuvis_dist.audit.audit import Audit, Row
-from cuvis_dist.audit.drift import NodeDrift
+
+if TYPE_CHECKING:
+    from cuvis_dist.audit.drift import NodeDrift
 
 #: The columns: what is above, the figure, and how it is written.
 _COLUMNS = {
