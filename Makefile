@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SDK := build/sdk
+# Tests run in so many processes, file by file; with 0 in one, as `pytest` alone runs them.
+PROCESSES ?= 2
 SOURCES := $(shell find cuvis_dist jobs -name '*.py')
 
 .PHONY: demo test test-all test-kernels lint bench install sdk clean
@@ -18,11 +20,11 @@ outputs/demo/summary.txt: $(INSTALLED) $(SOURCES)
 	@mv $@.part $@
 
 test: $(INSTALLED) sdk
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(PROCESSES) $(PYTEST_ARGS)
 
 # Also those marked long, which CI leaves out to stay short on two cores.
 test-all: $(INSTALLED) sdk
-	$(BIN)/python -m pytest -m "long or not long" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(PROCESSES) -m "long or not long" $(PYTEST_ARGS)
 
 # The tests of equality and of the same bits once more, with the kernels of an older processor; set
 # before Python starts, so that Ray's workers inherit them. MKL and PyTorch have them for x86_64.
@@ -34,7 +36,7 @@ else
 test-kernels: export OPENBLAS_CORETYPE = ARMV8
 endif
 test-kernels: $(INSTALLED)
-	$(BIN)/python -m pytest -m "kernels and not long" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(PROCESSES) -m "kernels and not long" $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

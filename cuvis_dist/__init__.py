@@ -10,9 +10,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cuvis_dist.initialization.saved import load_initialization
     from cuvis_dist.initialization.trainer import StatisticalTrainer
     from cuvis_dist.nodes.catalogue import NodeFacts
     from cuvis_dist.nodes.recipe import Recipe
+    from cuvis_dist.runs.initialized import save_initialization
     from cuvis_dist.runs.trainrun import load_trainrun
     from cuvis_dist.runs.two_phase import run_trainrun
     from cuvis_dist.scaling import Scaling
@@ -24,8 +26,10 @@ __all__ = [
     "Recipe",
     "Scaling",
     "StatisticalTrainer",
+    "load_initialization",
     "load_trainrun",
     "run_trainrun",
+    "save_initialization",
 ]
 
 _HOMES = {
@@ -34,8 +38,10 @@ _HOMES = {
     "Recipe": "nodes.recipe",
     "Scaling": "scaling",
     "StatisticalTrainer": "initialization.trainer",
+    "load_initialization": "initialization.saved",
     "load_trainrun": "runs.trainrun",
     "run_trainrun": "runs.two_phase",
+    "save_initialization": "runs.initialized",
 }
 
 

@@ -112,6 +112,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_trainrun_options(init)
     add_scaling_options(init)
+    init.add_argument(
+        "--compare",
+        metavar="OTHER",
+        help="say what changed since this initialization (.yaml, .pt or .json), and by how much",
+    )
     init.set_defaults(command=_init)
 
     train = commands.add_parser(
@@ -119,9 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_trainrun_options(train)
     train.add_argument(
-        "--pipeline",
-        metavar="PIPELINE",
-        help="saved pipeline (.yaml, .pt beside it) to take the fitted state of instead",
+        "--initialization",
+        metavar="FILE",
+        help="take the state of this one instead: .yaml, .pt or .json of what init left elsewhere",
     )
     add_scaling_options(train)
     train.set_defaults(command=_train)
@@ -418,8 +423,17 @@ def _run(arguments: argparse.Namespace, lines: Lines) -> int:
 
 
 def _init(arguments: argparse.Namespace, lines: Lines) -> int:
+    from cuvis_dist.initialization.place import find
+
     scaling = _scaling(arguments)
+    if arguments.compare:
+        find(arguments.compare)
     trainrun = _trainrun(arguments, lines, scaling).initialization_only()
+    other = None
+    if arguments.compare:  # before this one, which may take its place
+        from cuvis_dist.initialization.saved import read_initialization
+
+        other = read_initialization(arguments.compare)
     if arguments.dry_run:
         return _dry_run(trainrun, scaling, lines)
     record = _run_and_print(arguments, trainrun, scaling, lines)
@@ -427,16 +441,21 @@ def _init(arguments: argparse.Namespace, lines: Lines) -> int:
         print("nothing to fit: the pipeline has no statistical node")
     elif not record.findings:
         print("the fit looks sound")
+    if other is not None:
+        from cuvis_dist.initialization.comparing import compare
+
+        made = read_initialization(record.pipeline)
+        print(*compare(other, made, trainrun.pipeline.nodes()).lines(), sep="\n")
     return 0
 
 
 def _train(arguments: argparse.Namespace, lines: Lines) -> int:
-    from cuvis_dist.runs.configuration import fitted_state
+    from cuvis_dist.initialization.place import find
 
     scaling = _scaling(arguments)
-    if arguments.pipeline:
-        fitted_state(arguments.pipeline)
-    trainrun = _trainrun(arguments, lines, scaling).training_only(arguments.pipeline)
+    if arguments.initialization:
+        find(arguments.initialization)
+    trainrun = _trainrun(arguments, lines, scaling).training_only(arguments.initialization)
     if arguments.dry_run:
         return _dry_run(trainrun, scaling, lines)
     _run_and_print(arguments, trainrun, scaling, lines)
@@ -668,15 +687,17 @@ def _print_training(trainrun: TrainRun, datamodule: LightningDataModule) -> None
 
 def _submit(arguments: argparse.Namespace, lines: Lines) -> int:
     from cuvis_dist.runs.submission import Submission, submit
+    from cuvis_dist.storage import is_uri
 
     command = arguments.job[arguments.job[:1] == ["--"] :]
     job = _parser().parse_args(command)  # a wrong option is found here, not on the cluster
     if job.command is _submit:
         raise InputError("a job that submits a job would wait for itself")
-    for name in ("trainrun", "pipeline", "scaling"):
-        if path := getattr(job, name, None):
+    for name in ("trainrun", "pipeline", "scaling", "initialization", "compare"):
+        path = getattr(job, name, None)
+        if path and not is_uri(path):
             _check_uploaded(Path(path), arguments.working_dir)
-            if name == "pipeline":
+            if name not in ("trainrun", "scaling"):
                 _check_uploaded(Path(path).with_suffix(".pt"), arguments.working_dir)
     options = {"address": arguments.address} if arguments.address else {}
     submission = Submission(command, working_dir=arguments.working_dir, **options)

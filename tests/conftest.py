@@ -1,4 +1,4 @@
-"""One Ray session for the whole run, and a small demo archive that nobody changes."""
+"""One Ray session of each test process, and a small demo archive that nobody changes."""
 
 from __future__ import annotations
 
@@ -23,6 +23,32 @@ sys.path.insert(0, str(STANDIN))
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.update(CREDENTIALS)
+
+
+def _starts_clusters(path: Path) -> bool:
+    return "from heads import" in path.read_text(encoding="utf-8")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let tests with clusters of their own come first: they take longest, and wait most."""
+    items.sort(key=lambda item: not _starts_clusters(item.path))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """Give whole files to each process, and to one all of those that start clusters.
+
+    So that fixtures of a module are made once, and this machine carries one such cluster at a time.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "clusters" if _starts_clusters(config.rootpath / file) else file
+
+    config.option.loadscopereorder = False
+    return Files(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -113,18 +113,19 @@ class Watching(pl.Callback):
         self.values = state_dict["values"]
 
 
-def fit(name: str, folder: Path, options: dict, dies_at: int = 0) -> dict:
+def fit(name: str, folder: Path, options: dict, dies_at: int = 0, cache: str = "none") -> dict:
     """Train in this process; return everything that must not depend on being cut off."""
-    trainer = _trainer(name, folder, options, dies_at)
+    trainer = _trainer(name, folder, options, dies_at, cache)
     trainer.fit(resume=(folder / LAST).exists())
     return _found(trainer, folder)
 
 
 def fit_rank(
-    rank: int, world_size: int, group: object, name: str, folder: Path, options: dict
-) -> dict:
+    rank: int, world_size: int, group: object,
+    name: str, folder: Path, options: dict, cache: str = "none",
+) -> dict:  # fmt: skip
     """Train as one of the ranks of a process group, as a worker of Ray Train does."""
-    trainer = _trainer(name, folder, options)
+    trainer = _trainer(name, folder, options, cache=cache)
     assignment = Assignment("fit", None, trainer._parts(), trainer.output, trainer.scaling)
     lightning = {
         "strategy": DDPStrategy(find_unused_parameters=True),
@@ -163,7 +164,9 @@ class _Environment(LightningEnvironment):
         """Do nothing: it is known."""
 
 
-def _trainer(name: str, folder: Path, options: dict, dies_at: int = 0) -> GradientTrainer:
+def _trainer(
+    name: str, folder: Path, options: dict, dies_at: int = 0, cache: str = "none"
+) -> GradientTrainer:
     folder.mkdir(parents=True, exist_ok=True)
     pl.seed_everything(3)
     pipeline, losses = CASES[name]()
@@ -179,7 +182,7 @@ def _trainer(name: str, folder: Path, options: dict, dies_at: int = 0) -> Gradie
     return GradientTrainer(
         pipeline, Module(Cubes(folder, dies_at)), losses, [], config,
         callbacks=[Watching(folder.parent / "cut off"), Epochs(), *more],
-        scaling=scaling_of(workers=0, train_workers=0, save_seconds=0),
+        scaling=scaling_of(workers=0, train_workers=0, save_seconds=0, cache=cache),
         output_dir=folder,
     )  # fmt: skip
 

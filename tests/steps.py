@@ -147,7 +147,7 @@ def _train(run: Run, module: nn.Module, pipeline: CuvisPipeline, cut: Cut | None
             mine, now = batch, None
             if cut is not None:
                 now = Cut.of(run.sizes[index], cut.rank, len(cut.sizes), cut.group)
-                mine = chosen(batch, now.rows(1))
+                mine = chosen(batch, now.dealt)
             loss = module(mine, Context(ExecutionStage.TRAIN, epoch, index, len(losses)), now)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -17,8 +17,10 @@ import pytest
 import yaml
 from archives import ROOT
 
+from cuvis_dist import save_initialization
 from cuvis_dist.cli import _parser, main
 from cuvis_dist.demo import DemoSettings, write_demo
+from cuvis_dist.initialization.card import Card, FileStamp, UsedFrame, UsedFrames
 from cuvis_dist.runs.trainrun import load_trainrun
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,8 +45,9 @@ RUN_WHOLE = {
     "--plugins-dir $PLUGINS",
 }
 JOBS = {"run", "init", "train", "evaluate", "score"}
-#: Python blocks of each page, all of which are run: the first two here, the last by test_readme.
-PYTHON = {"README.md": 1, "settings.md": 1, "nodes.md": 1}
+#: Python blocks of each page, all of which are run: here, that of the nodes by test_readme, and how
+#: an initialization is made again by runs/test_initialized.
+PYTHON = {"README.md": 1, "settings.md": 1, "nodes.md": 1, "initializations.md": 2}
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -94,7 +97,7 @@ def clone(tmp_path_factory) -> Iterator[Path]:
     trained.mkdir(parents=True)
     for ending in ("initialized", "restored"):
         pipeline = load_trainrun(trainrun).pipeline
-        pipeline.save_to_file(str(trained / f"Channel_Selector_{ending}.yaml"))
+        save_initialization(pipeline, trained / f"Channel_Selector_{ending}.yaml")
     before = Path.cwd()
     os.chdir(folder)
     yield folder
@@ -180,6 +183,22 @@ def test_the_python_of_the_settings():
     namespace: dict = {}
     exec(block, namespace)
     assert namespace["scaling"] == namespace["same"]
+
+
+def test_the_python_of_the_initializations(clone):
+    exec(blocks(ROOT / "docs" / "initializations.md", "python")[0], namespace := {})
+    nodes = [node for node in namespace["pipeline"].nodes() if node.requires_initial_fit]
+    assert len(nodes) == 4
+    assert all(node._statistically_initialized for node in nodes)
+
+
+def test_every_field_of_a_card_is_described():
+    page = (ROOT / "docs" / "initializations.md").read_text()
+    described = set(re.findall(r"^\| `([\w.]+)` \|", page, re.M))
+    frames = {f"frames.{name}" for name in UsedFrames.model_fields}
+    assert described == {*Card.model_fields, *frames}
+    for part in (UsedFrame, FileStamp):
+        assert all(f"`{name}`" in page for name in part.model_fields)
 
 
 def test_all_python_is_run():

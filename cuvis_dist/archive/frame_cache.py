@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import shutil
 import tempfile
 import uuid
 import weakref
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cuvis_dist.archive.frame_file import PackedFrame, read_frame
-from cuvis_dist.archive.shelf import MEMORY, Shelf
+from cuvis_dist.archive.shelf import MEMORY, Shelf, remove
 from cuvis_dist.errors import one_line
 from cuvis_dist.storage import is_uri
 
@@ -113,7 +112,10 @@ class FrameCache:
             return None
 
     def put(self, frame: Any, index: int, item: Any) -> None:
-        """Keep a frame's item, as :meth:`get` will ask for it, if there is room for it."""
+        """Keep a frame's item, as :meth:`get` will ask for it, if there is room for it.
+
+        Who is killed meanwhile leaves nothing of it: the next one that keeps a frame sees to that.
+        """
         shelf = _shelf(self.folder, self.limit)
         path = self.folder / self._file(frame, index)
         if shelf.full or path.exists():
@@ -123,15 +125,14 @@ class FrameCache:
         except Exception as error:  # what a dataset of somebody's own gives cannot be pickled
             shelf.close(f"{frame} cannot be kept: {one_line(error)}")
             return
-        if not shelf.take_room(packed.size):
+        part = shelf.begin(path.name, packed.size)
+        if part is None:
             return
-        part = path.with_suffix(f".{os.getpid()}")
         try:
             packed.write(part)
-            os.replace(part, path)
+            shelf.finish(part)
         except OSError as error:  # a full disk
-            part.unlink(missing_ok=True)
-            shelf.give_back(packed.size)
+            shelf.drop(part)
             shelf.close(f"no more frames are kept in {self.folder}: {one_line(error)}")
 
     def held(self) -> int:
@@ -140,7 +141,7 @@ class FrameCache:
 
     def clear(self) -> None:
         """Remove what this node keeps; who is about to read it, reads the frame itself."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        remove(self.folder)
         _shelf.cache_clear()
 
     def _file(self, frame: Any, index: int) -> str:

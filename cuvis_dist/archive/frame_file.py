@@ -12,7 +12,7 @@ import mmap
 import pickle
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -43,12 +43,11 @@ class PackedFrame:
         self._parts = [head, *parts]
         self.size = sum(_padded(part.nbytes) for part in self._parts)
 
-    def write(self, path: Path) -> None:
-        """Write the file; raises OSError if the disk is full."""
-        with open(path, "xb") as file:
-            for part in self._parts:
-                file.write(part)
-                file.write(bytes(_padded(part.nbytes) - part.nbytes))
+    def write(self, file: BinaryIO) -> None:
+        """Write into a file; raises OSError if the disk is full."""
+        for part in self._parts:
+            file.write(part)
+            file.write(bytes(_padded(part.nbytes) - part.nbytes))
 
 
 def read_frame(path: Path) -> Any:

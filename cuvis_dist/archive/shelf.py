@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 from loguru import logger
 
@@ -27,7 +27,7 @@ MEMORY = Path("/dev/shm")
 _SHARE_OF_MEMORY = 1 / 3
 #: Seconds that a folder which nobody uses is left alone: between two phases nobody does.
 _LEFT_ALONE = 600.0
-_LOCK, _BOOKS = ".lock", ".bytes"
+_LOCK, _BOOKS, _BEGUN, _DIGITS = ".lock", ".bytes", ".begun", 20
 
 
 class Shelf:
@@ -53,6 +53,7 @@ class Shelf:
         try:
             _make_private(folder.parent)
             _make_private(folder)
+            (folder / _BEGUN).mkdir(exist_ok=True)
             lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             weakref.finalize(self, os.close, lock)
             fcntl.flock(lock, fcntl.LOCK_SH)
@@ -66,29 +67,56 @@ class Shelf:
             self.limit = min(limit, int(total * _SHARE_OF_MEMORY))
         _remove_unused(folder)
 
-    def take_room(self, size: int) -> bool:
-        """Count the bytes of a file that is to be written, unless they are too many."""
-        try:
-            with self._books() as file:
-                held = int(file.read() or 0)
-                if held + size > self.limit:
-                    return False
-                _write(file, held + size)
-        except (OSError, ValueError) as error:  # another process has ended the run
-            self.close(f"no more frames are kept: {one_line(error)}")
-            return False
-        return True
+    def begin(self, name: str, size: int) -> BinaryIO | None:
+        """Return a file for the bytes of one that is to be kept, unless they are too many.
 
-    def give_back(self, size: int) -> None:
-        """Count the bytes of a file no more that could not be written."""
-        with suppress(OSError, ValueError), self._books() as file:
-            _write(file, max(0, int(file.read() or 0) - size))
+        It becomes that file by :meth:`finish`. As long as it is open it is locked: what a process
+        that was killed has begun is not, so that the next one gives its room back.
+
+        Parameters
+        ----------
+        name : str
+            The name of the file in the folder; if it is there or begun, it is not begun again.
+        size : int
+            How many bytes it will have.
+        """
+        try:
+            with self._books() as books:
+                held = self._give_back_killed(books)
+                if held + size > self.limit:
+                    return None
+                part = open(self.folder / _BEGUN / name, "xb")  # noqa: SIM115
+                fcntl.flock(part, fcntl.LOCK_EX)
+                os.ftruncate(part.fileno(), size)
+                if (self.folder / name).exists():
+                    os.unlink(part.name)
+                    return None
+                # Last, so that what a process killed here has begun is there to be given back.
+                _write(books, held + size)
+                return part
+        except FileExistsError:
+            return None
+        except (OSError, ValueError) as error:  # another process has ended the run
+            self.close(f"no more frames are kept in {self.folder}: {one_line(error)}")
+            return None
+
+    def finish(self, part: BinaryIO) -> None:
+        """Let all see a file whose bytes have been written; raises OSError if the disk is full."""
+        part.flush()
+        os.replace(part.name, self.folder / Path(part.name).name)
+        part.close()
+
+    def drop(self, part: BinaryIO) -> None:
+        """Remove a file that could not be written, and give its room back."""
+        with suppress(OSError):  # what is still to be written of it
+            part.close()
+        self.held()
 
     def held(self) -> int:
         """Return how many bytes are taken."""
         try:
-            with self._books() as file:
-                return int(file.read() or 0)
+            with self._books() as books:
+                return self._give_back_killed(books)
         except (OSError, ValueError):
             return 0
 
@@ -98,12 +126,29 @@ class Shelf:
         if self.folder.is_dir():
             logger.warning(why)
 
+    def _give_back_killed(self, books: int) -> int:
+        """Return how many bytes are taken, without what killed processes have begun."""
+        found = list((self.folder / _BEGUN).iterdir())
+        killed = [part for part in found if not _in_use(part)]
+        held = int(os.pread(books, _DIGITS, 0) or 0)
+        if killed:
+            # They may have been killed before or after their bytes were counted.
+            sizes = {part.name: _size(part) for part in found if part not in killed}
+            sizes |= {file.name: _size(file) for file in self.folder.glob("[!.]*")}
+            held = sum(sizes.values())
+            _write(books, held)
+            for part in killed:
+                part.unlink(missing_ok=True)
+        return held
+
     @contextmanager
-    def _books(self) -> Iterator[Any]:
-        with open(self.folder / _BOOKS, "a+", encoding="ascii") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            yield file
+    def _books(self) -> Iterator[int]:
+        books = os.open(self.folder / _BOOKS, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(books, fcntl.LOCK_EX)
+            yield books
+        finally:
+            os.close(books)
 
 
 def _make_private(folder: Path) -> None:
@@ -127,7 +172,31 @@ def _remove_unused(used: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write(file: Any, held: int) -> None:
-    file.seek(0)
-    file.truncate()
-    file.write(str(held))
+def remove(folder: Path) -> None:
+    """Remove a folder at once for all who use it, who then write nothing more there."""
+    away = folder.with_name(f"{folder.name}.removed")
+    with suppress(OSError):
+        folder.rename(away)
+        shutil.rmtree(away)
+
+
+def _in_use(part: Path) -> bool:
+    """Return whether some process writes a file that was begun, or has just finished it."""
+    try:
+        with open(part, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    return False
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:  # finished meanwhile
+        return 0
+
+
+def _write(books: int, held: int) -> None:
+    """Write a number in one piece, which is there as a whole or not at all."""
+    os.pwrite(books, f"{held:0{_DIGITS}}".encode(), 0)

@@ -167,6 +167,7 @@ def _wavelengths(drawn: Mapping[int, Any], channels: int) -> np.ndarray | None:
         if each is None:
             continue
         known = each.constants.get(".wavelengths")
-        if known is not None and np.size(known) == channels:
-            return np.asarray(known, dtype=float).reshape(-1)
+        values = np.asarray([] if known is None else known, dtype=float).reshape(-1)
+        if len(values) == channels:
+            return values
     return None

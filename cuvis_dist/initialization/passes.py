@@ -43,9 +43,9 @@ class PassRecord:
     Attributes
     ----------
     nodes : dict of str to dict
-        Per fitted node: ``statistic`` (or ``streamed``), the number of ``pixels``, and whether
-        what was measured is ``exact``, that is free of rounding; where it was fitted on a sample,
-        what :class:`~cuvis_dist.initialization.sampling.Sampled` says.
+        Per fitted node: ``statistic`` (or ``streamed``), the number of ``pixels``, whether what
+        was measured is ``exact``, that is free of rounding, and the ``sha256`` of that; where it
+        was fitted on a sample, what :class:`~cuvis_dist.initialization.sampling.Sampled` says.
     frames, bytes : int
         Frames measured, and the bytes of their tensors.
     shards : int
@@ -219,7 +219,8 @@ def freeze_fits(
             continue
         freeze_fit(fit, statistic)
         how = {"statistic": str(fit), "pixels": statistic.n}
-        fitted[fit.node.name] = how | {"exact": merged[fit.source.key].exact}
+        measured = merged[fit.source.key]
+        fitted[fit.node.name] = how | {"exact": measured.exact, "sha256": measured.sha256()}
     return fitted, left
 
 

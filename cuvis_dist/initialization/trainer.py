@@ -19,10 +19,11 @@ from cuvis_ai_core.training.post_fit import EmitFn, FrameProgress, TrainEvent, T
 from cuvis_ai_schemas.enums import ExecutionStage
 from loguru import logger
 
-from cuvis_dist.archive import Archive, Contents, frame_cache, open_archive
+from cuvis_dist.archive import Archive, Contents, Frame, frame_cache, open_archive
 from cuvis_dist.errors import DataError, InputError
 from cuvis_dist.evaluation.steps import Evaluator
 from cuvis_dist.execution.where import Work, begin, settled, work_on
+from cuvis_dist.initialization.card import Source
 from cuvis_dist.initialization.diagnosis import Finding, diagnose
 from cuvis_dist.initialization.from_store import Filler, measure_stored
 from cuvis_dist.initialization.kept import KeptPass, identify, renew
@@ -59,6 +60,8 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
     left_out : dict of str to str
         Frames that are not of the bulk, by uid, each with how far it is from it: see the setting
         ``measuring.robust``.
+    frames, contents : sequence of Frame, and Contents
+        The frames that it was given, and their files as they were.
 
     Examples
     --------
@@ -84,7 +87,8 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         self.output = OutputFolder(output_dir)
         self.records: list[PassRecord] = []
         self.left_out: dict[str, str] = {}
-        self._contents = Contents({})  # the files of the archive, as they are when a fit begins
+        self.frames: Sequence[Frame] = ()
+        self.contents = Contents({})
 
     def fit(self, *, resume: bool = False) -> None:
         """Fit every statistical node of the pipeline on the train split.
@@ -110,6 +114,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
             If the stop event was set.
         """
         self.records, self.left_out = [], {}
+        self.frames, self.contents = (), Contents({})
         plan, scaling = self._planned(), self.scaling  # before anything is read
         if not plan:
             logger.info("No statistical nodes to train")
@@ -121,15 +126,16 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
             scaling.measuring.sample_seed,
         )
         contents = Contents.of(archive.frames, scaling.reading.verify)
+        self.frames, self.contents = archive.frames, contents
         if resume:
             renew(self.output, contents)
-        self._contents = contents
         work = partial(self._work, archive)
         self.scaling = settled(scaling, "the fit of phase 1", work)
         begin(self.scaling, training=False)
         if scaling.measuring.robust is not None:
             archive = self._bulk(plan[0], archive, scaling.measuring.robust)
-            contents = self._contents = contents.only(archive.frames)
+            contents = contents.only(archive.frames)
+            self.frames, self.contents = archive.frames, contents
 
         outer_owner = self.pipeline.structure_frozen_by
         self.pipeline.freeze_structure("StatisticalTrainer.fit")
@@ -183,7 +189,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
 
     def _work(self, archive: Archive) -> Work:
         """Return how much there is to do."""
-        args = self.pipeline, self.datamodule, archive, self._contents, self.scaling.measuring
+        args = self.pipeline, self.datamodule, archive, self.contents, self.scaling.measuring
         return work_on(archive, self.pipeline, sum(frames for _, frames in readings(*args)))
 
     def _in_store(self, this_pass: Pass, archive: Archive) -> StoredPass | None:
@@ -192,7 +198,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         measuring = self.scaling.measuring
         if measuring.store is None or not can_be_stored(this_pass, self.pipeline, done):
             return None
-        if hidden := unseen(archive, self._contents):
+        if hidden := unseen(archive, self.contents):
             logger.warning(
                 f"the store {measuring.store} is not used: the files of {len(hidden)} frames, such "
                 f"as {hidden[0]}, cannot be seen from here, so that nobody could tell whether they "
@@ -212,7 +218,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
                 "(--store FOLDER) that can keep what the first pass measures"
             )
         moments_of(this_pass)  # before anything is read
-        filler = Filler(stored, self.pipeline, self._contents, self.scaling, lambda done: None)
+        filler = Filler(stored, self.pipeline, self.contents, self.scaling, lambda done: None)
         while True:
             try:
                 outside = frames_outside(stored, filler.fill(), keep)
@@ -268,7 +274,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         else:
             measured = partial(progress, TrainHook.STATISTICAL_PROGRESS)
             if in_store is not None:
-                filler = Filler(in_store, self.pipeline, self._contents, self.scaling, measured)
+                filler = Filler(in_store, self.pipeline, self.contents, self.scaling, measured)
                 record, left, outcome = measure_stored(filler)
             else:
                 record, left, outcome = measure_pass(
@@ -294,6 +300,11 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         Reads one frame when a band is to be named, for its wavelengths.
         """
         return diagnose(self.pipeline, self.records, self._wavelengths)
+
+    def source(self) -> Source:
+        """Return what the last :meth:`fit` was made from, for the card of an initialization."""
+        measuring = self.scaling.measuring
+        return Source(self.frames, self.contents, self.records, self.diagnose(), measuring)
 
     def _wavelengths(self) -> Any:
         try:

@@ -7,7 +7,7 @@ own code on a stream of their inputs, given whole frames, and end chains of affi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -42,7 +42,7 @@ from cuvis_ai.node.svm import OneClassSVMDetector
 from cuvis_ai.node.unmixing.nmf import NMFUnmixing
 from cuvis_ai_core.node.node import Node
 
-from cuvis_dist.nodes import health
+from cuvis_dist.nodes import health, yardsticks
 from cuvis_dist.nodes.affine import Hop
 from cuvis_dist.nodes.recipe import (
     CollectedRecipe,
@@ -51,6 +51,7 @@ from cuvis_dist.nodes.recipe import (
     PooledRecipe,
     Recipe,
 )
+from cuvis_dist.nodes.yardsticks import Yardstick
 from cuvis_dist.statistics import Extrema, FrameQuantiles, Moments, PixelSample
 
 ClassT = TypeVar("ClassT", bound=type[Node])
@@ -91,6 +92,9 @@ class NodeFacts:
         The output port with the annotation of a frame, nonzero where an anomaly is marked.
     health : function of :class:`~cuvis_dist.nodes.health.Fitted` that yields messages
         What looks bad about the fitted state. Without one, bounds of zero width do.
+    yardsticks : dict of str to Yardstick
+        In what a change of a buffer is measured, by its name: see
+        :mod:`~cuvis_dist.nodes.yardsticks`.
 
     Examples
     --------
@@ -104,6 +108,7 @@ class NodeFacts:
     keeps_bands: bool | None = None
     annotation: str | None = None
     health: health.Check | None = None
+    yardsticks: Mapping[str, Yardstick] | None = None
 
     def __call__(self, node_class: ClassT) -> ClassT:
         """State these facts about ``node_class``, and return it."""
@@ -152,6 +157,11 @@ def check(fitted: health.Fitted) -> list[str]:
     """Return a message for each thing that looks bad about a fitted node."""
     look: health.Check = _stated(type(fitted.node), "health") or health.bounds
     return list(look(fitted))
+
+
+def yardsticks_of(node_class: type[Node]) -> Mapping[str, Yardstick]:
+    """Return in what changes of a class's buffers are measured, by name, as far as is known."""
+    return _stated(node_class, "yardsticks") or {}
 
 
 def _stated(node_class: type[Node], fact: str) -> Any:
@@ -217,7 +227,7 @@ _SINGLE = {"single": True}
 CATALOGUE: dict[type[Node], NodeFacts] = {
     AnomalyDataNode: NodeFacts(pixelwise=True),
     BandpassByWavelength: NodeFacts(pixelwise=True),
-    ChannelSelectorBase: NodeFacts(recipe=_colours),
+    ChannelSelectorBase: NodeFacts(recipe=_colours, yardsticks=yardsticks.bounds()),
     CU3SDataNode: NodeFacts(pixelwise=True, keeps_bands=True, annotation="mask"),
     DeepSVDDCenterTracker: NodeFacts(recipe=Recipe("embeddings", Moments, _DIAGONAL)),
     DeepSVDDProjection: NodeFacts(pixelwise=True),
@@ -238,15 +248,19 @@ CATALOGUE: dict[type[Node], NodeFacts] = {
         affine=lambda node: ("data", "normalized") if node.use_running_stats else None,
         pixelwise=lambda node: node.use_running_stats,
         keeps_bands=True,
+        yardsticks=yardsticks.bounds(),
     ),
     NMFUnmixing: NodeFacts(recipe=_collected),
     OneClassSVMDetector: NodeFacts(recipe=_collected),
-    PercentileNormalizer: NodeFacts(recipe=_percentiles, keeps_bands=True),
+    PercentileNormalizer: NodeFacts(
+        recipe=_percentiles, keeps_bands=True, yardsticks=yardsticks.bounds()
+    ),
     PerPixelUnitNorm: NodeFacts(pixelwise=True),
     RXGlobal: NodeFacts(
         recipe=Recipe("data", Moments),
         pixelwise=True,
         health=health.rx_covariance,
+        yardsticks=yardsticks.mean_and_covariance("mu", "cov"),
     ),
     ScoreToLogit: NodeFacts(
         recipe=Recipe("scores", Moments, _DIAGONAL),
@@ -281,6 +295,7 @@ CATALOGUE: dict[type[Node], NodeFacts] = {
         pixelwise=True,
         keeps_bands=True,
         health=health.z_scores,
+        yardsticks=yardsticks.mean_and_deviation("zscore_mean", "zscore_std"),
     ),
 }
 

@@ -7,7 +7,7 @@ state dict.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from cuvis_ai_core.node.node import Node
@@ -82,10 +82,15 @@ def adopt_all(pipeline: CuvisPipeline, fitted: list[Node]) -> None:
 
 def hash_state(nodes: Iterable[Node]) -> str:
     """Return one hash of every buffer and parameter, by node and name."""
+    return hash_states({node.name: node.state_dict() for node in nodes})
+
+
+def hash_states(states: Mapping[str, Mapping[str, torch.Tensor]]) -> str:
+    """Return :func:`hash_state` of the nodes that have these states, by name and in order."""
     digest = hashlib.sha256()
-    for node in nodes:
-        for name, value in sorted(node.state_dict().items()):
-            digest.update(_content(f"{node.name}.{name}", value))
+    for node, state in states.items():
+        for name, value in sorted(state.items()):
+            digest.update(_content(f"{node}.{name}", value))
     return digest.hexdigest()
 
 

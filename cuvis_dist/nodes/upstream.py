@@ -48,7 +48,6 @@ from cuvis_ai_schemas.training import DataConfig
 from cuvis_ai_schemas.training.data import SampleRef, Selector, SelectorKind
 
 from cuvis_dist.errors import DataError
-from cuvis_dist.plain import load
 
 __all__ = [
     "accumulated_mean",
@@ -63,7 +62,6 @@ __all__ = [
     "nodes_before",
     "only_real_numbers",
     "pooled_objects",  # a metric node's live torchmetrics, as an evaluation resets and reads them
-    "restore_weights",
     "run_nodes",
     "select_by_recording",
     "topological_order",
@@ -78,21 +76,6 @@ def build_datamodule(data: DataConfig, plugins_dirs: list[Path], base_dir: Path)
     """
     data = _resolve_splits_path_in_config(data, base_dir)
     return _build_data_module(NodeRegistry(), data, plugins_dirs)
-
-
-def restore_weights(pipeline: CuvisPipeline, path: Path) -> list[str]:
-    """Load a saved pipeline's weights on the CPU; return the nodes that they do not have.
-
-    Private: ``pipeline._restore_weights_from_checkpoint``, as restore-trainrun uses it. It would
-    unpickle anything.
-
-    Raises
-    ------
-    NotPlainError
-        If the file holds more than tensors and plain values.
-    """
-    load(path, mmap=True)
-    return pipeline._restore_weights_from_checkpoint(path, device="cpu")
 
 
 def topological_order(pipeline: CuvisPipeline) -> list[Node]:

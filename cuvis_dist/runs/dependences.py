@@ -22,10 +22,10 @@ from pytorch_lightning.utilities.seed import isolate_rng
 
 from cuvis_dist.archive import Archive, Contents, Frame, open_archive
 from cuvis_dist.errors import CuvisDistError
-from cuvis_dist.hashing import hash_files, hash_settings
-from cuvis_dist.initialization.plan import make_plan, statistical_nodes
-from cuvis_dist.nodes.catalogue import annotation_port
-from cuvis_dist.nodes.upstream import nodes_before
+from cuvis_dist.hashing import hash_settings
+from cuvis_dist.initialization.card import built
+from cuvis_dist.initialization.matching import measured_part
+from cuvis_dist.initialization.plan import make_plan
 from cuvis_dist.runs.trainrun import TrainRun
 from cuvis_dist.scaling import Scaling
 
@@ -43,10 +43,13 @@ class Dependences:
         By step, the SHA-256 of each thing, by name. None for phase 1 where it is left out.
     files : dict of str to Contents
         By step, the files.
+    measured : sequence of Frame
+        The frames that phase 1 is given; none where it is left out.
     """
 
     parts: dict[str, dict[str, str]]
     files: dict[str, Contents]
+    measured: Sequence[Frame] = ()
 
 
 def depends_on(
@@ -86,6 +89,7 @@ def depends_on(
     return Dependences(
         {step: {k: hash_settings(v) for k, v in parts[step].items()} for step in STEPS},
         {step: contents.only(frames[step]) for step in STEPS},
+        frames[PHASE_1],
     )
 
 
@@ -107,19 +111,9 @@ def _frames(archive: Archive | None) -> Sequence[Frame]:
 def _phase_1(trainrun: TrainRun, scaling: Scaling) -> dict[str, Any]:
     """Return what phase 1 depends on, but for the frames."""
     pipeline, data = trainrun.pipeline, trainrun.config.data
-    fitted = statistical_nodes(pipeline)
-    labels = [node for node in pipeline.nodes() if annotation_port(node)]  # they say what counts
-    nodes = {*labels, *nodes_before(pipeline, fitted), *fitted}
-    names = {node.name for node in nodes}
-    structure = _structure(pipeline)
     streamed = any(step.streamed for step in make_plan(pipeline, scaling.measuring.fold))
     return {
-        "pipeline up to its statistical nodes": {
-            "nodes": [node for node in structure["nodes"] if node["name"] in names],
-            "connections": [
-                edge for edge in structure["connections"] if edge["target"].split(".")[0] in names
-            ],
-        },
+        "pipeline up to its statistical nodes": measured_part(pipeline),
         "data.params": [data.data_module, data.params],
         "data.batch_size": data.batch_size if streamed else None,
         "measuring": scaling.measuring.model_dump(mode="json", exclude={"store"}),
@@ -137,7 +131,7 @@ def _training(trainrun: TrainRun) -> dict[str, Any]:
     data = config.data.model_dump(mode="json", exclude={"splits"})  # their frames are listed
     return {
         "job": trainrun.job,
-        "weights": hash_files(trainrun.weights) if trainrun.weights else None,
+        "initialization": trainrun.initialization["sha256"] if trainrun.initialization else None,
         "pipeline": _structure(trainrun.pipeline),
         **{f"data.{name}": value for name, value in data.items()},
         **{name: getattr(config, name) for name in _NODES},
@@ -149,4 +143,4 @@ _NODES = ("loss_nodes", "metric_nodes", "freeze_nodes", "unfreeze_nodes")
 
 
 def _structure(pipeline: CuvisPipeline) -> dict[str, Any]:
-    return pipeline.serialize().model_dump(mode="json", include={"nodes", "connections"})
+    return {part: built(pipeline)[part] for part in ("nodes", "connections")}

@@ -56,13 +56,17 @@ def leave_out(
     if splits.splits_path is not None:
         content = (base_dir / splits.splits_path).read_bytes()
         splits = DataSplitConfig.model_validate_json(content)
+    return data.model_copy(update={"splits": excluding(splits, without)})
+
+
+def excluding(splits: DataSplitConfig, without: Collection[str]) -> DataSplitConfig:
+    """Return splits whose train split has no frame of some recordings, named as above."""
     patterns = [each for pattern in without for each in (pattern, f"*/{pattern}")]
     of = [
         Selector(kind=SelectorKind.UNION, of=splits.train),
         *(Selector(kind=SelectorKind.GLOB, pattern=pattern) for pattern in patterns),
     ]
-    train = [Selector(kind=SelectorKind.EXCEPT, of=of)]
-    return data.model_copy(update={"splits": splits.model_copy(update={"train": train})})
+    return splits.model_copy(update={"train": [Selector(kind=SelectorKind.EXCEPT, of=of)]})
 
 
 def _matches(recording: str, pattern: str) -> bool:

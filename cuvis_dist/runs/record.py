@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from enum import Enum
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 
+from cuvis_dist.initialization.card import package_versions
 from cuvis_dist.initialization.diagnosis import Finding
 from cuvis_dist.initialization.passes import PassRecord
 from cuvis_dist.runs.lock import writer_of
@@ -25,16 +25,6 @@ from cuvis_dist.storage import Location, OutputFolder, temporary_folder, writing
 
 #: What every job leaves once it has ended.
 RESULT = "result.json"
-_PACKAGES = (
-    "cuvis-dist",
-    "cuvis-ai",
-    "cuvis-ai-core",
-    "cuvis-ai-dataloader",
-    "ray",
-    "torch",
-    "pytorch-lightning",
-    "numpy",
-)
 
 
 @dataclass(kw_only=True)
@@ -121,8 +111,9 @@ class RunRecord(JobRecord):
     ----------
     trainrun, name : str
         Path of the trainrun, and what it is called in it.
-    weights : str or None
-        The saved state that ``train`` began with.
+    initialization : dict or None
+        What ``train`` began with: ``file``, ``sha256`` of the state and, as its card says, ``name``
+        and ``made``.
     without : list of str
         The recordings that were left out of the train split, as they were named.
     pipeline : str
@@ -159,13 +150,11 @@ class RunRecord(JobRecord):
 
     trainrun: str
     name: str
-    weights: str | None = None
+    initialization: dict[str, str | None] | None = None
     without: list[str] = field(default_factory=list)
     pipeline: str = ""
     scaling: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(
-        default_factory=lambda: {name: version(name) for name in _PACKAGES}
-    )
+    versions: dict[str, str] = field(default_factory=package_versions)
     passes: list[PassRecord] = field(default_factory=list)
     initialized: str = ""
     skipped_frames: dict[str, str] = field(default_factory=dict)

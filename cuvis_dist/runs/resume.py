@@ -10,6 +10,7 @@ depended on is the same, and so are the steps before it; what differs is named.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from loguru import logger
@@ -17,6 +18,7 @@ from loguru import logger
 from cuvis_dist.archive import Contents, in_words, read_contents, write_contents
 from cuvis_dist.errors import CuvisDistError
 from cuvis_dist.initialization.kept import PASSES
+from cuvis_dist.initialization.place import ENDINGS
 from cuvis_dist.plain import NotPlainError, from_bytes, to_bytes
 from cuvis_dist.runs.dependences import PHASE_1, STEPS, TRAINING, Dependences
 from cuvis_dist.runs.record import RunRecord
@@ -151,8 +153,9 @@ class Resume:
             raise
         except (OSError, ValueError, TypeError, KeyError):
             return None
+        endings = ENDINGS if record.job == "init" else ("yaml", "pt")
         there = saved is not None and all(
-            self.output.exists(name) for name in (saved, f"{saved.removesuffix('.yaml')}.pt")
+            self.output.exists(f"{saved.removesuffix('yaml')}{ending}") for ending in endings
         )
         return record if record.status == "done" and there else None
 
@@ -208,4 +211,4 @@ def _with_phase_1_of(earlier: Dependences, now: Dependences) -> Dependences:
     if not parts[PHASE_1]:
         parts[PHASE_1], files[PHASE_1] = earlier.parts[PHASE_1], earlier.files[PHASE_1]
     files = {step: files[step].with_checksums_of(earlier.files[step]) for step in STEPS}
-    return Dependences(parts, files)
+    return replace(now, parts=parts, files=files)

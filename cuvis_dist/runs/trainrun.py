@@ -17,17 +17,18 @@ from cuvis_ai_core.training.config import TrainRunConfig
 
 from cuvis_dist.archive import open_split, setup_error
 from cuvis_dist.errors import CuvisDistError, InputError, one_line
-from cuvis_dist.hashing import hash_settings
+from cuvis_dist.initialization.place import find
+from cuvis_dist.initialization.saved import load_initialization
 from cuvis_dist.nodes import upstream
 from cuvis_dist.nodes.building import build_pipeline, load_pipeline
 from cuvis_dist.nodes.manifests import manifests_counted_once
 from cuvis_dist.plain import NotPlainError
-from cuvis_dist.runs.configuration import Configuration, fitted_state, read_configuration
+from cuvis_dist.runs.configuration import Configuration, read_configuration
 from cuvis_dist.runs.leaving_out import leave_out
 from cuvis_dist.runs.places import check_places
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.staging import fetched_when_opened, localize
-from cuvis_dist.storage import Location, OutputFolder, temporary_folder
+from cuvis_dist.storage import Location, OutputFolder
 
 
 @dataclass
@@ -47,6 +48,8 @@ class TrainRun:
         ``score`` use its data alone.
     weights : Path or None
         The ``.pt`` that the state of the pipeline's nodes was loaded from.
+    initialization : dict or None
+        What ``train`` begins with, as ``run.json`` says it.
     seed : int or None
         The seed that the pipeline was built with: that of the training block, if there is one.
     without : tuple of str
@@ -59,6 +62,7 @@ class TrainRun:
     plugins_dirs: list[Path]
     job: str = "run"
     weights: Path | None = None
+    initialization: dict[str, str | None] | None = None
     seed: int | None = None
     without: tuple[str, ...] = ()
 
@@ -119,8 +123,8 @@ class TrainRun:
         config = self.config.model_copy(update={"training": None})
         return replace(self, config=config, job="init")
 
-    def training_only(self, saved: str | Path | None = None) -> TrainRun:
-        """Return this trainrun without phase 1: its nodes have the state of a saved pipeline.
+    def training_only(self, initialization: Location | None = None) -> TrainRun:
+        """Return this trainrun without phase 1: its nodes have the state of an initialization.
 
         The nodes, their settings and edges stay the trainrun's own, as with the ``--weights-path``
         of ``restore-trainrun``: thresholds that were calibrated when the pipeline was saved do
@@ -128,47 +132,30 @@ class TrainRun:
 
         Parameters
         ----------
-        saved : str or Path, optional
-            The saved pipeline, ``.pt`` beside it; by default what ``cuvis-dist init`` left.
+        initialization : path or URI, optional
+            The initialization; by default what ``cuvis-dist init`` left.
 
         Raises
         ------
         InputError
-            If there is nothing to train, no such pipeline, or it does not fit the trainrun's.
+            If there is nothing to train, no such initialization, or it does not fit the
+            trainrun's pipeline.
         """
         if self.config.training is None:
             raise InputError(f"trainrun {self.path} has no training block: nothing to train")
-        weights = self._initialized() if saved is None else fitted_state(saved)
-        try:
-            missing = set(upstream.restore_weights(self.pipeline, weights))
-        except NotPlainError as error:
-            raise InputError(f"{weights} cannot be loaded: {error}") from error
-        except Exception as error:
-            raise InputError(
-                f"{weights} does not fit the pipeline {self.pipeline.name} of trainrun "
-                f"{self.path}: {one_line(error)}"
-            ) from error
-        stateful = [node.name for node in self.pipeline.nodes() if node.state_dict()]
-        if lost := [name for name in stateful if name in missing]:
-            raise InputError(
-                f"{weights} has no state of {', '.join(lost)}, which the pipeline "
-                f"{self.pipeline.name} of trainrun {self.path} needs"
-            )
-        return replace(self, job="train", weights=weights)
-
-    def _initialized(self) -> Path:
-        """Return the state that ``cuvis-dist init`` left, as a file on this machine."""
-        name = f"{self.initialization_only().result_name}.pt"
-        try:
-            if self.output.local is not None:
-                return (self.output.local / name).resolve(strict=True)
-            own = hash_settings(str(self.output))[:16]
-            return self.output.download(name, temporary_folder() / own / Path(name).name)
-        except FileNotFoundError:
-            raise InputError(
-                f"fitted state not found: {self.output.at(name)}. cuvis-dist init makes "
-                "it; --pipeline names another"
-            ) from None
+        place = initialization
+        if place is None:
+            place = self.output.at(f"{self.initialization_only().result_name}.pt")
+            try:
+                find(place)
+            except InputError as error:
+                raise InputError(
+                    f"{error}. cuvis-dist init makes it; --initialization names another"
+                ) from error
+        found = load_initialization(self.pipeline, place)
+        used = {"file": str(place), "sha256": found.sha256, "name": found.name}
+        used["made"] = found.card.made if found.card else None
+        return replace(self, job="train", weights=found.file, initialization=used)
 
     def datamodule(
         self, scaling: Scaling | None = None, fitting: bool = True

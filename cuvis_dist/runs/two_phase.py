@@ -23,6 +23,7 @@ from cuvis_dist.execution.asked import trains_here
 from cuvis_dist.execution.session import has_room_for_both
 from cuvis_dist.execution.where import Work, work_on_splits
 from cuvis_dist.hashing import hash_settings
+from cuvis_dist.initialization.card import built
 from cuvis_dist.initialization.diagnosis import Finding
 from cuvis_dist.initialization.passes import PassRecord
 from cuvis_dist.initialization.plan import statistical_nodes
@@ -34,6 +35,7 @@ from cuvis_dist.nodes.upstream import nodes_before
 from cuvis_dist.nodes.written import Unwritten, read_all
 from cuvis_dist.plain import NotPlainError
 from cuvis_dist.runs.dependences import TRAINING, depends_on
+from cuvis_dist.runs.initialized import save_phase_1
 from cuvis_dist.runs.job import Job, job
 from cuvis_dist.runs.record import RunRecord, save_pipeline
 from cuvis_dist.runs.resume import Resume
@@ -95,7 +97,7 @@ def run_trainrun(
         output_dir=str(trainrun.output),
         trainrun=str(trainrun.path),
         name=trainrun.config.name,
-        weights=str(trainrun.weights) if trainrun.weights else None,
+        initialization=trainrun.initialization,
         without=[*trainrun.without],
         scaling=scaling.model_dump(mode="json"),
     )
@@ -179,6 +181,7 @@ class _Phases:
     def run(self) -> None:
         trainrun, record = self.trainrun, self._record
         pipeline, trains = trainrun.pipeline, trainrun.config.training is not None
+        as_built = built(pipeline)
         with record.timed("start"):
             require_room_for_run(trainrun)
             for contents in self.resume.depends_on.files.values():
@@ -206,7 +209,11 @@ class _Phases:
             for split, outcome in result.evaluations.items()
             if outcome.metrics
         }
-        record.pipeline = str(save_pipeline(pipeline, trainrun.output, trainrun.result_name))
+        if trainrun.job == "init":
+            saved = save_phase_1(trainrun, as_built, self.resume.depends_on, record)
+        else:
+            saved = save_pipeline(pipeline, trainrun.output, trainrun.result_name)
+        record.pipeline = str(saved)
         if failure := failed_split(result):
             raise DataError(f"the pipeline was saved to {record.pipeline}, but {failure}")
 

@@ -7,6 +7,7 @@ through Arrow. Everything here is a pure function: no Ray, no files, no cuvis.ai
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -82,6 +83,18 @@ class Statistic:
             for value in (getattr(self, field.name) for field in fields(self))
             if isinstance(value, Tensor)
         )
+
+    def sha256(self) -> str:
+        """Return a hash of the values, the same on any machine where these have the same bits."""
+        digest = hashlib.sha256(self.name.encode())
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                digest.update(f"{field.name}{[*value.shape]}{value.dtype}".encode())
+                digest.update(value.contiguous().numpy(force=True).tobytes())
+            else:
+                digest.update(f"{field.name}{value}".encode())
+        return digest.hexdigest()
 
     def to_arrow(self) -> pa.RecordBatch:
         """Return the statistic as one Arrow row; shapes and the class travel as metadata."""

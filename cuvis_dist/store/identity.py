@@ -31,20 +31,31 @@ from cuvis_dist.staging import original
 #: Parameters of data modules that say which frames there are, or how fast they are read. Which
 #: files a frame is read from is told by the frame.
 _NOT_CONTENT = frozenset(
-    {
+    [
         "batch_size",
+        "cu3s_file_path",
+        "data_dir",
+        "files",
+        "frames",
+        "glob",
+        "images_dir",
+        "labels_dir",
         "max_open_sessions",
+        "measurement_indices",
         "num_workers",
         "persistent_workers",
         "pin_memory",
         "read_ahead",
         "read_threads",
+        "recursive",
+        "samples_per_frame",
+        "self",
         "source_coherent_batches",
         "split",
         "splits",
         "universe_csv",
         "worker_multiprocessing_context",
-    }
+    ]
 )
 
 
@@ -141,14 +152,18 @@ class Keys:
 def described_module(datamodule: pl.LightningDataModule) -> dict[str, Any]:
     """Return the class of a data module, and the parameters that change what a frame contains.
 
-    They are those of its constructor that it keeps under the same name, or one with an underscore.
+    They are those of its constructor that it keeps under the same name, one with an underscore, or
+    one that goes on after it, as in ``wavelengths_override``; and what upstream's base class keeps
+    as ``params``.
     """
     cls, kept = type(datamodule), vars(datamodule)
-    values = {}
-    for name in inspect.signature(cls.__init__).parameters:
-        for attribute in (name, f"_{name}"):
-            if name not in _NOT_CONTENT and attribute in kept:
-                values[name] = _plain(kept[attribute])
+    names = [n for n in inspect.signature(cls.__init__).parameters if n not in _NOT_CONTENT]
+    values = {
+        attribute: _plain(kept[attribute])
+        for attribute in sorted(kept)
+        for name in [*names, "params"]
+        if attribute in (name, f"_{name}") or attribute.startswith(f"{name}_")
+    }
     return {"class": f"{cls.__module__}.{cls.__qualname__}", "parameters": values}
 
 

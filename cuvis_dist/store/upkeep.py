@@ -24,6 +24,8 @@ from cuvis_dist.store.files import (
 from cuvis_dist.store.identity import Key
 from cuvis_dist.store.store import SET_ASIDE, Store
 
+#: Files of fewer bytes are joined, into one of so many at most.
+_SMALL, _JOINED = 1 << 25, 1 << 26
 #: A file without a manifest may be one that somebody writes now, up to this age.
 _WRITING = timedelta(days=1)
 
@@ -175,29 +177,40 @@ def _prune_kind(
                 rows.append(row)
         live.append((file, rows))
         found.rows += len(rows)
-    touched = [(f, rows) for f, rows in live if len(rows) < len(f.entries) or len(live) > 1]
     found.bytes += sum(f.bytes for f, rows in live if not rows)
-    if dry_run or not touched:
+    if dry_run:
         return
-    by_kind: dict[str, list[tuple[StoredFile, list[int]]]] = defaultdict(list)
-    for file, rows in touched:
-        if rows:
-            by_kind[file.kind].append((file, rows))
-    for kind, some in by_kind.items():
-        _rewrite(store, kind, some)
-    store.remove([file for file, _ in touched])
+    small = sum(1 for file, _ in live if file.bytes < _SMALL)
+    group: list[tuple[StoredFile, list[int]]] = []
+    for file, rows in sorted(live, key=lambda each: each[0].kind):
+        if len(rows) == len(file.entries) and (file.bytes >= _SMALL or small < 2):
+            continue
+        if group and (group[0][0].kind != file.kind or _bytes(group) + file.bytes > _JOINED):
+            _rewrite(store, group)
+            group = []
+        group.append((file, rows))
+    if group:
+        _rewrite(store, group)
 
 
-def _rewrite(store: Store, kind: str, some: list[tuple[StoredFile, list[int]]]) -> None:
-    """Write the rows that stay into one file."""
+def _bytes(group: list[tuple[StoredFile, list[int]]]) -> int:
+    return sum(file.bytes for file, _ in group)
+
+
+def _rewrite(store: Store, some: list[tuple[StoredFile, list[int]]]) -> None:
+    """Write the rows that stay of some files into one, then remove these."""
     tables, entries = [], list[Entry]()
     for file, rows in some:
+        if not rows:
+            continue
         table = store.read(file).drop_columns(["uid"])
         tables.append(table.take(pa.array(rows, pa.int64())))
         entries += [file.entries[row] for row in rows]
     first = some[0][0]
-    table = pa.concat_tables(tables, promote_options="default")
-    store.add(Key(first.measured, first.depends_on), kind, table, entries)
+    if tables:
+        table = pa.concat_tables(tables, promote_options="default")
+        store.add(Key(first.measured, first.depends_on), first.kind, table, entries)
+    store.remove([file for file, _ in some])
 
 
 def _by_key(files: Iterable[StoredFile]) -> dict[str, list[StoredFile]]:

@@ -51,7 +51,7 @@ def cut(batch: list[int], rank: int, world_size: int) -> tuple[list[int], float]
     without a frame gets one with weight 0, since every worker must take part in the step.
     """
     mine = Cut.of(len(batch), rank, world_size)
-    return batch[mine.rows(1)], mine.weight
+    return batch[mine.dealt], mine.weight
 
 
 class Dealing(Enum):
@@ -88,6 +88,8 @@ class DealtBatches(Sampler[list[int]]):
         keeps the worker in step.
     sizes : list of int
         Frames of each global batch of the current epoch.
+    orders : list of tuple of int, or None
+        Where in its global batch each frame stands that is dealt, if a batch was arranged.
     frames : int
         Frames of all of them.
     generator : torch.Generator
@@ -119,6 +121,7 @@ class DealtBatches(Sampler[list[int]]):
         self.batches: Any = loader.batch_sampler
         self.rank, self.world_size, self.share = rank, world_size, share
         self.weights: list[float] = []
+        self.orders: list[tuple[int, ...] | None] = []
         self.sizes: list[int] = []
         self.frames = _frames(loader)
         self.generator = torch.Generator()
@@ -205,6 +208,7 @@ class DealtBatches(Sampler[list[int]]):
                 self._global = self.share(self._global)
         batches = self._global
         self.sizes = [len(batch) for batch in batches]
+        self.orders = [None] * len(batches)
         self.frames = sum(self.sizes)
         if self.dealing is Dealing.ALL:
             mine = [(batch, float(self.rank == 0)) for batch in batches]
@@ -213,7 +217,8 @@ class DealtBatches(Sampler[list[int]]):
             if not mine and batches:
                 mine = [(batches[0], 0.0)]
         else:
-            arranged = map(self.arrange, batches)
+            arranged = [self.arrange(batch) for batch in batches]
+            self.orders = [*map(_order, batches, arranged)]
             mine = [cut(batch, self.rank, self.world_size) for batch in arranged]
         self.weights = [weight for _, weight in mine]
         self.mine = [batch for batch, _ in mine[done or 0 :]]
@@ -224,6 +229,16 @@ class DealtBatches(Sampler[list[int]]):
         places = (self.loader, self.batches, getattr(self.batches, "sampler", None))
         found = [getattr(place, "generator", None) for place in places]
         return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+def _order(batch: list[int], arranged: list[int]) -> tuple[int, ...] | None:
+    """Return where in a batch its frames stand, as they were arranged, or None for its order."""
+    if arranged == batch:
+        return None
+    places: dict[int, list[int]] = {}
+    for place in reversed(range(len(batch))):
+        places.setdefault(batch[place], []).append(place)
+    return tuple(places[frame].pop() for frame in arranged)
 
 
 def _frames(loader: DataLoader) -> int:

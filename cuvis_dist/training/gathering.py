@@ -53,7 +53,7 @@ _DIMENSIONS = 8
 
 @dataclass(frozen=True)
 class Cut:
-    """How the frames of one global batch lie over the ranks: consecutive, in the ranks' order.
+    """How the frames of one global batch lie over the ranks.
 
     Attributes
     ----------
@@ -63,18 +63,29 @@ class Cut:
         Which rank this is.
     group : ProcessGroup or None
         Whose ranks these are; the default group if None.
+    order : tuple of int or None
+        Where in the batch each frame stands, those of the first rank first; None if they lie
+        over the ranks in the batch's order.
     """
 
     sizes: tuple[int, ...]
     rank: int
     group: Any = None
+    order: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, frames: int, rank: int, world_size: int, group: Any = None) -> Cut:
+    def of(
+        cls,
+        frames: int,
+        rank: int,
+        world_size: int,
+        group: Any = None,
+        order: tuple[int, ...] | None = None,
+    ) -> Cut:
         """Return how a batch of ``frames`` is dealt: in nearly equal parts."""
         ends = [frames * r // world_size for r in range(world_size + 1)]
         sizes = tuple(stop - start for start, stop in pairwise(ends))
-        return cls(sizes, rank, group)
+        return cls(sizes, rank, group, order)
 
     @property
     def mine(self) -> int:
@@ -86,16 +97,38 @@ class Cut:
         """Weight of the rank's mean over frames: the mean over ranks is then that of the batch."""
         return self.mine * len(self.sizes) / sum(self.sizes)
 
-    def rows(self, each: int) -> slice:
-        """Return the rank's rows of a gathered value with ``each`` rows per frame.
+    @property
+    def dealt(self) -> slice:
+        """Which of the frames are the rank's, as they are dealt to the ranks in turn.
 
-        A rank without frames gets the first frame's: this is the frame that it was dealt to
-        keep it in step.
+        A rank without frames gets the first one, which only keeps it in step.
         """
-        if not self.mine:
-            return slice(0, each)
-        start = sum(self.sizes[: self.rank])
-        return slice(start * each, (start + self.mine) * each)
+        start = sum(self.sizes[: self.rank]) if self.mine else 0
+        return slice(start, start + max(1, self.mine))
+
+    def own(self, whole: Any, each: int) -> Any:
+        """Return the rank's rows of a value of the whole batch with ``each`` rows per frame.
+
+        Parameters
+        ----------
+        whole : Tensor, array or list
+            In the batch's order.
+        """
+        if self.order is None:
+            return whole[self.dealt.start * each : self.dealt.stop * each]
+        rows = _rows(self.order[self.dealt], each)
+        return [whole[row] for row in rows] if isinstance(whole, list) else whole[rows]
+
+    def in_order(self, whole: Any, each: int) -> Any:
+        """Return a value of the whole batch, as its frames were dealt, in the batch's order."""
+        if self.order is None:
+            return whole
+        rows = _rows(sorted(range(len(self.order)), key=self.order.__getitem__), each)
+        return [whole[row] for row in rows] if isinstance(whole, list) else whole[rows]
+
+
+def _rows(frames: Sequence[int], each: int) -> list[int]:
+    return [frame * each + row for frame in frames for row in range(each)]
 
 
 def gather(values: Sequence[Tensor], cut: Cut, each: Sequence[int], alike: bool) -> list[Tensor]:
@@ -130,7 +163,7 @@ def gather_list(values: Sequence[Any], cut: Cut, each: int) -> list[Any]:
     """Return the items of the whole batch, ``each`` per frame, in the frames' order."""
     parts: list[list[Any]] = [[] for _ in cut.sizes]
     dist.all_gather_object(parts, list(values[: cut.mine * each]), group=cut.group)
-    return [item for part in parts for item in part]
+    return cut.in_order([item for part in parts for item in part], each)
 
 
 class _Gather(torch.autograd.Function):
@@ -149,7 +182,7 @@ class _Gather(torch.autograd.Function):
                 dist.all_reduce(gradient, group=cut.group)
         mine = gradient.new_zeros((ctx.rows, *gradient.shape[1:]))
         if cut.mine:
-            mine[:] = gradient[cut.rows(each)]
+            mine[:] = cut.own(gradient, each)
         return (mine * len(cut.sizes) if ctx.alike else mine), None, None, None
 
 
@@ -166,7 +199,7 @@ def _all_rows(value: Tensor, cut: Cut, each: int) -> Tensor:
     parts = [torch.empty_like(padded) for _ in rows]
     dist.all_gather(parts, padded, group=cut.group)
     whole = torch.cat([part[: n * row] for part, n in zip(parts, rows, strict=True)])
-    return whole.view(value.dtype).reshape(sum(rows), *shape)
+    return cut.in_order(whole.view(value.dtype).reshape(sum(rows), *shape), each)
 
 
 def _agree(values: Sequence[Tensor], cut: Cut) -> list[bool]:

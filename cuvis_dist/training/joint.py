@@ -151,7 +151,7 @@ def _cut_back(node: Node, value: Any, rows: Rows, cut: Cut) -> Any:
 
     def own(part: Any, each: int) -> Any:
         _require_rows(node, part, frames, each)
-        return part[cut.rows(each)]
+        return cut.own(part, each)
 
     return map_rows(value, rows, own)
 

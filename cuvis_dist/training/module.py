@@ -122,8 +122,8 @@ class RankTrainer(UpstreamGradientTrainer):
                 f"changes {', '.join(names)}"
             )
 
-    def _cut(self, frames: int) -> Cut:
-        return Cut.of(frames, self.datamodule.rank, self.datamodule.world_size)
+    def _cut(self, frames: int, order: tuple[int, ...] | None = None) -> Cut:
+        return Cut.of(frames, self.datamodule.rank, self.datamodule.world_size, order=order)
 
     def _build_trainer(self) -> pl.Trainer:
         """Build upstream's trainer, less the post-fit steps, which follow on all workers."""
@@ -171,7 +171,8 @@ class RankTrainer(UpstreamGradientTrainer):
         weight, whole = dealt.weights[batch_idx], dealt.whole
         self._share = weight * batch_frames(batch) / dealt.frames if whole else 1.0
         self._to_log = None if whole else []
-        joint = nullcontext() if whole else self._joint.of(self._cut(dealt.sizes[batch_idx]))
+        cut = self._cut(dealt.sizes[batch_idx], dealt.orders[batch_idx])
+        joint = nullcontext() if whole else self._joint.of(cut)
         pooled = [m for m in self.pipeline_modules.modules() if isinstance(m, Metric)]
         with _not_synchronized(pooled), self.heartbeat.doing(COMPUTING), joint:
             loss = super()._run_step(batch, batch_idx, **kwargs)

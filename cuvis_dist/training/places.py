@@ -10,8 +10,9 @@ from cuvis_dist.training.gathering import Cut
 class Places:
     """Deals the frames of a batch to ranks on nodes that have decoded them.
 
-    A rank gets as many frames as it would get anyway, and the same batch is dealt, so that only the
-    order within a batch differs. Every rank makes the same places of the same batches.
+    A rank gets as many frames as it would get anyway, and the same batch is dealt. What needs the
+    whole batch puts its frames back in order: see :class:`~cuvis_dist.training.gathering.Cut`.
+    Every rank makes the same places of the same batches.
 
     Parameters
     ----------

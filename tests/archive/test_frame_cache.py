@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import gc
+import inspect
+import itertools
 import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -17,11 +21,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from faults import FragileCubes, FragileModule
+from faults import FragileCubes, FragileModule, die
 from readings import counted
 
 from cuvis_dist.archive import Frame, FrameCache, NamedFrames, frame_cache
+from cuvis_dist.archive.frame_cache import _shelf
 from cuvis_dist.archive.frame_file import PackedFrame, read_frame
+from cuvis_dist.archive.shelf import Shelf
 
 FRAMES = [Frame(f"rec#{i}", "rec", "rec") for i in range(12)]
 
@@ -49,7 +55,8 @@ def test_an_item_comes_back_as_it_was(tmp_path):
         "number": 3, "words": ["a", ("b", None)], "text": np.array(["x", "yz"]),
     }  # fmt: skip
     packed = PackedFrame(item)
-    packed.write(tmp_path / "one.frame")
+    with open(tmp_path / "one.frame", "xb") as file:
+        packed.write(file)
     assert (tmp_path / "one.frame").stat().st_size == packed.size
     back = read_frame(tmp_path / "one.frame")
     assert back.keys() == item.keys()
@@ -65,7 +72,8 @@ def test_an_item_comes_back_as_it_was(tmp_path):
 
 
 def test_who_writes_to_an_item_changes_it_for_nobody_else(tmp_path):
-    PackedFrame({"cube": np.zeros(4), "mask": torch.zeros(4)}).write(tmp_path / "one.frame")
+    with open(tmp_path / "one.frame", "xb") as file:
+        PackedFrame({"cube": np.zeros(4), "mask": torch.zeros(4)}).write(file)
     mine, other = (read_frame(tmp_path / "one.frame") for _ in range(2))
     mine["cube"] += 1
     mine["mask"] += 1
@@ -131,9 +139,52 @@ def test_the_bound_is_that_of_all_processes(tmp_path, cache):
         assert process.exitcode == 0
     first = files(cache)
     assert len(first) == 2
-    assert sum(path.stat().st_size for path in first) <= cache.held() <= cache.limit
+    assert sum(path.stat().st_size for path in first) == cache.held() <= cache.limit
     _keep_all(cache, tmp_path)
     assert files(cache) == first
+
+
+def _item(index: int) -> dict[str, np.ndarray]:
+    return {name: np.full(2000, index) for name in ("cube", "mask", "more")}
+
+
+def _killed_at(line: int, cache: FrameCache, index: int) -> None:
+    """Keep a frame; be killed before some line of the code that does, if there are so many."""
+    numbers, writes = itertools.count(1), PackedFrame.write.__code__
+
+    def trace(frame, event, argument):
+        if frame.f_code is not writes and frame.f_code.co_filename != inspect.getfile(Shelf):
+            return None
+        if event == "line" and next(numbers) == line:
+            die()
+        return trace
+
+    _shelf.cache_clear()  # as in a new process
+    sys.settrace(trace)
+    cache.put(FRAMES[0], index, _item(index))
+
+
+@pytest.mark.parametrize("cache", ["memory"], indirect=True)
+def test_who_is_killed_while_a_frame_is_kept_loses_that_frame_alone(cache):
+    """Wherever the process is: its frame can be kept by others, and its room is theirs again."""
+    fork = multiprocessing.get_context("fork")
+    for index in itertools.count(1):
+        process = fork.Process(target=_killed_at, args=(index, cache, index))
+        process.start()
+        process.join(60)
+        cache.put(FRAMES[0], index, _item(index))
+        item = cache.get(FRAMES[0], index)
+        assert all((item[name] == value).all() for name, value in _item(index).items())
+        assert len(files(cache)) == index
+        left = {path for path in cache.folder.rglob("*") if path.is_file()}
+        assert {path.name for path in left - {*files(cache)}} == {".lock", ".bytes"}
+        assert sum(path.stat().st_size for path in files(cache)) == cache.held()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+    assert index > 40
+    cache.clear()
+    assert not [*cache.folder.parent.glob(f"{cache.name}*")]
 
 
 @pytest.fixture

@@ -1,23 +1,29 @@
 """What does a cache save where frames are slow to decode? Passes and epochs, with and without.
 
-    python tests/benchmarks/decoding.py [--frames N] [--seconds S]
+    python tests/benchmarks/decoding.py [--frames N] [--seconds S] [--nodes 1|2]
 
 A data module that takes S seconds (0.5) to decode a frame of 128 x 128 x 61 serves N train frames
 (24) and 4 val frames; two workers measure the guide's pipeline in two passes, then two ranks
 train 3 epochs. Prints the seconds of each pass and epoch for ``reading.cache``: none, memory, disk,
-device.
+device. With two nodes, which are raylets of this machine with one worker and one rank each, for
+device, and for disk with a folder of each node's own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
 from initialization import fill
 from loguru import logger
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -28,6 +34,7 @@ from cuvis_dist.execution.session import connect
 from cuvis_dist.runs.trainrun import load_trainrun
 
 EPOCHS = 3
+CACHES = {1: ("none", "memory", "disk", "device"), 2: ("disk", "device")}
 
 
 class SlowFrames(Dataset):
@@ -77,19 +84,49 @@ def measured(path: Path, cache: str, seconds: float) -> dict[str, list[float]]:
     }
 
 
+@contextmanager
+def two_nodes(folder: Path) -> Iterator[str]:
+    """Start two nodes of one CPU each; yields their address, which this process may join."""
+    sys.path.append(str(Path(__file__).parents[1]))
+    from heads import cluster
+
+    with cluster(folder, 9850) as started:
+        for node in ("one", "two"):
+            disk = folder / node
+            disk.mkdir()
+            started.join(TMPDIR=str(disk))
+        started.wait()
+        os.environ.update(started.environment)
+        yield f"127.0.0.1:{started.port + 1}"
+
+
+@contextmanager
+def cluster_of(nodes: int, folder: Path) -> Iterator[None]:
+    """Join one node, or two."""
+    if nodes == 1:
+        yield connect(Scaling(resources={"workers": 2}))
+        return
+    with two_nodes(folder) as address:
+        yield connect(Scaling(resources={"workers": 2, "address": address}))
+        ray.shutdown()
+
+
 def main() -> None:
     """Run the benchmark, print a table, and write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--frames", type=int, default=24)
     parser.add_argument("--seconds", type=float, default=0.5)
+    parser.add_argument("--nodes", type=int, choices=(1, 2), default=1)
     parser.add_argument("--json", type=Path, default=Path("outputs/bench/decoding.json"))
     options = parser.parse_args()
     logger.remove()
-    connect(Scaling(resources={"workers": 2}))
     found = {}
-    with tempfile.TemporaryDirectory(prefix="cuvis-dist-bench-") as folder:
-        path = fill(Path(folder), options.frames, (128, 128, 61))
-        for cache in ("none", "memory", "disk", "device"):
+    with (
+        tempfile.TemporaryDirectory(prefix="cuvis-dist-bench-") as folder,
+        cluster_of(options.nodes, Path(folder)),
+    ):
+        path = fill(Path(folder) / "archive", options.frames, (128, 128, 61))
+        for cache in CACHES[options.nodes]:
             found[cache] = measured(path, cache, options.seconds)
             lines = (
                 f"{what} {', '.join(f'{s:.2f}' for s in times)} s"

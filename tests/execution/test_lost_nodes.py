@@ -63,7 +63,7 @@ class Nodes:
 
 @contextlib.contextmanager
 def nodes_that_note(folder: Path, seconds: float, **environments: dict[str, str]):
-    with cluster(folder, 9540) as started:
+    with cluster(folder, 9750) as started:
         nodes = Nodes(started, folder, seconds)
         for environment in environments.values():
             nodes.join(**environment)
@@ -122,7 +122,7 @@ def test_a_node_is_lost_in_the_middle_of_a_pass_and_another_joins(
 def test_a_node_is_lost_in_the_middle_of_training(ray_session, demo_trainrun, tmp_path):
     output = tmp_path / "results"
     last = output / "resume" / "last.ckpt"
-    with cluster(tmp_path, 9540, nodes=2) as started:
+    with cluster(tmp_path, 9750, nodes=2) as started:
         nodes = Nodes(started, tmp_path, 0)
         run = nodes.command("run", demo_trainrun, "--output-dir", output, "--train-workers", 2)
         wait_for(last.exists, run)  # a state is kept

@@ -28,9 +28,6 @@ PRIVATE = {
     (restore, "_build_catalog"): ["plugins_dirs"],
     (restore, "_build_data_module"): ["registry", "data_config", "candidate_dirs"],
     (restore, "_resolve_splits_path_in_config"): ["data_config", "base_dir"],
-    (CuvisPipeline, "_restore_weights_from_checkpoint"): [
-        "self", "weights_path", "strict_weight_loading", "device",
-    ],
     (TensorBoardMonitorNode, "_resolve_log_dir"): ["self"],
     (evaluation, "_pooled_objects"): ["node"],
     (CuvisPipeline, "_gather_node_inputs"): ["self", "node", "port_data", "batch"],

@@ -57,6 +57,7 @@ def stored(tmp_path_factory) -> tuple[Path, str]:
     """A trainrun with one recording that is 30 % too bright, its store, and its initialization."""
     trainrun = archive(tmp_path_factory.mktemp("audited"))
     spoil(trainrun, f"{WHICH}_*", lambda cube: 1.3 * cube)
+    spoil(trainrun, "recording_05_*", lambda cube: cube * (np.arange(cube.shape[-1]) != 3))
     store = str(trainrun.parent / "store")
     assert main(["init", str(trainrun), "--store", store]) == 0
     return trainrun, store
@@ -72,9 +73,10 @@ def test_the_table_names_the_recording_and_the_cause(stored, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("24 frames, 13,824 pixels at data.cube from ")
     assert lines[1].split()[:3] == ["stands", "out", "recording"]
-    assert lines[2].split()[1] == f"{WHICH}.cu3s"
-    assert lines[2].endswith("gain 1.3 over all bands")
-    assert lines[-1].startswith("1 of 6 stand out")
+    causes = {line.split()[1]: line for line in lines[2:8]}
+    assert causes["recording_05.cu3s"].endswith("band 3 (526 nm) constant")
+    assert causes[f"{WHICH}.cu3s"].endswith("gain 1.3 over all bands")
+    assert lines[-1].startswith("2 of 6 stand out")
 
 
 def test_json_by_a_column_of_the_universe(stored, capsys):

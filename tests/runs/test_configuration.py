@@ -76,7 +76,15 @@ def wrong_commands(demo: Path) -> dict[str, tuple[list[str], str]]:
             with_splits("k", '{"trian": []}'),
             "k.json is not valid: trian is unknown; did you mean train?",
         ),
-        "no weights": (["train", str(demo), "--pipeline", "none.yaml"], "none.pt"),
+        "no initialization": (
+            ["train", str(demo), "--initialization", "none.yaml"],
+            "initialization not found: ",
+        ),
+        "no ending": (
+            ["train", str(demo), "--initialization", "none"],
+            "none names no initialization: it is a file that ends in .yaml, .pt or .json",
+        ),
+        "nothing to compare": (["init", str(demo), "--compare", "none.json"], "none.json"),
         "no saved": (["evaluate", "none.yaml", "--data", str(demo)], "saved pipeline not found: "),
     }
 

@@ -173,3 +173,17 @@ def test_workers_fill_a_store(demo, tmp_path, ray_session):
     (read, none), (filled, before), (stored, after) = hashes
     assert read == filled == stored
     assert (none, before, after) == (None, 0, 10)
+
+
+def test_a_store_in_a_bucket_serves_fits(demo, s3, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3)
+    found = []
+    for settings in ({}, {"store": "s3://bucket/fits"}, {"store": "s3://bucket/fits"}):
+        run = load_trainrun(demo)
+        trainer = StatisticalTrainer(
+            run.pipeline, run.datamodule(), scaling=scaling_of(workers=0, **settings)
+        )
+        trainer.fit()
+        found.append((buffers_sha256(run.pipeline), trainer.records[0].from_store))
+    assert {state for state, _ in found} == {found[0][0]}
+    assert [count for _, count in found] == [None, 0, 10]

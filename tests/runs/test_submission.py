@@ -60,7 +60,11 @@ def test_a_dry_run_tells_plan_and_resources_and_reads_one_frame(demo):
         (["--working-dir", "{tmp}/none", "run", "/t.yaml"], ["not there", "none"]),
         (["score", "p.yaml", "--data", "/t.yaml"], ["p.yaml", "--working-dir"]),
         (["evaluate", "/p.yaml", "--data", "t.yaml"], ["t.yaml", "--working-dir"]),
-        (["--working-dir", "{tmp}", "train", "/t.yaml", "--pipeline", "p.yaml"], ["p.yaml is not"]),
+        (
+            ["--working-dir", "{tmp}", "train", "/t.yaml", "--initialization", "p.pt"],
+            ["p.pt is not"],
+        ),
+        (["init", "/t.yaml", "--compare", "p.json"], ["p.json", "--working-dir"]),
         (["--address", "auto", "run", "/t.yaml"], ["http://", "'auto'"]),
         (["submit", "run", "/t.yaml"], ["wait for itself"]),
     ],

@@ -75,7 +75,13 @@ def test_init_and_then_train_end_in_the_bits_of_run(own, tmp_path, capsys):
     records = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("one", "two")]
     assert records[1]["metrics"] == records[0]["metrics"]
     assert records[1]["job"] == "train"
-    assert records[1]["weights"] == str(initialized.with_suffix(".pt"))
+    card = json.loads(initialized.with_suffix(".json").read_text())
+    assert records[1]["initialization"] == {
+        "file": str(initialized.with_suffix(".pt")),
+        "sha256": records[0]["initialized"],
+        "name": card["name"],
+        "made": card["made"],
+    }
     assert records[1]["passes"] == []
 
     # It is done, unless it would begin with another state.
@@ -84,9 +90,9 @@ def test_init_and_then_train_end_in_the_bits_of_run(own, tmp_path, capsys):
     state = torch.load(initialized.with_suffix(".pt"), weights_only=False)
     state["state_dict"]["logit_head"]["bias"] += 1
     torch.save(state, tmp_path / "other.pt")
-    other = ["--pipeline", str(tmp_path / "other.yaml")]
+    other = ["--initialization", str(tmp_path / "other.pt")]
     assert main(["train", two, *options, *other]) == 0
-    assert "another weights" in capsys.readouterr().err
+    assert "another initialization" in capsys.readouterr().err
     assert buffers_sha256(load(tmp_path / "two" / saved)) != buffers_sha256(theirs)
 
 
@@ -97,21 +103,17 @@ def test_what_cannot_be_trained_is_said_before_anything_runs(own, unfitted, tmp_
 
     assert "no training block" in said(own("plain.yaml", training=None))
     error = said(own("elsewhere.yaml", "nowhere"))
-    assert str(tmp_path / "nowhere" / "trained_models" / "Channel_Selector_initialized.pt") in error
-    assert "cuvis-dist init" in error
-    error = said(own(), "--pipeline", tmp_path / "mine.yaml")
-    assert f"{tmp_path / 'mine.pt'}" in error
-    assert "init" not in error
+    assert str(tmp_path / "nowhere/trained_models/Channel_Selector_initialized.pt") in error
+    assert "cuvis-dist init makes it; --initialization names another" in error
+    error = said(own(), "--initialization", tmp_path / "mine.pt")
+    assert f"initialization not found: {tmp_path / 'mine.pt'}" in error
+    assert "init makes" not in error
 
     state = torch.load(unfitted.with_suffix(".pt"), weights_only=False)
-    nodes = state["state_dict"]
-    torch.save(
-        {"state_dict": {k: v for k, v in nodes.items() if k != "rx_detector"}}, tmp_path / "mine.pt"
-    )
-    assert "has no state of rx_detector" in said(own(), "--pipeline", tmp_path / "mine.yaml")
-    nodes["rx_detector"]["mu"] = torch.zeros(99)
+    del state["state_dict"]["rx_detector"]
     torch.save(state, tmp_path / "mine.pt")
-    assert "does not fit the pipeline" in said(own(), "--pipeline", tmp_path / "mine.yaml")
+    error = said(own(), "--initialization", tmp_path / "mine.pt")
+    assert "mine.pt does not fit the pipeline Channel_Selector: it has no state of node rx" in error
 
 
 @pytest.mark.parametrize(

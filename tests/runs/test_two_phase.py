@@ -99,6 +99,8 @@ def test_both_phases_leave_a_pipeline_that_plain_cuvis_ai_loads(demo, capsys, st
     assert [p["frames"] for p in record["passes"]] == [10] * 2
     fitted = record["passes"][0]["nodes"]["rx_detector"]
     derived = "Moments(data) derived from Moments(data.cube) through normalizer, selector"
+    measured = fitted.pop("sha256")
+    assert measured == record["passes"][0]["nodes"]["selector"]["sha256"], "the same moments"
     assert fitted == {"statistic": derived, "pixels": 10 * 320, "exact": False}
     assert all(p["bytes"] > 10 * 16 * 20 * 12 * 4 for p in record["passes"])
     assert record["epochs"] == 3

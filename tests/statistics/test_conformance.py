@@ -10,6 +10,7 @@ import importlib
 import pickle
 import pkgutil
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -299,6 +300,8 @@ def test_pickle_arrow_and_bytes_keep_every_bit(case, data):
     assert_same_bits(pickle.loads(pickle.dumps(one)), one)
     assert_same_bits(from_arrow(one.to_arrow()), one)
     assert_same_bits(from_bytes(one.to_bytes()), one)
+    assert from_bytes(one.to_bytes()).sha256() == one.sha256()
+    assert replace(one, n=one.n + 1).sha256() != one.sha256()
 
 
 @everywhere

@@ -295,6 +295,7 @@ def test_phase_1_at_a_uri(demo, bucket, capsys):
         "resume/fingerprint.json",
         "resume/initialized.state",
         "run.json",
+        "trained_models/Channel_Selector_initialized.json",
         "trained_models/Channel_Selector_initialized.pt",
         "trained_models/Channel_Selector_initialized.yaml",
     ]

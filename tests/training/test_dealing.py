@@ -356,6 +356,15 @@ def test_a_frame_goes_to_the_rank_that_keeps_it():
     assert places.arrange([0, 1, 2]) == [2, 0, 1], "no rank gets more"
 
 
+def test_where_arranged_frames_stand_in_their_batch_is_known():
+    """By place, since a sampler may give a frame twice."""
+    loader = DataLoader(range(10), batch_sampler=[[4, 7, 4], [5, 6]])
+    batches = DealtBatches(loader, 0, 1)
+    batches.arrange = sorted
+    assert list(batches) == [[4, 4, 7], [5, 6]]
+    assert batches.orders == [(0, 2, 1), None]
+
+
 def test_in_later_epochs_most_frames_are_where_they_were_decoded():
     """64 frames in batches of 8 on two nodes: three quarters in the second epoch, then more."""
     places, kept = Places(["a", "b"], {}), {"a": set(), "b": set()}

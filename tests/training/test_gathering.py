@@ -24,8 +24,8 @@ CASES = [(ranks, frames) for ranks in (1, 2, 3, 4) for frames in (1, 2, 5, 8)]
 
 
 def dealt(frames, cut):
-    """The rank's frames; the first of the batch where it has none."""
-    return frames[cut.rows(1)]
+    """The rank's frames; the first that is dealt where it has none."""
+    return cut.own(frames, 1)
 
 
 # ---- gathers ---------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def part_of_batch(model, frames, targets, cut):
     (everything,) = gather([hidden], cut, [1], False)
     rows, number = model.middle(everything)
     target = dealt(targets, cut)
-    out = model.behind(rows[cut.rows(1)])
+    out = model.behind(cut.own(rows, 1))
     all_out, all_targets = gather([out, target], cut, [1, 1], True)
     all_hidden, _ = gather([hidden, target], cut, [1, 1], False)
     return (
@@ -87,9 +87,15 @@ def part_of_batch(model, frames, targets, cut):
     )
 
 
-def gradients_by_ddp(rank, world_size, group, frames, targets):
+def other_order(frames):
+    """An order in which the frames of a batch may be dealt."""
+    return tuple(torch.randperm(frames, generator=torch.Generator().manual_seed(1)).tolist())
+
+
+def gradients_by_ddp(rank, world_size, group, arranged, frames, targets):
     """Loss and gradients as DDP leaves them: the mean over ranks."""
-    cut = Cut.of(len(frames), rank, world_size, group)
+    order = other_order(len(frames)) if arranged else None
+    cut = Cut.of(len(frames), rank, world_size, group, order)
     model = Model()
     loss = part_of_batch(model, frames, targets, cut)
     loss.backward()
@@ -104,15 +110,16 @@ def averaged(values, group, world_size):
     return values
 
 
+@pytest.mark.parametrize("arranged", [False, True])
 @pytest.mark.parametrize(("world_size", "frames"), CASES)
-def test_gradients_are_those_of_the_whole_batch(ranks, world_size, frames):
+def test_gradients_are_those_of_the_whole_batch(ranks, world_size, frames, arranged):
     generator = torch.Generator().manual_seed(frames)
     batch = [torch.randn(frames, 4, generator=generator, dtype=torch.float64) for _ in range(2)]
     model = Model()
     loss = whole_batch(model, *batch)
     loss.backward()
     expected = [loss.detach(), *(p.grad for p in model.parameters())]
-    for found in ranks.run(world_size, gradients_by_ddp, *batch):
+    for found in ranks.run(world_size, gradients_by_ddp, arranged, *batch):
         for mine, other in zip(found, expected, strict=True):
             assert (mine - other).abs().max() <= 1e-12 * (1 + other.abs().max())
 
@@ -120,20 +127,23 @@ def test_gradients_are_those_of_the_whole_batch(ranks, world_size, frames):
 TYPES = [torch.bool, torch.uint8, torch.uint16, torch.int32, torch.int64, torch.float16]
 
 
-def gathered_values(rank, world_size, group, frames):
-    cut = Cut.of(frames, rank, world_size, group)
+def gathered_values(rank, world_size, group, frames, arranged):
+    order = other_order(frames) if arranged else None
+    cut = Cut.of(frames, rank, world_size, group, order)
     rows = torch.arange(frames * 2).reshape(-1, 1)
     values = [dealt(rows.reshape(frames, 2), cut).reshape(-1, 1).to(each) for each in TYPES]
     empty = torch.zeros(max(1, cut.mine), 0, 3)
-    names = [f"frame {i}" for i in range(frames)][cut.rows(1)]
+    names = dealt([f"frame {i}" for i in range(frames)], cut)
     found = gather([*values, empty], cut, [2] * len(TYPES) + [1], False)
     of_types = [(each.dtype, each.long()) for each in found]
     return of_types, gather_list(names, cut, 1)
 
 
+@pytest.mark.parametrize("arranged", [False, True])
 @pytest.mark.parametrize(("world_size", "frames"), [(2, 1), (3, 5), (4, 2), (3, 3)])
-def test_rows_of_any_type_come_in_the_frames_order(ranks, world_size, frames):
-    for (*found, (_, empty)), names in ranks.run(world_size, gathered_values, frames):
+def test_rows_of_any_type_come_in_the_frames_order(ranks, world_size, frames, arranged):
+    """Also where a batch was dealt in another order, by what ranks keep."""
+    for (*found, (_, empty)), names in ranks.run(world_size, gathered_values, frames, arranged):
         for (dtype, value), expected in zip(found, TYPES, strict=True):
             assert dtype is expected
             assert torch.equal(value, torch.arange(frames * 2).reshape(-1, 1).to(dtype).long())

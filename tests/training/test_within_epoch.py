@@ -70,6 +70,35 @@ def test_goes_on_within_an_epoch(tmp_path, name, options, least):
         assert readings(folder) == read[epoch * FRAMES + batch * SIZE :]
 
 
+def test_goes_on_with_frames_on_the_device(tmp_path):
+    """In the same bits as a fit that reads every frame in time; none is read twice."""
+    name = "unknown-Noise"
+    whole = fit(name, tmp_path / "read" / "whole", PLAIN)
+    assert_alike(fit(name, tmp_path / "kept" / "whole", PLAIN, cache="device"), whole)
+    assert sorted(readings(tmp_path / "kept" / "whole")) == sorted(map(str, range(FRAMES)))
+    for point in ("0-3", "1-0", "1-2", "2-5"):
+        folder = tmp_path / "kept" / "cut off" / point
+        assert_alike(fit(name, folder, PLAIN, cache="device"), whole)
+        read = readings(folder)
+        assert len(read) == len(set(read))
+        # A fit may go on with another setting than it began with.
+        folder = tmp_path / "read" / "cut off" / point
+        assert_alike(fit(name, folder, PLAIN, cache="device"), whole)
+
+
+def test_goes_on_on_ranks_with_frames_on_their_devices(ranks, tmp_path):
+    name = "unknown-Noise"
+    whole = fit(name, tmp_path / "one" / "whole", PLAIN)
+    many, *_ = ranks.run(MOST, fit_rank, name, tmp_path / "many" / "whole", PLAIN, "device")
+    assert_alike(many, whole, 1e-5)
+    for point in ("0-3", "1-2"):
+        folder = tmp_path / "many" / "cut off" / point
+        found, *_ = ranks.run(MOST, fit_rank, name, folder, PLAIN, "device")
+        assert_alike(found, whole, 1e-5)
+    found = fit(name, tmp_path / "many" / "cut off" / "2-5", PLAIN, cache="device")
+    assert_alike(found, whole, 1e-5)
+
+
 def test_a_killed_process_goes_on_within_its_epoch(tmp_path):
     whole = fit("unknown-Noise", tmp_path / "whole", PLAIN)
     folder, at = tmp_path / "killed", FRAMES + 3 * SIZE + 1
