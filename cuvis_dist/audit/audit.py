@@ -23,6 +23,8 @@ from cuvis_dist.statistics.spread import LEAST_OTHERS, apart, limit
 
 #: How often the usual groups are chosen again.
 _ROUNDS = 4
+#: With fewer groups, their spread is hardly known, and the limit is high.
+_FEW = 8
 #: With more groups than this, one of them changes nothing about what is usual.
 _ALONE = 100
 
@@ -115,6 +117,11 @@ def _remarks(
             f"{len(groups)} groups (by {by}) are too few to judge what is usual: only bands that "
             f"are constant, saturated or exchanged are named. {LEAST_OTHERS + 1} are the least"
             + ("; try --by frame" if by != "frame" else "")
+        )
+    elif len(groups) < _FEW:
+        remarks.append(
+            f"{len(groups)} groups (by {by}) say little about what is usual: only what is far off "
+            "stands out"
         )
     dead = np.flatnonzero(~comparison.live)
     if len(dead):
