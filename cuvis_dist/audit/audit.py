@@ -144,8 +144,10 @@ class _Comparison:
         """Return a row for each group, given which of them say what is usual."""
         compared = [self._compare(i, usual) for i in range(len(self.groups))]
         measured = [c.measures() for c in compared]
-        traces = [c.features.trace for c in compared if c.features]
-        judge = _Judge(measured, usual, float(np.median(traces)) if traces else 1.0)
+        known = [c.features for c in compared if c.features]
+        squares = [(f.trace, float((f.mean**2).mean())) for f in known] or [(1.0, 1.0)]
+        trace, deviation = map(float, np.median(np.array(squares), axis=0))
+        judge = _Judge(measured, usual, (trace, deviation))
         return [self._row(i, c, judge) for i, c in enumerate(compared)]
 
     def _compare(self, i: int, usual: np.ndarray, group: Group | None = None) -> Compared:
@@ -228,16 +230,19 @@ class _Judge:
         What was measured of each group, with what sampling alone spreads it by.
     usual : ndarray
         ``[R]`` bool.
-    trace : float
-        The usual mean square of whitened pixels.
+    squares : tuple of float and float
+        The usual mean squares of whitened pixels, and of the deviations of the mean.
     """
 
     def __init__(
-        self, measured: Sequence[dict[str, tuple[float, float]]], usual: np.ndarray, trace: float
+        self,
+        measured: Sequence[dict[str, tuple[float, float]]],
+        usual: np.ndarray,
+        squares: tuple[float, float],
     ) -> None:
         self.measured, self.usual = measured, usual
         others = int(usual.sum()) - 1
-        self.context = others, trace
+        self.context = others, *squares
         self.bound = limit(others, len(measured) * len(MEASURES))
 
     def away(self, i: int, own: dict[str, tuple[float, float]] | None = None) -> dict[str, float]:

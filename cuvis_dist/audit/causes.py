@@ -77,7 +77,7 @@ def named(bands: Sequence[int] | np.ndarray, wavelengths: np.ndarray | None) -> 
 def causes_of(
     compared: Compared,
     away: dict[str, float],
-    context: tuple[int, float],
+    context: tuple[int, float, float],
     wavelengths: np.ndarray | None,
 ) -> list[Cause]:
     """Return likely causes of what is unusual about a group, besides what is known of it.
@@ -88,8 +88,9 @@ def causes_of(
         The group beside the others.
     away : dict of str to float
         By name of the measure: how far it is off, in units of the limit.
-    context : tuple of int and float
-        How many usual groups it was compared with, and their mean square of whitened pixels.
+    context : tuple of int, float and float
+        How many usual groups it was compared with, and their mean squares of whitened pixels and
+        of the deviations of the mean.
     wavelengths : ndarray or None
         ``[C]`` in nm.
     """
@@ -103,7 +104,7 @@ def causes_of(
             replace(cause, words=f"perhaps {cause.words}", weight=largest)
             for cause in causes_of(compared, as_unusual, context, wavelengths)
         ]
-    others, usual_trace = context
+    others, usual_trace, usual = context
     few = others < LEAST_OTHERS
     if largest > 1 or (few and features.trace > _PLAIN * max(1.0, usual_trace)):
         block = np.ix_(reference.bands, reference.bands)
@@ -120,21 +121,22 @@ def causes_of(
             return [Cause("spectral shift", words, weight)]
     if largest <= 1:
         return []
-    return [_likeliest(compared, features, away, largest, wavelengths)]
+    return [_likeliest(compared, features, away, usual, wavelengths)]
 
 
 def _likeliest(
     compared: Compared,
     features: Features,
     away: dict[str, float],
-    largest: float,
+    usual: float,
     wavelengths: np.ndarray | None,
 ) -> Cause:
     assert compared.reference is not None
-    fit = models.fit(features, compared.atoms)
-    band, by, of_band = models.shifted_band(features)
+    largest = max(away.values())
+    fit = models.fit(features, compared.atoms, usual)
+    band, by, of_band = models.shifted_band(features, usual)
     place = named(compared.reference.bands[[band]], wavelengths)
-    foreign = _foreign(features, away)
+    foreign = _foreign(features, away, usual)
     in_mean = max(away[name] for name in ("gain", "offset", "slope", "mean", "level"))
     explained = max(fit.explained, of_band) >= _EXPLAINS and away["noise"] < in_mean
     if away["noise"] > 1 and _is_local(features) and not explained:
@@ -164,12 +166,12 @@ def _likeliest(
     return Cause("covariance", "other correlations between bands: other content?", largest)
 
 
-def _foreign(features: Features, away: dict[str, float]) -> float | None:
+def _foreign(features: Features, away: dict[str, float], usual: float) -> float | None:
     """Return what foreign pixels explain of the mean's deviation; None if there are none."""
     if away["foreign"] <= _HINT or features.cleaned is None or not 0.5 < features.bulk < 2:
         return None
     before, after = models.stacked(features), models.stacked(features, features.cleaned)
-    return float(1 - after @ after / max(float(before @ before), 1e-300))
+    return min(1.0, float(before @ before - after @ after) / models.excess(features, usual))
 
 
 def _noisy(

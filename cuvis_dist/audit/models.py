@@ -36,7 +36,7 @@ class Fit:
         ``gain`` minus 1, ``offset`` in the data's units, ``slope``: relative change from the
         middle to the end of the spectrum, ``noise``: relative change of the noise alone.
     explained : float
-        Part of the squared deviation, in [0, 1].
+        Part of the squared deviation beyond the usual one, in [0, 1].
     left : float
         Root mean square of what is left, in spreads.
     """
@@ -95,10 +95,23 @@ def evidence(features: Features, known: dict[str, np.ndarray]) -> dict[str, floa
     return {name: float(a @ y / max(np.linalg.norm(a), 1e-300)) for name, a in known.items()}
 
 
-def fit(features: Features, known: dict[str, np.ndarray]) -> Fit:
-    """Return the model that explains a group best, for its number of parameters."""
+def excess(features: Features, usual: float) -> float:
+    """Return the squared deviation of a group beyond that of a usual one.
+
+    Parameters
+    ----------
+    usual : float
+        Mean square of the usual groups' deviations, in spreads.
+    """
     y = stacked(features)
     total = float(y @ y)
+    return max(total - usual * len(y), 0.05 * total, 1e-300)
+
+
+def fit(features: Features, known: dict[str, np.ndarray], usual: float) -> Fit:
+    """Return the model that explains a group best, for its number of parameters."""
+    y = stacked(features)
+    total, more = float(y @ y), excess(features, usual)
     best: tuple[float, Fit] | None = None
     for names in _MODELS:
         design = np.stack([known[name] for name in names], axis=1)
@@ -107,22 +120,22 @@ def fit(features: Features, known: dict[str, np.ndarray]) -> Fit:
         values = np.linalg.lstsq(design, y, rcond=None)[0]
         rest = y - design @ values
         left = float(rest @ rest)
-        cost = left + len(names) * (_PENALTY + _PART * total)
+        cost = left + len(names) * (_PENALTY + _PART * more)
         if best is None or cost < best[0] - 1e-9 * total:
             found = Fit(
                 dict(zip(names, map(float, values), strict=True)),
-                1 - left / max(total, 1e-300),
+                min(1.0, (total - left) / more),
                 float(np.sqrt(left / len(y))),
             )
             best = cost, found
     return best[1] if best else Fit({}, 0.0, float(np.sqrt(total / max(1, len(y)))))
 
 
-def shifted_band(features: Features) -> tuple[int, float, float]:
+def shifted_band(features: Features, usual: float) -> tuple[int, float, float]:
     """Return the band whose shift alone explains the mean best, that shift, and its part."""
     lengths = np.einsum("cb,cb->c", features.atoms, features.atoms)
     along = features.atoms @ features.mean
     gains = along**2 / np.maximum(lengths, 1e-300)
     band = int(np.argmax(gains))
-    y = stacked(features)
-    return band, float(along[band] / lengths[band]), float(gains[band] / max(float(y @ y), 1e-300))
+    part = min(1.0, float(gains[band]) / excess(features, usual))
+    return band, float(along[band] / lengths[band]), part
