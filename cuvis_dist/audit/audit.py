@@ -14,7 +14,7 @@ import numpy as np
 from cuvis_dist.audit import bands as facts
 from cuvis_dist.audit import models
 from cuvis_dist.audit.causes import causes_of, facts_of, named
-from cuvis_dist.audit.compared import MEASURES, Cause, Compared
+from cuvis_dist.audit.compared import IN_SPREADS, MEASURES, Cause, Compared
 from cuvis_dist.audit.features import features_of
 from cuvis_dist.audit.groups import FrameStatistics, Group, group_of, grouped
 from cuvis_dist.audit.parts import unusual_frames
@@ -243,7 +243,8 @@ class _Judge:
         self.measured, self.usual = measured, usual
         others = int(usual.sum()) - 1
         self.context = others, *squares
-        self.bound = limit(others, len(measured) * len(MEASURES))
+        tests = len(measured) * len(MEASURES)
+        self.bounds = {name: limit(others, tests, name in IN_SPREADS) for name in MEASURES}
 
     def away(self, i: int, own: dict[str, tuple[float, float]] | None = None) -> dict[str, float]:
         """Return by measure how far a group is off, or one with other measures in its place."""
@@ -251,6 +252,7 @@ class _Judge:
         for name, two_sided in MEASURES.items():
             values = np.array([m[name][0] for m in self.measured])
             value, floor = (own or self.measured[i])[name]
-            z = apart(value, values[self.usual & (np.arange(len(values)) != i)], floor)
-            found[name] = (abs(z) if two_sided else max(z, 0.0)) / self.bound
+            others = values[self.usual & (np.arange(len(values)) != i)]
+            z = apart(value, others, floor, IN_SPREADS.get(name, 0.0))
+            found[name] = (abs(z) if two_sided else max(z, 0.0)) / self.bounds[name]
         return found

@@ -24,6 +24,8 @@ MEASURES = {
     "stripes": False,
     "foreign": False,
 }
+#: Measures in units of the spread between groups, which are spread by a little more than 1.
+IN_SPREADS = {"gain": 1.2, "offset": 1.2, "slope": 1.2, "level": 1.2}
 
 
 @dataclass(frozen=True)

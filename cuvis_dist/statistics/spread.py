@@ -20,6 +20,8 @@ LEAST_OTHERS = 4
 _ALPHA = 0.01
 #: The part of the degrees of freedom that the robust spread has.
 _EFFICIENCY = 0.8
+#: So many degrees of freedom count for a spread that is known beforehand.
+_KNOWN = 3.0
 #: In MADs: what lies farther away does not count.
 _CUT = 9.0
 
@@ -56,7 +58,7 @@ def _median(values: np.ndarray) -> np.ndarray:
     return np.nan_to_num((pick[0] + pick[1]) / 2)
 
 
-def apart(value: float, others: np.ndarray, floor: float) -> float:
+def apart(value: float, others: np.ndarray, floor: float, known: float = 0.0) -> float:
     """Return how many spreads of the others a value is above their median.
 
     Parameters
@@ -67,6 +69,11 @@ def apart(value: float, others: np.ndarray, floor: float) -> float:
         ``[R]``; those that are not finite do not count.
     floor : float
         What rounding and sampling alone spread the value by.
+    known : float
+        What such values are spread by, as far as that is known: few others hardly tell. The spread
+        is then that of the others with some values of this one (a moderated t: G. K. Smyth,
+        Statistical Applications in Genetics and Molecular Biology 3(1) (2004)), or their own
+        where that is larger.
 
     Returns
     -------
@@ -77,10 +84,16 @@ def apart(value: float, others: np.ndarray, floor: float) -> float:
     if not np.isfinite(value) or len(others) < LEAST_OTHERS:
         return 0.0
     centre, spread = centre_and_spread(others)
-    return float((value - centre) / max(float(spread), floor, 1e-300))
+    freedom = _freedom(len(others))
+    both = np.sqrt((freedom * spread**2 + _KNOWN * known**2) / (freedom + _KNOWN)) if known else 0.0
+    return float((value - centre) / max(float(spread), float(both), floor, 1e-300))
 
 
-def limit(others: int, tests: int) -> float:
+def _freedom(others: int) -> float:
+    return max(1.0, _EFFICIENCY * (others - 1))
+
+
+def limit(others: int, tests: int, known: bool = False) -> float:
     """Return how many spreads a value must be away to be called unusual.
 
     Parameters
@@ -89,7 +102,9 @@ def limit(others: int, tests: int) -> float:
         How many values the spread was estimated from.
     tests : int
         How many values are looked at in all.
+    known : bool
+        Whether something is known of the spread: see :func:`apart`.
     """
-    freedom = max(1.0, _EFFICIENCY * (others - 1))
+    freedom = _freedom(others) + _KNOWN * known
     of_median = np.sqrt(1 + np.pi / 2 / max(1, others))
     return float(-stdtrit(freedom, _ALPHA / 2 / max(1, tests)) * of_median)

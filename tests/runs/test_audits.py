@@ -14,7 +14,7 @@ from archives import edit
 from cuvis_dist.cli import main
 from cuvis_dist.demo import DemoSettings, write_demo
 
-SIZES = DemoSettings(frames=24, height=24, width=24, bands=16, recordings=6)
+SIZES = DemoSettings(frames=32, height=24, width=24, bands=16, recordings=8)
 WHICH = "recording_02"
 
 
@@ -71,19 +71,19 @@ def audit(stored, *options: str) -> int:
 def test_the_table_names_the_recording_and_the_cause(stored, capsys):
     assert audit(stored) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("24 frames, 13,824 pixels at data.cube from ")
+    assert lines[0].startswith("32 frames, 18,432 pixels at data.cube from ")
     assert lines[1].split()[:3] == ["stands", "out", "recording"]
-    causes = {line.split()[1]: line for line in lines[2:8]}
+    causes = {line.split()[1]: line for line in lines[2:10]}
     assert causes["recording_05.cu3s"].endswith("band 3 (526 nm) constant")
     assert causes[f"{WHICH}.cu3s"].endswith("gain 1.3 over all bands")
-    assert lines[-1].startswith("2 of 6 stand out")
+    assert lines[-1].startswith("2 of 8 stand out")
 
 
 def test_json_by_a_column_of_the_universe(stored, capsys):
     assert audit(stored, "--by", "lamp", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert sorted(row["name"] for row in found["rows"]) == ["new", "old"]
-    assert [row["frames"] for row in found["rows"]] == [12, 12]
+    assert [row["frames"] for row in found["rows"]] == [16, 16]
     assert "too few to judge" in found["remarks"][0]
 
 
@@ -95,7 +95,7 @@ def test_drift_above_the_limit_has_an_exit_code_of_its_own(stored, capsys):
     same = {each["node"]: each for each in json.loads(capsys.readouterr().out)["drift"]}
     assert same.keys() == {"normalizer", "rx_detector"}
     assert max(each["ratio"] for each in same.values()) < 1e-6
-    assert same["rx_detector"]["groups"].keys() == {f"recording_{i:02d}.cu3s" for i in range(6)}
+    assert same["rx_detector"]["groups"].keys() == {f"recording_{i:02d}.cu3s" for i in range(8)}
 
     other = archive(trainrun.parent / "other")
     spoil(other, "*", lambda cube: 1.1 * cube)
@@ -153,7 +153,7 @@ def test_robust_leaves_out_contaminated_frames_and_says_so(tmp_path, capsys):
     said = capsys.readouterr().out
     record = json.loads((tmp_path / "results" / "run.json").read_text())
     assert record["left_out"].keys() == bad
-    assert [p["frames"] for p in record["passes"]] == [22] * len(record["passes"])
+    assert [p["frames"] for p in record["passes"]] == [30] * len(record["passes"])
     assert all(f"left out {words}" in said for words in record["left_out"].values())
 
 
