@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic.fields import FieldInfo
 
-from cuvis_dist.cli import add_scaling_options
+from cuvis_dist.commands.options import add_scaling_options
 from cuvis_dist.scaling import PARTS
 
 PAGE = Path(__file__).with_name("settings.md")

@@ -21,6 +21,7 @@ from cuvis_dist import save_initialization
 from cuvis_dist.cli import _parser, main
 from cuvis_dist.demo import DemoSettings, write_demo
 from cuvis_dist.initialization.card import Card, FileStamp, UsedFrame, UsedFrames
+from cuvis_dist.runs.record import RunRecord
 from cuvis_dist.runs.trainrun import load_trainrun
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -98,6 +99,8 @@ def clone(tmp_path_factory) -> Iterator[Path]:
     for ending in ("initialized", "restored"):
         pipeline = load_trainrun(trainrun).pipeline
         save_initialization(pipeline, trained / f"Channel_Selector_{ending}.yaml")
+    for output in (trainrun.parent / "results", folder / "outputs" / "other" / "results"):
+        RunRecord(job="run", output_dir=str(output), trainrun=str(trainrun), name="demo").write()
     before = Path.cwd()
     os.chdir(folder)
     yield folder

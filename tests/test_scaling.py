@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cuvis_dist.cli import _parser, _scaling, main
+from cuvis_dist.cli import _parser, main
+from cuvis_dist.commands.options import scaling_of
 from cuvis_dist.errors import InputError
 from cuvis_dist.scaling import Scaling
 
@@ -23,7 +24,7 @@ def write(tmp_path):
 
 def typed(*options: str) -> Scaling:
     """Return the settings of a command with these options."""
-    return _scaling(_parser().parse_args(["run", "trainrun.yaml", *options]))
+    return scaling_of(_parser().parse_args(["run", "trainrun.yaml", *options]))
 
 
 def test_each_layer_wins_over_the_one_before(write):

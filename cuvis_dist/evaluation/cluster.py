@@ -13,6 +13,7 @@ known of their class, else from the part on which it is found out.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
@@ -30,10 +31,12 @@ from cuvis_dist.archive import Archive, FrameCache, open_split
 from cuvis_dist.errors import DataError
 from cuvis_dist.evaluation.merging import merge_pooled
 from cuvis_dist.evaluation.parts import Evaluated, EvaluatePart, Outputs, Part, Port, load
+from cuvis_dist.evaluation.seen import Look, Seen
 from cuvis_dist.execution.failures import raise_cause
 from cuvis_dist.execution.pool import Workers
 from cuvis_dist.execution.spread import Engine, Row, spread
 from cuvis_dist.execution.where import engine_for
+from cuvis_dist.nodes.shown import judged
 from cuvis_dist.nodes.state import adopt
 from cuvis_dist.nodes.survey import evolving_nodes
 from cuvis_dist.nodes.upstream import edges_into
@@ -108,12 +111,18 @@ class ClusterPipeline:
         Whose pooled metrics are merged.
     scaling : Scaling
         How many workers, on what.
+
+    Attributes
+    ----------
+    seen : dict of str to Seen, or None
+        What people can look at of each evaluated split; None where nobody wants to.
     """
 
     def __init__(
         self, pipeline: CuvisPipeline, metric_nodes: Sequence[Node], scaling: Scaling
     ) -> None:
         self.pipeline, self.scaling = pipeline, scaling
+        self.seen: dict[str, Seen] | None = None
         self.metric_nodes = tuple(node.name for node in metric_nodes)
         self._outputs: Any = iter(())
         self._engine: Engine | None = None
@@ -176,6 +185,8 @@ class ClusterPipeline:
             frozenset(keep_ports if keep_ports is not None else calibration_ports(self.pipeline)),
             context,
         )
+        if evaluating and self.seen is not None:
+            compute.look = Look(judged(self.pipeline), len(split.archive))
         nodes = {node.name: node for node in self.pipeline.nodes()}
         if known := evolving_nodes(self.pipeline, None, context.stage):
             _say_in_order(known, split.name)
@@ -186,6 +197,9 @@ class ClusterPipeline:
             part: Evaluated = row.payload
             frames, done = frames + row.frames, done + len(part.outputs)
             pooled.append(part.metric_nodes)
+            if self.seen is not None and part.seen is not None:
+                looked = copy.deepcopy(part.seen)  # what comes out of Ray stays there
+                self.seen[split.name] = self.seen.get(split.name, Seen()).merge(looked)
             for name, node in part.changed.items():
                 adopt(nodes[name], node)
             if done == len(batches):  # upstream reads the metrics after the last batch

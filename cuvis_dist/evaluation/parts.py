@@ -12,10 +12,12 @@ from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training.evaluation import forward_split
 from cuvis_ai_schemas.execution import Context
+from loguru import logger
 from torch.utils.data import DataLoader
 
 from cuvis_dist.archive import Archive, NamingCollate, Numbered
 from cuvis_dist.errors import CuvisDistError, DataError, one_line
+from cuvis_dist.evaluation.seen import Look, Seen
 from cuvis_dist.execution.spread import Order, Row
 from cuvis_dist.execution.worker import forget_pipeline
 from cuvis_dist.nodes.state import StateWatch, adopt
@@ -52,11 +54,14 @@ class Evaluated:
     changed : dict of str to Node
         Nodes that the part changed, as they are after it: those whose tensors it changed, and
         those that are carried from part to part.
+    seen : Seen or None
+        What a person can look at, where that is wanted.
     """
 
     outputs: list[Outputs]
     metric_nodes: dict[str, Node]
     changed: dict[str, Node]
+    seen: Seen | None = None
 
 
 def load(archive: Archive, batches: list[list[int]]) -> DataLoader:
@@ -83,9 +88,15 @@ class EvaluatePart:
         The context of the first batch of the split.
     carried : dict of str to Node, optional
         Nodes that change with every frame, as the parts before left them.
+
+    Attributes
+    ----------
+    look : Look or None
+        It looks at the batches, where that is wanted.
     """
 
     ordered = True
+    look: Look | None = None
 
     def __init__(
         self,
@@ -125,11 +136,16 @@ class EvaluatePart:
                 metric.reset()
         watch = StateWatch(nodes.values())
         outputs: list[Outputs] = []
+        seen = Seen() if self.look else None
         frames, numbered = 0, _Numbered(pipeline, shard.start)
         found: list[str] = []
         try:
             for item in self._forward(numbered, archive, shard):
                 frames = item.frames_done
+                if seen is not None:
+                    seen = self._seen(
+                        seen, numbered.batch, item.outputs, shard.start + len(outputs)
+                    )
                 outputs.append(_kept(item.outputs, self.keep))
         except DataError as error:
             self.order.leave_out(error)
@@ -150,7 +166,19 @@ class EvaluatePart:
             pipeline.cpu()
             if self.order.on_gpu:
                 torch.cuda.empty_cache()  # the process stays, and training may want the memory
-        return [Row(shard.ordinal, Evaluated(outputs, metric_nodes, changed), frames)]
+        return [Row(shard.ordinal, Evaluated(outputs, metric_nodes, changed, seen), frames)]
+
+    def _seen(self, seen: Seen, batch: Any, outputs: Outputs, number: int) -> Seen | None:
+        """Look at a batch; None, and no other is looked at, where that fails."""
+        assert self.look is not None
+        positions = self.batches[number]
+        frames = self.order.open()[0].frames
+        try:
+            looked = self.look.batch(batch, outputs, [frames[i] for i in positions], positions)
+            return seen.merge(looked, 1, 1)
+        except Exception as error:  # nobody's result may depend on it
+            logger.debug(f"no pictures of batch {number}: {one_line(error)}")
+            return None
 
     def _found_out(self, numbered: _Numbered) -> list[str]:
         """Return which nodes change with every frame, though nobody said so of their class.
@@ -171,7 +199,7 @@ class EvaluatePart:
             epoch=self.context.epoch,
             global_step=self.context.global_step,
             free_consumed_ports=True,
-            keep_ports=self.keep,
+            keep_ports=self.keep | self.look.judged.ports() if self.look else self.keep,
         )
 
 

@@ -43,6 +43,7 @@ from cuvis_dist.errors import without_traceback
 from cuvis_dist.evaluation.cluster import ClusterPipeline, Split
 from cuvis_dist.evaluation.merging import unmergeable
 from cuvis_dist.evaluation.naming import NamingPipeline
+from cuvis_dist.evaluation.seen import Seen
 from cuvis_dist.execution.failures import raise_cause
 from cuvis_dist.execution.pool import Workers
 from cuvis_dist.execution.where import begin, in_one_process, settled, use_patience, work_on_splits
@@ -88,12 +89,15 @@ class Evaluator:
         Workers.
     emit : callable
         Where events go.
+    seen : dict of str to Seen, or None
+        Where :meth:`post_fit` puts what people can look at, by split, if that is wanted.
     """
 
     pipeline: CuvisPipeline
     datamodule: pl.LightningDataModule
     scaling: Scaling
     emit: EmitFn
+    seen: dict[str, Seen] | None = None
 
     def post_fit(
         self, metric_nodes: Sequence[Node] | None = None, after: AfterFit | None = None
@@ -115,16 +119,14 @@ class Evaluator:
         scaling = self._settled({"val": 2, "test": 1})  # val calibrates, too
         begin(scaling, training=None)
         nodes = metric_nodes if metric_nodes is not None else default_metric_nodes(self.pipeline)
-        reason = why_one_worker(self.pipeline, nodes, _POST_FIT_STAGES)
-        if reason:
+        if reason := why_one_worker(self.pipeline, nodes, _POST_FIT_STAGES):
             logger.info(f"calibrated and evaluated on one worker: {reason}")
         announce("calibrating and evaluating")
-        steps = _PostFit(
-            [node.name for node in nodes], after or AfterFit(), bool(reason), self._cache()
-        )
+        names, look = [node.name for node in nodes], self.seen is not None
+        steps = _PostFit(names, after or AfterFit(), bool(reason), self._cache(), look)
         # The loop itself mostly waits for the workers, and another of them would have to start.
         place = Workers.evaluating(scaling) if reason else Workers.none(scaling)
-        result, fitted = in_one_process(
+        result, fitted, seen = in_one_process(
             _post_fit,
             self.pipeline,
             self.datamodule,
@@ -134,6 +136,8 @@ class Evaluator:
             workers=place,
         )
         adopt_all(self.pipeline, fitted)
+        if self.seen is not None:
+            self.seen.update(seen)
         return result
 
     def evaluate(
@@ -272,12 +276,15 @@ class _PostFit:
         Whether the process of the loop computes everything.
     cache : FrameCache or None
         Where each node keeps the frames that it has read.
+    look : bool
+        Whether to keep what people can look at.
     """
 
     metric_nodes: list[str]
     after: AfterFit
     here: bool
     cache: FrameCache | None
+    look: bool = False
 
 
 def _post_fit(
@@ -286,7 +293,7 @@ def _post_fit(
     steps: _PostFit,
     scaling: Scaling,
     emit: EmitFn,
-) -> tuple[PostFitResult, list[Node]]:
+) -> tuple[PostFitResult, list[Node], dict[str, Seen]]:
     prepare_worker(int(scaling.resources.cpus_per_worker))
     use_patience(scaling)
     nodes = _nodes(pipeline, steps.metric_nodes)
@@ -296,6 +303,7 @@ def _post_fit(
     if steps.here:
         pipeline.to("cuda" if scaling.resources.train_gpus else "cpu")
     spread = ClusterPipeline(pipeline, nodes, scaling)
+    spread.seen = {} if steps.look else None
     splits = _NamedSplits(datamodule, steps)
     computing: Any = NamingPipeline(pipeline if steps.here else spread, splits.opened)
     with closing(spread):
@@ -310,7 +318,7 @@ def _post_fit(
         except RuntimeError as error:  # an evaluation raises nothing: see upstream's callback
             raise computing.unlike_sizes() or error from error
     pipeline.cpu()
-    return result, list(pipeline.nodes())
+    return result, list(pipeline.nodes()), spread.seen or {}
 
 
 def _evaluate(

@@ -26,6 +26,7 @@ from cuvis_dist.initialization.measured import Outcome
 from cuvis_dist.initialization.measuring import Partial
 from cuvis_dist.initialization.passes import OnShard, PassRecord, freeze_fits
 from cuvis_dist.initialization.plan import Fit
+from cuvis_dist.initialization.recordings import Recordings
 from cuvis_dist.initialization.shards import MeasureFrames, Measurement, together
 from cuvis_dist.initialization.stored import StoredPass
 from cuvis_dist.nodes.state import StatefulNodesError
@@ -239,6 +240,7 @@ def merged(stored: StoredPass, positions: Iterable[int], shard_frames: int) -> O
         frames_of[ordinal].append(position)
     empty = [s.ordinal for s in shards if s.ordinal not in frames_of]
     names, root, probes = stored.archive.frames, dict[str, Partial](), {}
+    recordings = Recordings()
     for key in stored.keys:
         tree: MergeTree[Partial] = MergeTree(len(shards), Partial.merge)
         waiting: dict[int, dict[int, Partial]] = defaultdict(dict)
@@ -252,11 +254,13 @@ def merged(stored: StoredPass, positions: Iterable[int], shard_frames: int) -> O
             parts = waiting[ordinal]
             parts[position] = Partial({key: statistic}, str(names[position]))
             if len(parts) == len(frames_of[ordinal]):
-                tree.add(ordinal, _in_order(waiting.pop(ordinal)))
+                whole = _in_order(waiting.pop(ordinal))
+                tree.add(ordinal, whole)
+                recordings.add(names[position].recording, whole.statistics)
         root[key] = tree.root()
     drawn = _drawn(stored, shard_of, frames_of) if stored.this_pass.later else []
     statistics = {key: partial.statistics[key] for key, partial in root.items()}
-    return Outcome(statistics, probes, drawn)
+    return Outcome(statistics, probes, drawn, recordings.found)
 
 
 def _in_order(parts: dict[int, Partial]) -> Partial:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from cuvis_dist.execution.spread import Row
 from cuvis_dist.execution.tally import Tally
 from cuvis_dist.initialization.kept import KeptPass
 from cuvis_dist.initialization.measuring import Partial
+from cuvis_dist.initialization.recordings import OfRecording, Recordings
 from cuvis_dist.initialization.shards import Measurement
 from cuvis_dist.statistics import Drawn, MergeTree, Statistic, from_bytes
 
@@ -31,11 +32,14 @@ class Outcome:
         By measurement, real pixels ``[N, C]`` to check affine maps on.
     drawn : list of Drawn or None
         The pixels that were kept of each shard, in order; None where one kept none.
+    recordings : dict of str to OfRecording
+        Spectra of each recording, for people to look at.
     """
 
     statistics: dict[str, Statistic]
     probes: dict[str, torch.Tensor]
     drawn: list[Drawn] | None
+    recordings: dict[str, OfRecording] = field(default_factory=dict)
 
 
 class Measured:
@@ -47,6 +51,8 @@ class Measured:
         How many shards the archive has.
     tally : Tally
         Counts what comes back.
+    names : sequence of str, optional
+        The recording of each shard; without them none is looked at by itself.
 
     Attributes
     ----------
@@ -56,11 +62,13 @@ class Measured:
         Time that it took.
     """
 
-    def __init__(self, shards: int, tally: Tally) -> None:
+    def __init__(self, shards: int, tally: Tally, names: Sequence[str] = ()) -> None:
         self.tree: MergeTree[Partial] = MergeTree(shards, Partial.merge)
         self.tally = tally
         self.probes: dict[str, torch.Tensor] = {}
         self.seconds = 0.0
+        self.recordings = Recordings()
+        self._names = names
         self._first = shards
         self._drawn: dict[int, Drawn] = {}
         self._in_files: set[int] = set()
@@ -87,6 +95,8 @@ class Measured:
         if not self.tree.add(row.ordinal, partial):
             return False
         self.tally.add(row)
+        if self._names:
+            self.recordings.add(self._names[row.ordinal], partial.statistics)
         if shard.drawn:
             self._drawn[row.ordinal] = shard.drawn.copy()  # what comes out of Ray stays there
         elif row.frames:
@@ -98,7 +108,8 @@ class Measured:
     def outcome(self) -> Outcome:
         """Return what was measured and kept of all shards."""
         drawn = [self._drawn[ordinal] for ordinal in sorted(self._drawn)]
-        return Outcome(self.tree.root().statistics, self.probes, None if self._lacking else drawn)
+        kept = None if self._lacking else drawn
+        return Outcome(self.tree.root().statistics, self.probes, kept, self.recordings.found)
 
     def state(self, stored: KeptPass) -> dict[str, Any]:
         """Return all of it as plain values, but for kept pixels that are in files of their own.
@@ -121,6 +132,7 @@ class Measured:
             "probes": self.probes,
             "first": self._first,
             "seconds": self.seconds,
+            "recordings": self.recordings.state(),
         }
 
     def take(self, state: dict[str, Any], stored: KeptPass) -> Measured:
@@ -137,4 +149,5 @@ class Measured:
         self.tally.take(state["tally"])
         self.probes, self._first = dict(state["probes"]), int(state["first"])
         self.seconds = float(state["seconds"])
+        self.recordings.take(state["recordings"])
         return self

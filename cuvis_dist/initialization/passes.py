@@ -113,9 +113,10 @@ def measure_pass(
         If the cluster lost the work.
     """
     shards = archive.shards(scaling.measuring.shard_frames)
+    names = [archive.frames[shard.start].recording for shard in shards]
 
     def nothing() -> Measured:
-        return Measured(len(shards), Tally(len(archive), scaling.measuring.max_skipped))
+        return Measured(len(shards), Tally(len(archive), scaling.measuring.max_skipped), names)
 
     earlier = stored.taken(lambda state: nothing().take(state, stored)) if stored else None
     measured = earlier or nothing()

@@ -28,6 +28,7 @@ from cuvis_dist.initialization.diagnosis import Finding, diagnose
 from cuvis_dist.initialization.from_store import Filler, measure_stored
 from cuvis_dist.initialization.kept import KeptPass, identify, renew
 from cuvis_dist.initialization.levels import planned
+from cuvis_dist.initialization.measured import Outcome
 from cuvis_dist.initialization.passes import PassRecord, measure_pass
 from cuvis_dist.initialization.plan import Pass, measured_directly, share
 from cuvis_dist.initialization.robust import frames_outside, moments_of
@@ -60,6 +61,8 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
     left_out : dict of str to str
         Frames that are not of the bulk, by uid, each with how far it is from it: see the setting
         ``measuring.robust``.
+    outcomes : list of (Pass, Outcome)
+        What those passes measured that were no streams, without pixels.
     frames, contents : sequence of Frame, and Contents
         The frames that it was given, and their files as they were.
 
@@ -87,6 +90,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         self.output = OutputFolder(output_dir)
         self.records: list[PassRecord] = []
         self.left_out: dict[str, str] = {}
+        self.outcomes: list[tuple[Pass, Outcome]] = []
         self.frames: Sequence[Frame] = ()
         self.contents = Contents({})
 
@@ -113,7 +117,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         TrainingCancelled
             If the stop event was set.
         """
-        self.records, self.left_out = [], {}
+        self.records, self.outcomes, self.left_out = [], [], {}
         self.frames, self.contents = (), Contents({})
         plan, scaling = self._planned(), self.scaling  # before anything is read
         if not plan:
@@ -280,6 +284,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
                 record, left, outcome = measure_pass(
                     self.pipeline, archive, this_pass, self.scaling, measured, kept
                 )
+            self.outcomes.append((this_pass, replace(outcome, probes={}, drawn=None)))
             further = [share([measured_directly(self.pipeline, fit)]) for fit in left]
             if left:
                 further += this_pass.later  # a reading each: what they need is not fitted yet
@@ -299,14 +304,15 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
 
         Reads one frame when a band is to be named, for its wavelengths.
         """
-        return diagnose(self.pipeline, self.records, self._wavelengths)
+        return diagnose(self.pipeline, self.records, self.wavelengths)
 
     def source(self) -> Source:
         """Return what the last :meth:`fit` was made from, for the card of an initialization."""
         measuring = self.scaling.measuring
         return Source(self.frames, self.contents, self.records, self.diagnose(), measuring)
 
-    def _wavelengths(self) -> Any:
+    def wavelengths(self) -> Any:
+        """Return the wavelengths of the first frame, in nm; None where it has none. Reads it."""
         try:
             return open_archive(self.datamodule, "train").read(0).get("wavelengths")
         except DataError:  # a frame that the fit skipped

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from cuvis_dist.archive import Contents, open_archive
+from cuvis_dist.archive import Archive, Contents, open_archive
 from cuvis_dist.errors import DataError, InputError
 from cuvis_dist.execution.where import work_on
 from cuvis_dist.initialization.from_store import Filler
@@ -90,24 +90,11 @@ def measure(
     measuring = scaling.measuring
     if measuring.store is None:
         raise InputError("measure fills a store: name it (measuring.store)")
-    store = Store(measuring.store)
-    record = MeasureRecord(output_dir=str(trainrun.output), store=str(store), split=split)
+    output, store = str(trainrun.output), str(Store(measuring.store))
+    record = MeasureRecord(output_dir=output, store=store, split=split)
     with job(record, scaling, verbose) as entered:
         entered.begin()
-        step = _stored_pass(trainrun, scaling)
-        datamodule = trainrun.datamodule(scaling, fitting=split == "train")
-        archive = open_archive(datamodule, split).sampled(
-            measuring.sample_frames, measuring.sample_fraction, measuring.sample_seed
-        )
-        contents = Contents.of(archive.frames, scaling.reading.verify)
-        if hidden := unseen(archive, contents):
-            raise DataError(
-                f"the files of {len(hidden)} frames, such as {hidden[0]}, cannot be seen from "
-                "here, so that nobody could tell whether they have changed: no store can keep "
-                "them. Run where they are, or make the data module tell its frames' files"
-            )
-        stored = StoredPass(store, trainrun.pipeline, datamodule, archive, step, measuring)
-        stored.look(contents)
+        archive, contents, stored = look(trainrun, split, scaling)
         missing = len(stored.missing())
         entered.connect(False, partial(work_on, archive, trainrun.pipeline, missing))
         total = len(archive)
@@ -122,6 +109,35 @@ def measure(
         record.seconds = round(time.perf_counter() - started, 3)
         entered.done()
     return record
+
+
+def look(trainrun: TrainRun, split: str, scaling: Scaling) -> tuple[Archive, Contents, StoredPass]:
+    """Return a split, its files, and what the store has of it; the parameters are as above.
+
+    Raises
+    ------
+    InputError
+        If no store can keep what the pipeline measures, or the split cannot be set up.
+    DataError
+        If a file of the split cannot be seen from here.
+    """
+    measuring, step = scaling.measuring, _stored_pass(trainrun, scaling)
+    assert measuring.store is not None
+    datamodule = trainrun.datamodule(scaling, fitting=split == "train")
+    archive = open_archive(datamodule, split).sampled(
+        measuring.sample_frames, measuring.sample_fraction, measuring.sample_seed
+    )
+    contents = Contents.of(archive.frames, scaling.reading.verify)
+    if hidden := unseen(archive, contents):
+        raise DataError(
+            f"the files of {len(hidden)} frames, such as {hidden[0]}, cannot be seen from here, so "
+            "that nobody could tell whether they have changed: no store can keep them. Run where "
+            "they are, or make the data module tell its frames' files"
+        )
+    store = Store(measuring.store)
+    stored = StoredPass(store, trainrun.pipeline, datamodule, archive, step, measuring)
+    stored.look(contents)
+    return archive, contents, stored
 
 
 def _stored_pass(trainrun: TrainRun, scaling: Scaling) -> Pass:
@@ -156,20 +172,13 @@ def differing(trainrun: TrainRun, scaling: Scaling, frames: int) -> tuple[list[s
     DataError
         If a frame cannot be read, or the store has none of the archive.
     """
-    assert scaling.measuring.store is not None
-    store = Store(scaling.measuring.store)
-    step = _stored_pass(trainrun, scaling)
-    datamodule = trainrun.datamodule(scaling)
-    archive = open_archive(datamodule, "train")
-    contents = Contents.of(archive.frames)
-    stored = StoredPass(store, trainrun.pipeline, datamodule, archive, step, scaling.measuring)
-    stored.look(contents)
+    archive, _, stored = look(trainrun, "train", scaling)
     missing = {*stored.missing()}
     there = [i for i in range(len(archive)) if i not in missing]
     if not there:
-        raise DataError(f"{store} has no frame of the train split of {trainrun.path}")
+        raise DataError(f"{stored.store} has no frame of the train split of {trainrun.path}")
     few = there[:: max(1, len(there) // max(1, frames))][:frames]
-    measurer = Measurer(trainrun.pipeline, step.by_key(), scaling.measuring.pixels, {})
+    measurer = Measurer(trainrun.pipeline, stored.this_pass.by_key(), scaling.measuring.pixels, {})
     differ = []
     for key in stored.keys:
         for position, statistic, _ in stored.statistics(key, few):

@@ -144,6 +144,8 @@ class RunRecord(JobRecord):
         Per stage (``val``, ``test``) the metrics, keyed ``<node>/<metric>``.
     seconds : dict
         Wall-clock time per phase.
+    report : str or None
+        Where the report for people was written.
     """
 
     file: ClassVar[str] = "run.json"
@@ -166,6 +168,12 @@ class RunRecord(JobRecord):
     calibration: Any = None
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    report: str | None = None
+
+    def as_done(self) -> dict[str, Any]:
+        """Return what ``run.json`` says if the run ends well now."""
+        known = json.loads(json.dumps(asdict(self), default=_as_json))
+        return known | {"status": "done", "exit_code": 0, "finished": now()}
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -218,6 +226,7 @@ class RunRecord(JobRecord):
             "pipeline": self.pipeline or None,
             "metrics": self.metrics,
             "run": str(self.output.at(self.file)),
+            "report": self.report,
         }
 
 

@@ -34,6 +34,8 @@ from cuvis_dist.nodes.survey import outline
 from cuvis_dist.nodes.upstream import nodes_before
 from cuvis_dist.nodes.written import Unwritten, read_all
 from cuvis_dist.plain import NotPlainError
+from cuvis_dist.report.noting import Notebook
+from cuvis_dist.report.writing import report_on
 from cuvis_dist.runs.dependences import TRAINING, depends_on
 from cuvis_dist.runs.initialized import save_phase_1
 from cuvis_dist.runs.job import Job, job
@@ -120,7 +122,14 @@ def run_trainrun(
             return finished
         resume.begin()
         entered.begin()
-        _Phases(trainrun, datamodule, entered, resume, emit or log_event).run()
+        notebook = Notebook(trainrun.output, emit or log_event)
+        notebook.begin()
+        try:
+            _Phases(trainrun, datamodule, entered, resume, notebook).run()
+        finally:
+            notebook.close()
+        with record.timed("report"):
+            record.report = report_on(trainrun.output, record.as_done())
         entered.done()
         resume.finish()
     return record
@@ -172,7 +181,7 @@ class _Phases:
     datamodule: pl.LightningDataModule
     job: Job[RunRecord]
     resume: Resume
-    emit: EmitFn
+    notes: Notebook
 
     @property
     def _record(self) -> RunRecord:
@@ -199,6 +208,7 @@ class _Phases:
             self._start_ranks_early(work)
             self._initialize()
         record.initialized = hash_state(pipeline.nodes())
+        self.notes.initialized(pipeline, record.initialized, trains)
         record.nodes = outline(pipeline, trainrun.loss_nodes)
 
         with record.timed("training" if trains else "evaluation"):
@@ -214,6 +224,7 @@ class _Phases:
         else:
             saved = save_pipeline(pipeline, trainrun.output, trainrun.result_name)
         record.pipeline = str(saved)
+        self.notes.finished(pipeline, trains)
         if failure := failed_split(result):
             raise DataError(f"the pipeline was saved to {record.pipeline}, but {failure}")
 
@@ -273,7 +284,7 @@ class _Phases:
             trainrun.pipeline,
             self.datamodule,
             metric_nodes=trainrun.metric_nodes or None,
-            emit=self.emit,
+            emit=self.notes.emit,
             scaling=self.job.scaling.replace(reading={"verify": False}),  # Resume has done so
             output_dir=trainrun.output_dir,
         )
@@ -286,6 +297,7 @@ class _Phases:
                     uid: reason for done in trainer.records for uid, reason in done.skipped.items()
                 }
             record.findings = trainer.diagnose()
+        self.notes.measured(trainer, hash_state(trainrun.pipeline.nodes()))
         try:
             states = before.write_all(nodes)
         except NotPlainError as error:
@@ -305,7 +317,7 @@ class _Phases:
     def _post_fit(self) -> PostFitResult:
         """Calibrate and evaluate what phase 1 made."""
         pipeline, scaling = self.trainrun.pipeline, self.job.scaling
-        evaluator = Evaluator(pipeline, self.datamodule, scaling, self.emit)
+        evaluator = Evaluator(pipeline, self.datamodule, scaling, self.notes.emit, self.notes.seen)
         return evaluator.post_fit(self.trainrun.metric_nodes or None)
 
     def _train(self) -> PostFitResult:
@@ -324,13 +336,14 @@ class _Phases:
             trainrun.metric_nodes,
             training,
             callbacks=[
-                PostFitCallback(emit=self.emit, metric_nodes=trainrun.metric_nodes or None),
+                PostFitCallback(emit=self.notes.emit, metric_nodes=trainrun.metric_nodes or None),
                 *create_callbacks_from_config(training.callbacks),
             ],
-            emit=self.emit,
+            emit=self.notes.emit,
             scaling=self.job.scaling,
             output_dir=trainrun.output_dir,
         )
+        trainer.seen = self.notes.seen
         trainer.fit(resume=True)  # what is there is this run's: see Resume
         self._record.epochs, self._record.nodes = trainer.epochs, trainer.nodes
         assert trainer.outcome is not None

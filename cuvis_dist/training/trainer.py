@@ -25,6 +25,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from cuvis_dist.archive import frame_cache
 from cuvis_dist.errors import InputError, LostWorkerError
+from cuvis_dist.evaluation.seen import Seen
 from cuvis_dist.evaluation.steps import AfterFit, Evaluator
 from cuvis_dist.execution.asked import trains_here
 from cuvis_dist.nodes.state import adopt_all
@@ -69,6 +70,9 @@ class GradientTrainer(UpstreamGradientTrainer):
     nodes : dict of str to str
         How each node took part in a training step of the last :meth:`fit`, by name: per frame, as
         a mean or jointly, and why.
+    seen : dict of str to Seen, or None
+        Set to a dictionary, it gets what people can look at of each split that :meth:`fit`
+        evaluates.
 
     Examples
     --------
@@ -102,6 +106,7 @@ class GradientTrainer(UpstreamGradientTrainer):
         self.outcome: PostFitResult | None = None
         self.epochs = 0
         self.nodes: dict[str, str] = {}
+        self.seen: dict[str, Seen] | None = None
         self._best: CheckpointRestored | None = None
 
     def fit(self, *, resume: bool = False) -> None:
@@ -142,7 +147,8 @@ class GradientTrainer(UpstreamGradientTrainer):
         self.emit(TrainEvent(TrainHook.CHECKPOINT_RESTORED, checkpoint=result.checkpoint))
         given = next((c for c in self.callbacks if isinstance(c, PostFitCallback)), None)
         emit = given.emit if given else self.emit
-        evaluated = Evaluator(self.pipeline, self.datamodule, self.scaling, emit).post_fit(
+        evaluator = Evaluator(self.pipeline, self.datamodule, self.scaling, emit, self.seen)
+        evaluated = evaluator.post_fit(
             given.metric_nodes if given else None,
             AfterFit(
                 result.epochs,

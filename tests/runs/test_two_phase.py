@@ -114,7 +114,7 @@ def test_both_phases_leave_a_pipeline_that_plain_cuvis_ai_loads(demo, capsys, st
     assert record["skipped_frames"] == {}
     assert record["versions"]["ray"].startswith("2.60")
     assert set(record["metrics"]) == {"val", "test"}
-    assert set(record["seconds"]) == {"start", "initialization", "training"}
+    assert set(record["seconds"]) == {"start", "initialization", "training", "report"}
     assert list((results / "checkpoints").glob("*.ckpt"))
     assert [path.name for path in results.rglob(".*")] == [".lock"], "something temporary was left"
 
@@ -205,7 +205,7 @@ def test_init_runs_phase_1_alone_and_says_whether_the_fit_looks_sound(demo, caps
     record = json.loads((results / "run.json").read_text())
     assert record["findings"] == []
     assert record["epochs"] == 0
-    assert set(record["seconds"]) == {"start", "initialization", "evaluation"}
+    assert set(record["seconds"]) == {"start", "initialization", "evaluation", "report"}
     assert set(record["metrics"]) == {"val", "test"}
 
     for path in (demo.parent / "archive").glob("*.npz"):

@@ -1,4 +1,4 @@
-"""What does a person ask of a store, and what is the answer? ``cuvis-dist store ...``"""
+"""What does a person ask of a store, and what is the answer? ``measure`` and ``store ...``"""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ import argparse
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
+from cuvis_dist.commands.options import (
+    add_dry_run,
+    add_scaling_options,
+    add_store,
+    add_trainrun_options,
+    add_verbose,
+    scaling_of,
+    trainrun_of,
+)
 from cuvis_dist.errors import DataError, InputError
 from cuvis_dist.runs.lines import Lines
 
@@ -16,8 +25,23 @@ if TYPE_CHECKING:
 _FRAMES = 3
 
 
-def add_store_commands(commands: Any) -> None:
-    """Add ``store list``, ``show``, ``verify`` and ``prune`` to a command's sub-commands."""
+def add(commands: Any) -> None:
+    """Add ``measure``, and ``store list``, ``show``, ``verify`` and ``prune``."""
+    measure = commands.add_parser(
+        "measure", help="measure the frames of a split that a store lacks; fit nothing"
+    )
+    add_trainrun_options(measure)
+    measure.add_argument(
+        "--split",
+        choices=("train", "predict"),
+        default="train",
+        help="default: train; predict: all frames",
+    )
+    add_scaling_options(measure)
+    add_store(measure)
+    add_dry_run(measure)
+    measure.set_defaults(command=_measure)
+
     store = commands.add_parser("store", help="list, show, verify or prune what a store has")
     asked = store.add_subparsers(required=True, metavar="WHAT")
     every = {
@@ -29,7 +53,7 @@ def add_store_commands(commands: Any) -> None:
     for name, (command, text) in every.items():
         parser = asked.add_parser(name, help=text)
         parser.add_argument("store", metavar="S", help="the store's folder or URI")
-        parser.add_argument("-v", "--verbose", action="store_true", help="show logs")
+        add_verbose(parser)
         parser.set_defaults(command=command)
         if name == "show":
             parser.add_argument(
@@ -53,6 +77,30 @@ def add_store_commands(commands: Any) -> None:
             parser.add_argument(
                 "--dry-run", action="store_true", help="only say what would be removed"
             )
+
+
+def _measure(arguments: argparse.Namespace, lines: Lines) -> int:
+    scaling = scaling_of(arguments)
+    if scaling.measuring.store is None:
+        raise InputError("measure fills a store: name it, as in --store FOLDER")
+    trainrun = trainrun_of(arguments, lines, scaling)
+    from cuvis_dist.runs.measure import look, measure
+    from cuvis_dist.runs.progress import ProgressLines
+
+    split = arguments.split
+    if arguments.dry_run:
+        archive, _, stored = look(trainrun, split, scaling)
+        missing = len(stored.missing())
+        lines.settle()
+        there = len(archive) - missing
+        print(f"{there:,} of {len(archive):,} frames from the store, {missing:,} to read")
+        return 0
+    record = measure(trainrun, split, scaling, ProgressLines(lines).measured, arguments.verbose)
+    lines.settle()
+    for reason in (record.skipped or {}).values():
+        print(f"skipped  {reason}")
+    print(f"{record.from_store:,} of {record.frames:,} frames from the store, {record.read:,} read")
+    return 0
 
 
 def _opened(arguments: argparse.Namespace, lines: Lines) -> Store:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cuvis_dist.commands.options import (
+    add_store,
+    add_trainrun_options,
+    scaling_of,
+    trainrun_of,
+)
 from cuvis_dist.errors import DriftError, InputError
 from cuvis_dist.runs.lines import Lines
 
@@ -17,23 +22,13 @@ if TYPE_CHECKING:
     from cuvis_dist.runs.trainrun import TrainRun
     from cuvis_dist.scaling import Scaling
 
-AddOptions = Callable[[argparse.ArgumentParser], None]
 
-
-def add_audit_command(commands: Any, add_trainrun: AddOptions, add_store: AddOptions) -> None:
-    """Add ``audit`` to a command's sub-commands.
-
-    Parameters
-    ----------
-    commands : argparse's sub-parsers
-        Where it goes.
-    add_trainrun, add_store : callable
-        They add the options that say which trainrun, and which store.
-    """
+def add(commands: Any) -> None:
+    """Add ``audit``."""
     audit = commands.add_parser(
         "audit", help="print which recordings stand out from the rest, and why; reads no cube"
     )
-    add_trainrun(audit)
+    add_trainrun_options(audit)
     add_store(audit)
     audit.add_argument(
         "--scaling", metavar="FILE", help="YAML file of settings, as for the run that measured"
@@ -64,7 +59,7 @@ def add_audit_command(commands: Any, add_trainrun: AddOptions, add_store: AddOpt
         help="with --against: exit code 5 if a node's mean has drifted by a larger part of itself",
     )
     audit.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    audit.set_defaults(command=_audit, dry_run=False)
+    audit.set_defaults(command=_audit)
 
 
 def _audit(arguments: argparse.Namespace, lines: Lines) -> int:
@@ -73,18 +68,13 @@ def _audit(arguments: argparse.Namespace, lines: Lines) -> int:
         raise InputError("--max-drift needs a pipeline to compare with: --against PIPELINE")
     if most is not None and not (math.isfinite(most) and most >= 0):
         raise InputError(f"--max-drift is {most}: it must be 0 or a larger number")
-    from cuvis_dist.scaling import Scaling
-
-    given = {"measuring.store": arguments.store} if arguments.store else {}
-    scaling = Scaling.load(arguments.scaling, arguments.settings, given)
+    scaling = scaling_of(arguments)
     if scaling.measuring.store is None:
         raise InputError("audit looks into a store: name it, as in --store FOLDER")
-    lines.wait(f"reading {arguments.trainrun}")
-    from cuvis_dist.runs.trainrun import load_trainrun
-
-    asked = arguments.trainrun, arguments.override, arguments.plugins_dir, arguments.output_dir
-    trainrun = load_trainrun(*asked)
-    before = load_trainrun(*asked, arguments.against).pipeline if arguments.against else None
+    trainrun = trainrun_of(arguments, lines)
+    before = None
+    if arguments.against:
+        before = trainrun_of(arguments, lines, saved=arguments.against).pipeline
     lines.wait(f"reading {scaling.measuring.store}")
     stored = _stored(trainrun, scaling)
     from cuvis_dist.audit.audit import audit

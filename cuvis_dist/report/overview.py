@@ -1,0 +1,160 @@
+"""What was run on what, how did it end, and how does it differ from another run?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+from cuvis_dist.report.kept import SPLITS, Kept
+from cuvis_dist.report.plot import number
+from cuvis_dist.report.section import Section, Table, label, which
+
+#: Settings that differ between any two runs, and say nothing.
+_ALWAYS_OTHERS = ("started", "finished", "seconds", "output_dir", "report", "pipeline")
+
+
+def overview(runs: Sequence[Kept]) -> Section:
+    """Show what was run, on what, with which result."""
+    section = Section("overview", "What was run")
+    names = [f"{which(kept, runs)}: {kept.name}" if len(runs) > 1 else "" for kept in runs]
+    facts = [dict(_facts(kept)) for kept in runs]
+    keys = list(dict.fromkeys(key for each in facts for key in each))
+    rows = [[key, *(each.get(key, "-") for each in facts)] for key in keys]
+    section.tables.append(Table("The run" if len(runs) == 1 else "The runs", ("", *names), rows))
+    section.tables += _metrics(runs)
+    if len(runs) > 1:
+        section.tables.append(_differences(runs))
+    return section
+
+
+def _facts(kept: Kept) -> Iterator[tuple[str, str]]:
+    record = kept.record
+    yield "job", f"{record.get('job', '?')}, {_ending(record)}"
+    yield "trainrun", f"{record.get('name', '')} ({record['trainrun']})"
+    if record.get("weights"):
+        yield "began with", str(record["weights"])
+    if record.get("pipeline"):
+        yield "pipeline", str(record["pipeline"])
+    yield "output folder", kept.place
+    yield "started", _when(record.get("started"))
+    if (spent := _seconds(record)) is not None:
+        yield "took", f"{spent:.0f} s" if spent < 120 else f"{spent / 60:.0f} min"
+    if passes := record.get("passes"):
+        pixels = [fit["pixels"] for each in passes for fit in each["nodes"].values()]
+        known = [n for n in pixels if n is not None]
+        what = f"{number(max(each['frames'] for each in passes))} frames"
+        what += f", {number(max(known))} pixels" if known else ""
+        yield "phase 1 on", what
+        read = sum(each["bytes"] for each in passes)
+        yield "read for it", f"{_size(read)} in {len(passes)} passes"
+    for port in kept.measured.get("ports", [])[:1]:
+        if port["recordings"]:
+            yield "recordings", number(len(port["recordings"]))
+    if (nm := kept.wavelengths) is not None:
+        yield "bands", f"{len(nm)}, {nm[0]:g} to {nm[-1]:g} nm"
+    else:
+        yield "bands", "their wavelengths are not known"
+    for split in SPLITS:
+        if part := kept.seen.get(split):
+            marked = "annotated" if part["annotated"] else "without annotation"
+            yield split, f"{number(part['frames'])} frames, {marked}"
+    if record.get("epochs"):
+        yield "phase 2", f"{number(record['epochs'])} epochs"
+    yield from _calibration(record)
+    if versions := record.get("versions"):
+        yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e9 else f"{count / 1e6:.3g} MB"
+
+
+def _ending(record: Mapping[str, Any]) -> str:
+    words = str(record.get("status", "?"))
+    return f"{words}: {record['error']}" if record.get("error") else words
+
+
+def _when(text: Any) -> str:
+    try:
+        return datetime.fromisoformat(str(text)).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except ValueError:
+        return "?"
+
+
+def _seconds(record: Mapping[str, Any]) -> float | None:
+    try:
+        ended, began = (datetime.fromisoformat(record[k]) for k in ("finished", "started"))
+    except (KeyError, TypeError, ValueError):
+        return None
+    return (ended - began).total_seconds()
+
+
+def _calibration(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    reports = (record.get("calibration") or {}).get("reports") or {}
+    for node, report in reports.items():
+        threshold = report.get("threshold") if isinstance(report, dict) else None
+        if isinstance(threshold, dict) and "new" in threshold:
+            old, new = (threshold.get(key) for key in ("old", "new"))
+            exact = f"{new:.7g}" if isinstance(new, float) else str(new)
+            yield f"threshold of {node}", f"{exact}, calibrated on val ({number(old)} before)"
+
+
+def _metrics(runs: Sequence[Kept]) -> list[Table]:
+    columns, values = [""], []
+    for kept in runs:
+        for split, found in kept.record.get("metrics", {}).items():
+            columns.append(f"{split}{label(kept, runs)}")
+            values.append(found)
+    names = list(dict.fromkeys(name for found in values for name in found))
+    if not names:
+        return []
+    rows = [
+        [name, *(f"{found[name]:.4f}" if name in found else "-" for found in values)]
+        for name in names
+    ]
+    return [Table("Metrics", columns, rows, numbers=True)]
+
+
+def _differences(runs: Sequence[Kept]) -> Table:
+    """Return what the records of two runs say that is not the same: settings and versions."""
+    first, second = (
+        dict(_flat({k: kept.record.get(k) for k in ("scaling", "versions", "job", "trainrun")}))
+        for kept in runs[:2]
+    )
+    keys = [k for k in dict.fromkeys([*first, *second]) if first.get(k) != second.get(k)]
+    rows = [[key, str(first.get(key, "-")), str(second.get(key, "-"))] for key in keys]
+    initialized = [kept.record.get("initialized", "")[:12] for kept in runs[:2]]
+    same = "the same" if initialized[0] == initialized[1] else "not the same"
+    rows.append([f"state after phase 1 ({same})", *initialized])
+    return Table(
+        "What differs in settings and versions",
+        ("", *(which(kept, runs) for kept in runs[:2])),
+        rows,
+    )
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key not in _ALWAYS_OTHERS:
+                yield from _flat(inner, f"{name}.{key}" if name else key)
+    else:
+        yield name, value
+
+
+def findings(runs: Sequence[Kept]) -> list[tuple[str, str, str]]:
+    """Return what looks bad about each fit: the node, the message and the section that shows it."""
+    found = []
+    for kept in runs:
+        of = label(kept, runs)
+        kinds = {e["node"]: e["kind"] for e in kept.nodes.get("initialized", [])}
+        for each in kept.record.get("findings", []):
+            anchor = _SHOWN_IN.get(kinds.get(each["node"], ""), "spectra")
+            if "score" in each["message"] and each["node"] not in kinds:
+                anchor = "scores"
+            found.append((each["node"] + of, each["message"], anchor))
+    return found
+
+
+_SHOWN_IN = {"gaussian": "correlation", "weights": "selection", "loadings": "components"}

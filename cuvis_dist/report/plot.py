@@ -1,0 +1,187 @@
+"""How does a plot look, and how does it get into a page?
+
+Colours are those of Okabe and Ito (2008) and the map ``cividis`` (Nuñez, Anderton, Renslow 2018),
+which people with any kind of colour vision tell apart; runs also differ by the style of the line.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9",
+)  # fmt: skip
+#: In this order for what is drawn beside each other.
+COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, "#000000", "#8A8A8A")
+#: Of this run, and of another one beside it.
+LINES = ("-", "--")
+GREY = "#767676"
+
+_STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.titlesize": 9.5,
+    "grid.color": "#E3E3E3",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "svg.hashsalt": "cuvis-dist",
+    "path.simplify": True,
+}
+
+
+@dataclass
+class Plot:
+    """One image of the page.
+
+    Attributes
+    ----------
+    name : str
+        Name of its CSV file, without the suffix.
+    alt : str
+        What it shows, in words, for those who do not see it.
+    caption : str
+        What a reader should look for.
+    columns : dict of str to sequence
+        Its data, for ``--data``; all of one length.
+    image : str
+        The image as a ``data:`` address.
+    wide : bool
+        Whether it takes the whole width of the page.
+    frame : bool
+        Whether its pixels are those of a frame, and may be seen.
+    file : str
+        Where its data lie, relative to the page; empty where they are not written.
+    """
+
+    name: str
+    alt: str
+    caption: str = ""
+    columns: Mapping[str, Sequence[Any] | np.ndarray] = field(default_factory=dict)
+    image: str = ""
+    wide: bool = False
+    frame: bool = False
+    file: str = ""
+
+    def csv(self) -> bytes:
+        """Return the data as CSV."""
+        buffer = io.StringIO(newline="")
+        table = csv.writer(buffer, lineterminator="\n")
+        table.writerow(self.columns)
+        columns = [np.asarray(column).tolist() for column in self.columns.values()]
+        table.writerows(zip(*columns, strict=True))
+        return buffer.getvalue().encode()
+
+
+#: Names of at most so many letters stand in three columns, or in two.
+_THREE, _TWO = 22, 36
+
+
+@contextmanager
+def drawing(
+    plot: Plot, size: tuple[float, float] = (5.6, 3.4), pixels: bool = False, fitted: bool = False
+) -> Iterator[Figure]:
+    """Give a figure to draw on, and make the image of a plot of it in the end.
+
+    What has a label is named below the axes, where it hides nothing.
+
+    Parameters
+    ----------
+    size : tuple of float
+        In inches, of which a page is about eleven wide.
+    pixels : bool
+        Make it of pixels: smaller where there are many shapes.
+    fitted : bool
+        Look for room for each label: slow, for what is not one pair of axes.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained" if fitted else None, dpi=110)
+        yield figure
+        below = _legend(figure)
+        if not fitted:
+            bottom = (0.5 + 0.19 * below) / size[1]
+            figure.subplots_adjust(0.13, bottom, 0.97, 1 - 0.28 / size[1])
+        buffer = io.BytesIO()
+        if pixels:
+            FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+        else:
+            FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+        plot.image = as_address(buffer.getvalue(), "png" if pixels else "svg+xml")
+
+
+def _legend(figure: Figure) -> int:
+    """Name what has a label below the axes; return how many lines that takes."""
+    named: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, text in zip(*axes.get_legend_handles_labels(), strict=True):
+            named.setdefault(text, handle)
+    if not named:
+        return 0
+    longest = max(map(len, named))
+    columns = 3 if longest <= _THREE else 2 if longest <= _TWO else 1
+    figure.legend(
+        named.values(), named.keys(), loc="lower center", ncols=min(columns, len(named)),
+        handlelength=2.0, columnspacing=1.4, borderaxespad=0.2,
+    )  # fmt: skip
+    return -(-len(named) // columns)
+
+
+def as_address(content: bytes, kind: str) -> str:
+    """Return an image as an address that holds it."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def logarithmic(axis: Axis, finely: bool = False) -> None:
+    """Make an axis logarithmic, with numbers as people write them.
+
+    Parameters
+    ----------
+    finely : bool
+        Also name 2 and 5 times the powers of ten.
+    """
+    axes = axis.axes
+    axes.set_xscale("log") if axis is axes.xaxis else axes.set_yscale("log")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if finely else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
+
+
+def short(text: str, length: int = 60) -> str:
+    """Return a name that fits into a plot, shortened in its middle."""
+    if len(text) <= length:
+        return text
+    half = (length - 1) // 2
+    return f"{text[:half]}…{text[-half:]}"
+
+
+def literal(text: str) -> str:
+    """Return a name as matplotlib draws it: a dollar sign begins no formula."""
+    return short(text).replace("$", r"\$").lstrip("_")
+
+
+def number(value: Any) -> str:
+    """Return a number in four digits, as people write it."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}".replace(",", "\u202f")
+    return f"{value:.4g}"
