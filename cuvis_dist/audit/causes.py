@@ -28,6 +28,8 @@ _ALONG = 0.6
 _LOCAL = 4.0
 #: What is so far off, in units of the limit, tells causes apart where something else is unusual.
 _HINT = 0.5
+#: Evidence of a gain, an offset or a slope that is this part of another's is as strong.
+_AS_MUCH = 0.8
 #: From here on a cause is given, as a guess.
 _PERHAPS = 0.8
 #: Bands that one message lists.
@@ -157,6 +159,12 @@ def _likeliest(
         return Cause("varying", contrast, largest)
     if found := _few(compared, features):
         return Cause("foreign", found, largest)
+    simple = ("gain", "offset", "slope")  # the first of those that stand out about as much
+    most = max(away[name] for name in simple)
+    single = next(name for name in simple if away[name] >= _AS_MUCH * most)
+    if away[single] > max(1, away["mean"]):  # it is what stands out, beside much that does not
+        alone = models.alone(features, compared.atoms, single)
+        return Cause(single, f"perhaps {_words(compared, alone)}", largest)
     if in_mean > 1:
         words = (
             f"another mean spectrum, {np.sqrt((features.mean**2).mean()):.2g} times the usual "

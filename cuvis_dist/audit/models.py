@@ -131,6 +131,14 @@ def fit(features: Features, known: dict[str, np.ndarray], usual: float) -> Fit:
     return best[1] if best else Fit({}, 0.0, float(np.sqrt(total / max(1, len(y)))))
 
 
+def alone(features: Features, known: dict[str, np.ndarray], name: str) -> Fit:
+    """Return the fit of one parameter, whatever it explains."""
+    y, a = stacked(features), known[name]
+    value = float(a @ y / max(float(a @ a), 1e-300))
+    rest = y - value * a
+    return Fit({name: value}, 0.0, float(np.sqrt((rest @ rest) / len(y))))
+
+
 def shifted_band(features: Features, usual: float) -> tuple[int, float, float]:
     """Return the band whose shift alone explains the mean best, that shift, and its part."""
     lengths = np.einsum("cb,cb->c", features.atoms, features.atoms)
