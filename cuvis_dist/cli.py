@@ -10,7 +10,15 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from cuvis_dist.commands import applying, previewing, reporting, running, stores, submitting
+from cuvis_dist.commands import (
+    applying,
+    auditing,
+    previewing,
+    reporting,
+    running,
+    stores,
+    submitting,
+)
 from cuvis_dist.commands.options import quiet_libraries
 from cuvis_dist.errors import INTERRUPTED, CuvisDistError, one_line
 from cuvis_dist.runs.lines import Lines
@@ -23,7 +31,8 @@ _LOG = "{time:YYYY-MM-DD HH:mm:ss.SSS} | <level>{level: <8}</level> | {name}:{li
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code.
 
-    0 done, 1 failed, 2 bad input, 3 unusable data, 4 lost or missing resources, 130 interrupted.
+    0 done, 1 failed, 2 bad input, 3 unusable data, 4 lost or missing resources, 5 drift,
+    130 interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
     arguments = _parser().parse_args(argv)
@@ -83,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     applying.add(commands)
     previewing.add(commands)
     stores.add(commands)
+    auditing.add(commands)
     reporting.add(commands)
     running.add_demo(commands)
     submitting.add(commands, lambda argv: _parser().parse_args(argv))

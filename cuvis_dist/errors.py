@@ -37,6 +37,12 @@ class LostWorkerError(ClusterError):
     """A worker died, or its node did; another try may go well."""
 
 
+class DriftError(CuvisDistError):
+    """An archive is farther from what a pipeline was fitted on than a person allows."""
+
+    exit_code = 5
+
+
 #: Exit code of a run that was interrupted (Ctrl-C, SIGTERM), as shells have it.
 INTERRUPTED = 130
 

@@ -123,6 +123,11 @@ class Measuring(_Settings):
     added where it is missing. Changes no result. The same store serves any number of trainruns,
     and several runs at the same time."""
 
+    robust: float | None = Field(default=None, gt=0.5, le=1)
+    """Fit phase 1 on the bulk of the train frames: at least this part of them, and all others whose
+    pixels are not unusually far from it; ``run.json`` names those that are left out. Needs
+    ``store``. As ``--robust`` of ``run`` and ``init``."""
+
     sample_frames: int | None = Field(default=None, ge=1)
     """Measure at most so many frames of the train split, drawn by a hash of their uid."""
 

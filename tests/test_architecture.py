@@ -20,6 +20,7 @@ ORDER = [
     {"commands"},
     {"runs"},
     {"report"},
+    {"audit"},
     {"initialization"},
     {"training"},
     {"evaluation"},

@@ -19,6 +19,7 @@ _SHORT = {
     "train_gpus": "resources.train_gpus",
     "fold": "measuring.fold",
     "store": "measuring.store",
+    "robust": "measuring.robust",
     "verify": "reading.verify",
 }
 

@@ -55,6 +55,12 @@ def add(commands: Any) -> None:
         if command is not train:
             add_store(command)
             add_without(command)
+            command.add_argument(
+                "--robust",
+                type=float,
+                metavar="PART",
+                help="fit phase 1 on the bulk of the frames, at least this part of them, e.g. 0.9",
+            )
 
 
 def add_demo(commands: Any) -> None:
@@ -136,6 +142,8 @@ def _run_and_print(
         if done.from_store is not None:
             read = done.frames - done.from_store
             print(f"store    {done.from_store:,} of {done.frames:,} frames, {read:,} read")
+    for words in record.left_out.values():
+        print(f"left out {words}")
     for line in record.sampled():
         print(f"sampled  {line}")
     print(f"pipeline {record.pipeline}")

@@ -20,7 +20,7 @@ from cuvis_ai_schemas.enums import ExecutionStage
 from loguru import logger
 
 from cuvis_dist.archive import Archive, Contents, Frame, frame_cache, open_archive
-from cuvis_dist.errors import DataError
+from cuvis_dist.errors import DataError, InputError
 from cuvis_dist.evaluation.steps import Evaluator
 from cuvis_dist.execution.where import Work, begin, settled, work_on
 from cuvis_dist.initialization.card import Source
@@ -31,6 +31,7 @@ from cuvis_dist.initialization.levels import planned
 from cuvis_dist.initialization.measured import Outcome
 from cuvis_dist.initialization.passes import PassRecord, measure_pass
 from cuvis_dist.initialization.plan import Pass, measured_directly, share
+from cuvis_dist.initialization.robust import frames_outside, moments_of
 from cuvis_dist.initialization.sampling import fit_later
 from cuvis_dist.initialization.served import can_be_stored, readings, unseen
 from cuvis_dist.initialization.stored import StoredPass
@@ -38,7 +39,7 @@ from cuvis_dist.initialization.streaming import require_whole_frames, stream_pas
 from cuvis_dist.nodes.state import StatefulNodesError
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.storage import Location, OutputFolder
-from cuvis_dist.store import Store
+from cuvis_dist.store import DamagedFileError, Store
 
 
 class StatisticalTrainer(UpstreamStatisticalTrainer):
@@ -57,6 +58,9 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
     ----------
     records : list of PassRecord
         What each pass of the last :meth:`fit` read and fitted.
+    left_out : dict of str to str
+        Frames that are not of the bulk, by uid, each with how far it is from it: see the setting
+        ``measuring.robust``.
     outcomes : list of (Pass, Outcome)
         What those passes measured that were no streams, without pixels.
     frames, contents : sequence of Frame, and Contents
@@ -85,6 +89,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         self.scaling = scaling or Scaling()
         self.output = OutputFolder(output_dir)
         self.records: list[PassRecord] = []
+        self.left_out: dict[str, str] = {}
         self.outcomes: list[tuple[Pass, Outcome]] = []
         self.frames: Sequence[Frame] = ()
         self.contents = Contents({})
@@ -112,7 +117,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         TrainingCancelled
             If the stop event was set.
         """
-        self.records, self.outcomes = [], []
+        self.records, self.outcomes, self.left_out = [], [], {}
         self.frames, self.contents = (), Contents({})
         plan, scaling = self._planned(), self.scaling  # before anything is read
         if not plan:
@@ -131,6 +136,10 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         work = partial(self._work, archive)
         self.scaling = settled(scaling, "the fit of phase 1", work)
         begin(self.scaling, training=False)
+        if scaling.measuring.robust is not None:
+            archive = self._bulk(plan[0], archive, scaling.measuring.robust)
+            contents = contents.only(archive.frames)
+            self.frames, self.contents = archive.frames, contents
 
         outer_owner = self.pipeline.structure_frozen_by
         self.pipeline.freeze_structure("StatisticalTrainer.fit")
@@ -203,6 +212,30 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         return StoredPass(
             Store(measuring.store), self.pipeline, self.datamodule, archive, this_pass, measuring
         )
+
+    def _bulk(self, this_pass: Pass, archive: Archive, keep: float) -> Archive:
+        """Return the archive without the frames that are not of its bulk."""
+        stored = self._in_store(this_pass, archive)
+        if stored is None:
+            raise InputError(
+                "measuring.robust looks for the bulk in what a store has of each frame: name one "
+                "(--store FOLDER) that can keep what the first pass measures"
+            )
+        moments_of(this_pass)  # before anything is read
+        filler = Filler(stored, self.pipeline, self.contents, self.scaling, lambda done: None)
+        while True:
+            try:
+                outside = frames_outside(stored, filler.fill(), keep)
+                break
+            except DamagedFileError:  # it is set aside: measure what was in it
+                continue
+        for position, distance in outside.items():
+            frame = archive.frames[position]
+            words = f"{frame}: {distance:.3g} times as far as the bulk"
+            self.left_out[frame.uid] = words
+        if outside:
+            logger.info(f"{len(outside)} of {len(archive)} frames are left out of the fit")
+        return archive.only([i for i in range(len(archive)) if i not in outside])
 
     def _kept(self, number: int, this_pass: Pass, archive: Archive) -> KeptPass:
         scaling = self.scaling

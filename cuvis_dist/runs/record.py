@@ -128,6 +128,9 @@ class RunRecord(JobRecord):
         SHA-256 of all buffers and parameters after phase 1: the same for any cluster.
     skipped_frames : dict of str to str
         Frames that phase 1 left out, by uid, each with its reason.
+    left_out : dict of str to str
+        Frames that phase 1 left out since they are not of the bulk, by uid, each with how far it
+        is from it: see the setting ``measuring.robust``.
     findings : list of Finding
         What looks bad about the fit of phase 1, node by node.
     nodes : dict of str to str
@@ -157,6 +160,7 @@ class RunRecord(JobRecord):
     passes: list[PassRecord] = field(default_factory=list)
     initialized: str = ""
     skipped_frames: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     nodes: dict[str, str] = field(default_factory=dict)
     epochs: int = 0

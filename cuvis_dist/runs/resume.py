@@ -27,7 +27,7 @@ from cuvis_dist.training.checkpoint import LAST
 
 #: The name, in the output folder, of what phase 1 left.
 INITIALIZED = "resume/initialized.state"
-_STATE = {"nodes", "begun", "unfitted", "passes", "skipped_frames", "findings"}
+_STATE = {"nodes", "begun", "unfitted", "passes", "skipped_frames", "left_out", "findings"}
 _FINGERPRINT, _FILES = "resume/fingerprint.json", "resume/files.json"
 
 
@@ -190,7 +190,7 @@ class Resume:
         **state
             Plain values: ``nodes``; ``begun``, a hash of what the nodes were built from, and
             ``unfitted``, hashes of the tensors that the fit left as they were; ``passes``,
-            ``skipped_frames`` and ``findings``.
+            ``skipped_frames``, ``left_out`` and ``findings``.
         """
         assert state.keys() == _STATE
         self.output.write(INITIALIZED, to_bytes(state))

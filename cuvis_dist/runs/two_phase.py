@@ -256,6 +256,7 @@ class _Phases:
             return False
         record.passes, record.findings = passes, findings
         record.skipped_frames = earlier["skipped_frames"]
+        record.left_out = earlier["left_out"]
         return True
 
     def _begun(self) -> str:
@@ -291,7 +292,7 @@ class _Phases:
             try:
                 trainer.fit(resume=True)  # what is there is this run's: see Resume
             finally:
-                record.passes = trainer.records
+                record.passes, record.left_out = trainer.records, trainer.left_out
                 record.skipped_frames = {
                     uid: reason for done in trainer.records for uid, reason in done.skipped.items()
                 }
@@ -309,6 +310,7 @@ class _Phases:
             unfitted=unfitted,
             passes=[asdict(each) for each in record.passes],
             skipped_frames=record.skipped_frames,
+            left_out=record.left_out,
             findings=[asdict(each) for each in record.findings],
         )
 

@@ -1,0 +1,1 @@
+"""What stands out in an archive, or has changed since a pipeline was fitted? No cube is read."""

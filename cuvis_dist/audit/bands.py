@@ -1,0 +1,148 @@
+"""Which bands of a group are constant, saturated, or in another place? Facts, not estimates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cuvis_dist.audit.groups import Group
+from cuvis_dist.audit.reference import RIDGE, Reference
+from cuvis_dist.statistics.spread import centre_and_spread
+
+#: A band's variance beside that of the others is this part of the other bands' where it is dead.
+_DEAD = 1e-4
+#: A band is saturated where so large a part of the pixels, and so many, have the largest value:
+#: more than so many times as many as have any of so many values below it.
+_SATURATED, _LEAST_PIXELS, _PILE, _BELOW = 0.005, 15, 3, 5
+#: In spreads: the saturation of one recording beside that of the others.
+_FAR = 10
+#: What exchanging or shifting bands must bring back of what is unusual about the correlations.
+_EXPLAINED = 0.7
+
+
+def live_bands(groups: Sequence[Group]) -> np.ndarray:
+    """Return ``[C]`` bool: the bands that vary in most of the groups."""
+    variances = np.stack([g.variance for g in groups])
+    means = np.stack([np.abs(g.mean) for g in groups])
+    varies = variances > (1e-9 * means) ** 2
+    return varies.mean(axis=0) > 0.5
+
+
+def constant_bands(group: Group, others: Sequence[Group], live: np.ndarray) -> np.ndarray:
+    """Return ``[C]`` bool: the bands that are constant here and vary in the others."""
+    if group.n < 3 or not live.any():
+        return np.zeros(len(live), dtype=bool)
+    still = group.variance <= (1e-9 * np.abs(group.mean)) ** 2
+    if len(others):
+        usual = np.median(np.stack([g.variance for g in others]), axis=0)
+        with np.errstate(all="ignore"):
+            ratio = np.where(live & (usual > 0), group.variance / usual, np.nan)
+            still = still | (ratio < _DEAD * np.nanmedian(ratio))
+    return still & live
+
+
+def saturated_shares(group: Group) -> np.ndarray:
+    """Return ``[C]`` the share of sampled pixels at the largest value, where they pile up there.
+
+    A sensor that is full gives one value to all that is brighter, so that far more pixels have it
+    than the values below it. Elsewhere the share is 0.
+    """
+    shares = np.zeros(len(group.mean))
+    if len(group.pixels) < _LEAST_PIXELS:
+        return shares
+    top = group.maximum if group.maximum is not None else group.pixels.max(axis=0)
+    # A sample is of float32 where the extrema are of float64.
+    at_top = group.pixels >= top - 1e-6 * np.abs(top)
+    for band in np.flatnonzero(at_top.sum(axis=0) >= _LEAST_PIXELS):
+        values, counts = np.unique(group.pixels[:, band][~at_top[:, band]], return_counts=True)
+        count = int(at_top[:, band].sum())
+        # Two values are those of a band that is hardly there.
+        if len(values) > 1 and count > _PILE * counts[-_BELOW:].max():
+            shares[band] = count / len(group.pixels)
+    return shares
+
+
+def saturated_bands(group: Group, others: Sequence[Group], live: np.ndarray) -> np.ndarray:
+    """Return ``[C]`` bool: the bands where far more pixels than elsewhere are saturated."""
+    shares = saturated_shares(group)
+    if not shares.any():
+        return np.zeros(len(live), dtype=bool)
+    usual = [saturated_shares(g)[shares > 0].max() for g in others]
+    centre, spread = centre_and_spread(np.array(usual))
+    return live & (shares > max(_SATURATED, float(centre + _FAR * spread)))
+
+
+def exchanged(
+    covariance: np.ndarray, mean: np.ndarray, reference: Reference, usual: float
+) -> tuple[float, tuple[int, int] | None, int]:
+    """Return what is left when two bands are exchanged, or all shifted, if that mends the group.
+
+    The mean square of whitened pixels around the usual mean is that of their second moments:
+    ``tr(Σ⁻¹ S) / B``. With ``v = e_i - e_j``, exchanging bands i and j turns S into
+    ``(I - v vᵀ) S (I - v vᵀ)``, so that all pairs follow from three matrices.
+
+    Parameters
+    ----------
+    covariance, mean : ndarray
+        ``[B, B]`` and ``[B]``: those of the group.
+    reference : Reference
+        The usual ones.
+    usual : float
+        The usual mean square.
+
+    Returns
+    -------
+    tuple of (float, (int, int) or None, int)
+        The mean square that is left, the pair, and the shift in bands (0: none).
+    """
+    apart = mean - reference.mean
+    S, P = covariance + np.outer(apart, apart), reference.inverse
+    size = len(mean)
+    before = float(np.sum(P * S)) / size
+    best, pair, shift = before, None, 0
+    if size > 1:
+        after = _pairs(covariance, P, apart, mean) / size
+        i, j = np.unravel_index(int(np.argmin(after)), after.shape)
+        best, pair = float(after[i, j]), (int(min(i, j)), int(max(i, j)))
+    for by in (1, 2, 3):
+        if size < 4 * by:
+            break
+        for sign in (1, -1):
+            left = _shifted(covariance, mean, reference, by * sign)
+            if left < 0.95 * best:
+                best, pair, shift = left, None, by * sign
+    need = _EXPLAINED * np.log(max(before, RIDGE) / max(usual, RIDGE))
+    if before <= usual or np.log(before / max(best, RIDGE)) < need:
+        return before, None, 0
+    return best, pair, shift
+
+
+def _pairs(C: np.ndarray, P: np.ndarray, apart: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Return ``[B, B]``: ``tr(P S')`` with every pair exchanged, infinite on the diagonal."""
+
+    def form(M: np.ndarray) -> np.ndarray:
+        d = M.diagonal()
+        return d[:, None] + d[None, :] - M - M.T  # vᵀ M v of every pair
+
+    PC, Pa = P @ C, P @ apart
+    after = np.trace(PC) - 2 * form(PC) + form(P) * form(C)
+    # Of the mean, v times the difference of both bands is taken away.
+    step = mean[:, None] - mean[None, :]
+    after += apart @ Pa - 2 * step * (Pa[:, None] - Pa[None, :]) + step**2 * form(P)
+    after[np.diag_indices_from(after)] = np.inf
+    return after
+
+
+def _shifted(covariance: np.ndarray, mean: np.ndarray, reference: Reference, by: int) -> float:
+    """Return the mean square where band c is compared with the usual band c - by."""
+    size = len(mean)
+    here = slice(by, size) if by > 0 else slice(0, size + by)
+    there = slice(0, size - by) if by > 0 else slice(-by, size)
+    apart = mean[here] - reference.mean[there]
+    S = covariance[here, here] + np.outer(apart, apart)
+    usual = reference.covariance[there, there]
+    scale = reference.scale[there]
+    correlation = usual / np.outer(scale, scale) + RIDGE * np.eye(len(scale))
+    inverse = np.linalg.inv(correlation) / np.outer(scale, scale)
+    return float(np.sum(inverse * S)) / len(apart)

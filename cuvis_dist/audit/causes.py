@@ -1,0 +1,265 @@
+"""What is the likely cause, in words, of how a group stands out?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from cuvis_dist.audit import models
+from cuvis_dist.audit.bands import exchanged, saturated_shares
+from cuvis_dist.audit.compared import Cause, Compared
+from cuvis_dist.audit.features import OUTSIDE, Features
+from cuvis_dist.audit.groups import Group
+from cuvis_dist.statistics.spread import LEAST_OTHERS
+
+#: The weight of what is wrong whatever the others are like, in units of the limit.
+_FACT = 10.0
+#: A model that explains less of what is unusual is no explanation.
+_EXPLAINS = 0.5
+#: With too few others, exchanged bands are named where pixels are so much farther off than usual.
+_PLAIN = 5.0
+#: Below this part of the usual brightness a recording is called dark.
+_DARK = 0.2
+#: Squared cosine between the direction in which pixels spread most and that of a gain or offset.
+_ALONG = 0.6
+#: The noise of one band is unusual by itself if it is so many times as far off as that of others.
+_LOCAL = 4.0
+#: What is so far off, in units of the limit, tells causes apart where something else is unusual.
+_HINT = 0.5
+#: Evidence of a gain, an offset or a slope that is this part of another's is as strong.
+_AS_MUCH = 0.8
+#: From here on a cause is given, as a guess.
+_PERHAPS = 0.8
+#: Bands that one message lists.
+_LISTED = 5
+
+
+def facts_of(
+    group: Group, constant: np.ndarray, full: np.ndarray, wavelengths: np.ndarray | None
+) -> list[Cause]:
+    """Return what is wrong with single bands, given which are constant and which saturated."""
+    causes = []
+    if constant.any():
+        still = np.flatnonzero(constant)
+        words = f"{named(still, wavelengths)} constant"
+        if constant.all() or (group.variance == 0).all():
+            words = "all bands constant"
+        causes.append(Cause("constant", words, _FACT * (1 + len(still) / len(constant))))
+    if full.any():
+        bands = np.flatnonzero(full)
+        share = float(saturated_shares(group)[bands].max())
+        top = float(
+            (group.maximum if group.maximum is not None else group.pixels.max(axis=0))[bands].max()
+        )
+        words = f"{named(bands, wavelengths)} saturated: up to {share:.0%} of pixels at {top:g}"
+        causes.append(Cause("saturated", words, 1 + (_FACT - 1) * min(1, 10 * share)))
+    return causes
+
+
+def named(bands: Sequence[int] | np.ndarray, wavelengths: np.ndarray | None) -> str:
+    """Return ``band 3 (462 nm)``, ``bands 3 and 5``, or the range of many."""
+
+    def one(band: int) -> str:
+        return f"{band}" + (
+            f" ({float(wavelengths[band]):.4g} nm)" if wavelengths is not None else ""
+        )
+
+    listed = [int(band) for band in bands]
+    if len(listed) == 1:
+        return f"band {one(listed[0])}"
+    if len(listed) <= _LISTED:
+        return f"bands {', '.join(map(one, listed[:-1]))} and {one(listed[-1])}"
+    if listed == list(range(listed[0], listed[-1] + 1)):
+        return f"bands {one(listed[0])} to {one(listed[-1])}"
+    return f"{len(listed)} bands from {one(listed[0])} to {one(listed[-1])}"
+
+
+def causes_of(
+    compared: Compared,
+    away: dict[str, float],
+    context: tuple[int, float, float],
+    wavelengths: np.ndarray | None,
+) -> list[Cause]:
+    """Return likely causes of what is unusual about a group, besides what is known of it.
+
+    Parameters
+    ----------
+    compared : Compared
+        The group beside the others.
+    away : dict of str to float
+        By name of the measure: how far it is off, in units of the limit.
+    context : tuple of int, float and float
+        How many usual groups it was compared with, and their mean squares of whitened pixels and
+        of the deviations of the mean.
+    wavelengths : ndarray or None
+        ``[C]`` in nm.
+    """
+    features, reference, group = compared.features, compared.reference, compared.group
+    if features is None or reference is None:
+        return []
+    largest = max(away.values())
+    if _PERHAPS < largest <= 1:
+        as_unusual = {name: value * 1.001 / largest for name, value in away.items()}
+        return [
+            replace(cause, words=f"perhaps {cause.words}", weight=largest)
+            for cause in causes_of(compared, as_unusual, context, wavelengths)
+        ]
+    others, usual_trace, usual = context
+    few = others < LEAST_OTHERS
+    if largest > 1 or (few and features.trace > _PLAIN * max(1.0, usual_trace)):
+        block = np.ix_(reference.bands, reference.bands)
+        _, pair, shift = exchanged(
+            group.covariance[block], group.mean[reference.bands], reference, max(1.0, usual_trace)
+        )
+        weight = largest if largest > 1 else _FACT
+        if pair:
+            both = reference.bands[list(pair)]
+            return [Cause("swapped", f"{named(both, wavelengths)} swapped", weight)]
+        if shift:
+            words = f"spectrum shifted by {abs(shift)} band{'s' * (abs(shift) > 1)} "
+            words += "towards the last" if shift > 0 else "towards the first"
+            return [Cause("spectral shift", words, weight)]
+    if largest <= 1:
+        return []
+    return [_likeliest(compared, features, away, usual, wavelengths)]
+
+
+def _likeliest(
+    compared: Compared,
+    features: Features,
+    away: dict[str, float],
+    usual: float,
+    wavelengths: np.ndarray | None,
+) -> Cause:
+    assert compared.reference is not None
+    largest = max(away.values())
+    fit = models.fit(features, compared.atoms, usual)
+    band, by, of_band = models.shifted_band(features, usual)
+    place = named(compared.reference.bands[[band]], wavelengths)
+    foreign = _foreign(features, away, usual)
+    in_mean = max(away[name] for name in ("gain", "offset", "slope", "mean", "level"))
+    explained = max(fit.explained, of_band) >= _EXPLAINS and away["noise"] < in_mean
+    if away["noise"] > 1 and _is_local(features) and not explained:
+        return _noisy(compared, features, largest, wavelengths)
+    if foreign is not None and (in_mean <= 1 or foreign >= max(_EXPLAINS, fit.explained - 0.1)):
+        share = features.outside - OUTSIDE
+        return Cause("foreign", f"{_percent(share)} foreign pixels", largest)
+    if away["noise"] > 1 and (in_mean <= 1 or max(fit.explained, of_band) < _EXPLAINS):
+        return _noisy(compared, features, largest, wavelengths)
+    if away["stripes"] > _HINT and (stripes := _varying(compared, features, "offset")):
+        return Cause("varying", stripes, largest)
+    if in_mean > 1:
+        if of_band > max(_EXPLAINS, fit.explained + 0.05):
+            return Cause("band", f"{place} shifted by {by:+.4g}", largest)
+        if fit.explained > _EXPLAINS:
+            return Cause("+".join(fit.values), _words(compared, fit), largest)
+    if features.relative[-1] > 2 and (contrast := _varying(compared, features, "gain")):
+        return Cause("varying", contrast, largest)
+    if found := _few(compared, features):
+        return Cause("foreign", found, largest)
+    simple = ("gain", "offset", "slope")  # the first of those that stand out about as much
+    most = max(away[name] for name in simple)
+    single = next(name for name in simple if away[name] >= _AS_MUCH * most)
+    if away[single] > max(1, away["mean"]):  # it is what stands out, beside much that does not
+        alone = models.alone(features, compared.atoms, single)
+        return Cause(single, f"perhaps {_words(compared, alone)}", largest)
+    if in_mean > 1:
+        words = (
+            f"another mean spectrum, {np.sqrt((features.mean**2).mean()):.2g} times the usual "
+            "spread: other content, or a fault of no simple form"
+        )
+        return Cause("mean", words, largest)
+    return Cause("covariance", "other correlations between bands: other content?", largest)
+
+
+def _foreign(features: Features, away: dict[str, float], usual: float) -> float | None:
+    """Return what foreign pixels explain of the mean's deviation; None if there are none."""
+    if away["foreign"] <= _HINT or features.cleaned is None or not 0.5 < features.bulk < 2:
+        return None
+    before, after = models.stacked(features), models.stacked(features, features.cleaned)
+    return min(1.0, float(before @ before - after @ after) / models.excess(features, usual))
+
+
+def _noisy(
+    compared: Compared, features: Features, largest: float, wavelengths: np.ndarray | None
+) -> Cause:
+    assert compared.reference is not None
+    worst = np.abs(features.bands_noise)
+    bands = np.flatnonzero(worst > max(worst.max() / 2, 1))
+    where = named(compared.reference.bands[bands], wavelengths)
+    left = features.noise - features.level - features.tilt * compared.axis
+    times = float(np.exp(left[int(worst.argmax())]))
+    what = "noisy" if times > 1 else "with little noise"
+    return Cause("noisy", f"{where} {what}: {times:.2g} times the usual noise", largest)
+
+
+def _words(compared: Compared, fit: models.Fit) -> str:
+    """Return what a model's parameters mean; the last band is where the slope ends."""
+    assert compared.reference is not None
+    parts = []
+    values = fit.values
+    usual = float(compared.reference.mean.mean())
+    here = float(compared.group.mean[compared.reference.bands].mean())
+    if usual > 0 and here < _DARK * usual:
+        return f"dark: {_percent(here / usual)} of the usual brightness"
+    if "slope" in values:
+        middle = 1 + values.get("gain", 0.0)
+        ends = [middle + sign * values["slope"] for sign in (-1, 1)]
+        parts.append(
+            f"slope over the wavelengths, from gain {ends[0]:.3f} to {ends[1]:.3f}: another lamp"
+        )
+    elif "gain" in values:
+        parts.append(f"gain {1 + values['gain']:.3g} over all bands")
+    if "offset" in values:
+        parts.append(f"offset {values['offset']:+.3g} over all bands")
+    if "noise" in values:
+        parts.append(f"noise {1 + values['noise']:.3g} times the usual in all bands")
+    return ", ".join(parts)
+
+
+def _varying(compared: Compared, features: Features, what: str) -> str:
+    """Say so if the pixels spread along the direction of a gain or an offset."""
+    assert compared.reference is not None
+    reference = compared.reference
+    way = reference.whitened(reference.mean if what == "gain" else np.ones(len(reference.mean)))
+    length = float(np.linalg.norm(way))
+    more = float(features.relative[-1] - np.median(features.relative))
+    if not length or (features.direction @ way / length) ** 2 < _ALONG:
+        return ""
+    return (
+        f"{'a gain' if what == 'gain' else 'an offset'} that varies from pixel to pixel by "
+        f"{np.sqrt(more) / length:.3g}: stripes, or some frames"
+    )
+
+
+def _few(compared: Compared, features: Features) -> str:
+    """Say so if pixels of one other kind explain both the mean's shift and the larger spread.
+
+    A part p of the pixels at a distance a moves the mean by p a, and adds p (1 - p) a² to the
+    variance along it. No sample is needed, which one pixel in thousands would not be in.
+    """
+    assert compared.reference is not None
+    shift = features.mean * compared.reference.units(compared.group.n)
+    along = float(shift @ features.direction)
+    if along**2 < _ALONG * float(shift @ shift) or features.relative[-1] < 2:
+        return ""
+    part = along**2 / (along**2 + float(features.relative[-1]) - 1)
+    count = part * compared.group.n
+    if part > 0.3:
+        return ""
+    if count < 10:
+        return f"about {max(1, round(count))} of {compared.group.n} pixels are extreme"
+    return f"{_percent(part)} foreign pixels"
+
+
+def _is_local(features: Features) -> bool:
+    """Whether the noise of few bands, and not of most, is unusual."""
+    worst = np.sort(np.abs(features.bands_noise))[::-1]
+    few = max(1, len(worst) // 10)
+    return len(worst) > few and worst[0] > _LOCAL * worst[few]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %"

@@ -1,0 +1,149 @@
+"""Which gain, offset, slope or noise explains how a group's mean spectrum and noise are off?
+
+Generalised least squares in units of the spread between groups, so that content, which spreads
+them, weighs little. A further parameter must explain a part of the whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cuvis_dist.audit.features import Features
+
+#: What a model may consist of. The first of two that explain as much is taken.
+_MODELS = (
+    ("gain",),
+    ("offset",),
+    ("slope",),
+    ("noise",),
+    ("gain", "offset"),
+    ("gain", "slope"),
+    ("offset", "slope"),
+)
+#: What a further parameter must explain: in squared spreads, and as a part of the whole.
+_PENALTY, _PART = 20.0, 0.05
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A model and what it explains.
+
+    Attributes
+    ----------
+    values : dict of str to float
+        ``gain`` minus 1, ``offset`` in the data's units, ``slope``: relative change from the
+        middle to the end of the spectrum, ``noise``: relative change of the noise alone.
+    explained : float
+        Part of the squared deviation beyond the usual one, in [0, 1].
+    left : float
+        Root mean square of what is left, in spreads.
+    """
+
+    values: dict[str, float]
+    explained: float
+    left: float
+
+
+def stacked(features: Features, mean: np.ndarray | None = None) -> np.ndarray:
+    """Return ``[B + 2]``: deviations of the mean, of the noise's level and tilt, in spreads."""
+    level, tilt = _linear(features)
+    spread = _spreads(features)
+    return np.concatenate(
+        [features.mean if mean is None else mean, np.nan_to_num([level, tilt]) / spread]
+    )
+
+
+def _linear(features: Features) -> tuple[float, float]:
+    """Return the gain minus 1 and the slope that level and tilt of the noise stand for."""
+    times = float(np.exp(np.clip(features.level, -20, 20)))
+    return times - 1, times * features.tilt
+
+
+def _spreads(features: Features) -> np.ndarray:
+    times = float(np.exp(np.clip(np.nan_to_num(features.level), -20, 20)))
+    return np.array([features.level_spread, features.tilt_spread]) * max(times, 1e-3)
+
+
+def atoms(features: Features, mean: np.ndarray, axis: np.ndarray) -> dict[str, np.ndarray]:
+    """Return ``[B + 2]`` by name: what one unit of each parameter adds to :func:`stacked`.
+
+    Parameters
+    ----------
+    mean : ndarray
+        ``[B]`` the usual spectrum.
+    axis : ndarray
+        ``[B]`` places of the bands in [-1, 1].
+    """
+    heard = np.isfinite(features.level) / _spreads(features)
+
+    def atom(spectrum: np.ndarray, level: float = 0, tilt: float = 0) -> np.ndarray:
+        return np.concatenate([spectrum @ features.atoms, np.array([level, tilt]) * heard])
+
+    return {
+        "gain": atom(mean, level=1),
+        "offset": atom(np.ones_like(mean)),
+        "slope": atom(mean * axis, tilt=1),
+        "noise": atom(np.zeros_like(mean), level=1),
+    }
+
+
+def evidence(features: Features, known: dict[str, np.ndarray]) -> dict[str, float]:
+    """Return by name how many spreads a group is off in the direction of each parameter."""
+    y = stacked(features)
+    return {name: float(a @ y / max(np.linalg.norm(a), 1e-300)) for name, a in known.items()}
+
+
+def excess(features: Features, usual: float) -> float:
+    """Return the squared deviation of a group beyond that of a usual one.
+
+    Parameters
+    ----------
+    usual : float
+        Mean square of the usual groups' deviations, in spreads.
+    """
+    y = stacked(features)
+    total = float(y @ y)
+    return max(total - usual * len(y), 0.05 * total, 1e-300)
+
+
+def fit(features: Features, known: dict[str, np.ndarray], usual: float) -> Fit:
+    """Return the model that explains a group best, for its number of parameters."""
+    y = stacked(features)
+    total, more = float(y @ y), excess(features, usual)
+    best: tuple[float, Fit] | None = None
+    for names in _MODELS:
+        design = np.stack([known[name] for name in names], axis=1)
+        if not np.all(np.linalg.norm(design, axis=0) > 0):
+            continue
+        values = np.linalg.lstsq(design, y, rcond=None)[0]
+        rest = y - design @ values
+        left = float(rest @ rest)
+        cost = left + len(names) * (_PENALTY + _PART * more)
+        if best is None or cost < best[0] - 1e-9 * total:
+            found = Fit(
+                dict(zip(names, map(float, values), strict=True)),
+                min(1.0, (total - left) / more),
+                float(np.sqrt(left / len(y))),
+            )
+            best = cost, found
+    return best[1] if best else Fit({}, 0.0, float(np.sqrt(total / max(1, len(y)))))
+
+
+def alone(features: Features, known: dict[str, np.ndarray], name: str) -> Fit:
+    """Return the fit of one parameter, whatever it explains."""
+    y, a = stacked(features), known[name]
+    value = float(a @ y / max(float(a @ a), 1e-300))
+    rest = y - value * a
+    return Fit({name: value}, 0.0, float(np.sqrt((rest @ rest) / len(y))))
+
+
+def shifted_band(features: Features, usual: float) -> tuple[int, float, float]:
+    """Return the band whose shift alone explains the mean best, that shift, and its part."""
+    lengths = np.einsum("cb,cb->c", features.atoms, features.atoms)
+    along = features.atoms @ features.mean
+    gains = along**2 / np.maximum(lengths, 1e-300)
+    band = int(np.argmax(gains))
+    part = min(1.0, float(gains[band]) / excess(features, usual))
+    return band, float(along[band] / lengths[band]), part
