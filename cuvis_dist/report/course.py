@@ -201,11 +201,13 @@ def _timeline(kept: Kept, bars: list[tuple[str, str, float, float]], runs: Seque
     ) as figure:
         axes = figure.subplots()
         axes.grid(axis="y", visible=False)
-        for kind, name, start, end in bars:
-            axes.barh(
-                lanes.index(name), max(end - start, total / 500), left=start, height=0.62,
-                color=_KINDS.get(kind, VERMILLION), edgecolor="white", linewidth=0.4,
-            )  # fmt: skip
+        for lane, name in enumerate(lanes):
+            spans = [(b[2], max(b[3] - b[2], total / 500)) for b in bars if b[1] == name]
+            (kind,) = {bar[0] for bar in bars if bar[1] == name}
+            colour = _KINDS.get(kind, VERMILLION)
+            axes.broken_barh(
+                spans, (lane - 0.31, 0.62), facecolor=colour, edgecolor="white", lw=0.4
+            )
         axes.set_yticks(range(len(lanes)), [literal(lane) for lane in lanes])
         axes.invert_yaxis()
         axes.set(xlabel="seconds", xlim=(0, total * 1.01))

@@ -53,10 +53,11 @@ class SlowFrames(Dataset):
 
 
 def slowly(served, seconds: float, frames: int | None) -> DataLoader:
-    """Return a loader of slow frames, of the first so many if that is said."""
+    """Return a loader of slow frames: of the first so many if that is said, else shuffled."""
     loader = served()
     data = Subset(loader.dataset, range(frames)) if frames else loader.dataset
-    return DataLoader(SlowFrames(data, seconds), 4, collate_fn=loader.collate_fn)
+    slow = SlowFrames(data, seconds)
+    return DataLoader(slow, 4, shuffle=frames is None, collate_fn=loader.collate_fn)
 
 
 def measured(path: Path, cache: str, seconds: float) -> dict[str, list[float]]:

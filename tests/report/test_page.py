@@ -110,7 +110,7 @@ def test_one_broken_section_takes_no_other_with_it(monkeypatch):
 
     monkeypatch.setattr(page, "_SECTIONS", (page._SECTIONS[0], spectra, *page._SECTIONS[2:]))
     content, _ = page.render([kept(2)])
-    assert "This section could not be made: a hole." in content
+    assert "This section could not be made: ValueError: a hole." in content
     assert "Loadings of the first 4" in content
 
 

@@ -290,6 +290,8 @@ def test_phase_1_at_a_uri(demo, bucket, capsys):
     assert f"pipeline {saved}\n" in out
     assert f"record   {bucket}/runs/phase_1/run.json\n" in out
     names = [
+        "report.html",
+        *(f"report/{part}.state" for part in ("diary", "measured", "nodes", "seen")),
         "result.json",
         "resume/files.json",
         "resume/fingerprint.json",
