@@ -23,6 +23,7 @@ STATE = {
     "unfitted": {},
     "passes": [],
     "skipped_frames": {"a": "b"},
+    "left_out": {"c": "d"},
     "findings": [],
 }
 
