@@ -108,7 +108,7 @@ def test_contradictions_are_refused(settings, other):
 def test_the_first_frame_that_can_be_read_says_how_much_there_is(tmp_path, monkeypatch):
     archive = open_archive(FragileModule(tmp_path), "train")
     before = torch.get_rng_state()
-    assert work_on(archive, CuvisPipeline("empty"), 2) == Work(24, 9 * 8 * 5)
+    assert work_on(archive, CuvisPipeline("empty"), 24) == Work(24, 9 * 8 * 5)
     assert torch.equal(torch.get_rng_state(), before)
 
     read, tried = Archive.read, []

@@ -35,7 +35,8 @@ NAMES = sorted(path.stem for path in (SHIPPED / "trainrun").glob("*.yaml"))
 RUNS = ("channel_selector", "deep_svdd", "default_statistical", "rx_statistical")
 SOURCE = "data/Lentils/Lentils_000.cu3s"
 KEPT = {"resume/files.json", "resume/fingerprint.json", "resume/initialized.state"}
-OWN = {".lock", "run.json", "result.json", *KEPT}
+REPORT = {f"report/{name}.state" for name in ("diary", "measured", "nodes", "seen")}
+OWN = {".lock", "run.json", "result.json", "report.html", *REPORT, *KEPT}
 
 
 @pytest.fixture(scope="module")
