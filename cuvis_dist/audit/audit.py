@@ -132,13 +132,17 @@ def audit(
     return Audit(by, tuple(rows), tuple(_remarks(groups, comparison, by, wavelengths)), limits)
 
 
+def _said(count: int, by: str) -> str:
+    return f"1 group (by {by}) is" if count == 1 else f"{count} groups (by {by}) are"
+
+
 def _remarks(
     groups: Sequence[Group], comparison: _Comparison, by: str, wavelengths: np.ndarray | None
 ) -> list[str]:
     remarks = []
     if len(groups) <= LEAST_OTHERS:
         remarks.append(
-            f"{len(groups)} groups (by {by}) are too few to judge what is usual: only bands that "
+            f"{_said(len(groups), by)} too few to judge what is usual: only bands that "
             f"are constant, saturated or exchanged are named. {LEAST_OTHERS + 1} are the least"
             + ("; try --by frame" if by != "frame" else "")
         )

@@ -81,7 +81,7 @@ def _audit(arguments: argparse.Namespace, lines: Lines) -> int:
     if arguments.data and not arguments.report:
         raise InputError("--data is the data of the plots on a page: name it, as in --report FILE")
     if arguments.report:
-        from cuvis_dist.report.audited import page_at
+        from cuvis_dist.report.audit_page import page_at
 
         page_at(arguments.report)  # before anything is read
     scaling = scaling_of(arguments)
@@ -140,7 +140,8 @@ def _report(
     drifts: list[NodeDrift],
 ) -> Location:
     """Write the page about an audit."""
-    from cuvis_dist.report.audited import Audited, write_audit
+    from cuvis_dist.report.audit_page import write_audit
+    from cuvis_dist.report.audited import Audited
 
     facts |= {
         "trainrun": str(arguments.trainrun),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,7 +76,8 @@ def curves(
     unusual : sequence of str
         Those that stand out, first the one that does most.
     names : str
-        Title and label of the upward axis, apart by a line break; a third line ``log``.
+        Title and label of the upward axis, apart by a line break; a third line ``log``
+        where values may differ by orders of magnitude.
     """
     title, ylabel, *scale = names.split("\n")
     sorted_ = {name: np.asarray(v, dtype=float)[axis.order] for name, v in values.items()}
@@ -87,10 +88,11 @@ def curves(
     marker = "o" if len(axis.x) == 1 else None
     with drawing(plot) as figure:
         axes = figure.subplots()
-        if scale and any((v > 0).any() for v in sorted_.values()):
-            logarithmic(axes.yaxis, finely=True)
-            sorted_ = {name: np.where(v > 0, v, np.nan) for name, v in sorted_.items()}
-            rest = [np.where(v > 0, v, np.nan) for v in rest]
+        floor = _floor(sorted_.values()) if scale else 0.0
+        if floor:
+            logarithmic(axes.yaxis)
+            sorted_ = {name: np.maximum(v, floor) for name, v in sorted_.items()}
+            rest = [np.maximum(v, floor) for v in rest]
         if rest:
             _band(axes, axis.x, np.stack(rest), len(rest), bool(unusual))
         for name in grey:
@@ -104,6 +106,14 @@ def curves(
         axes.set(xlabel=axis.what, ylabel=ylabel, title=title)
     if grey:
         plot.caption += f" {len(grey)} more that stand out are thin grey lines."
+
+
+def _floor(values: Iterable[np.ndarray]) -> float:
+    """Return where zeros are drawn on a logarithmic axis; 0 where none is needed."""
+    positive = np.concatenate([v[np.isfinite(v) & (v > 0)] for v in values])
+    if not len(positive) or positive.max() <= _WIDE**2 * positive.min():
+        return 0.0
+    return float(positive.min() / 3)
 
 
 def _band(axes: Axes, x: np.ndarray, rest: np.ndarray, count: int, others: bool) -> None:
@@ -151,7 +161,9 @@ def heat_map(plot: Plot, axis: Along, values: Mapping[str, np.ndarray], unit: st
             _edges(axis.x), np.arange(len(names) + 1) - 0.5, np.ma.masked_invalid(matrix),
             cmap="PuOr_r", vmin=-most, vmax=most, rasterized=True,
         )  # fmt: skip
-        bar = figure.colorbar(cells, ax=axes, label=unit, extend="both", pad=0.01, aspect=12)
+        bar = figure.colorbar(
+            cells, ax=axes, label=unit, extend="both", pad=0.01, aspect=_aspect(len(names))
+        )
         bar.outline.set_visible(False)
         _rows(axes, names)
         if len(axis.x) == 1:
@@ -170,6 +182,11 @@ def _edges(x: np.ndarray) -> np.ndarray:
 
 def _height(rows: int, more: float) -> float:
     return more + 0.2 * max(rows, 2)
+
+
+def _aspect(rows: int) -> float:
+    """Return the height of a colour bar in its widths, so that it is narrow at any height."""
+    return 6 + 0.8 * rows
 
 
 def _rows(axes: Axes, names: Sequence[str]) -> None:
@@ -215,7 +232,7 @@ def bars(
         axes = figure.subplots()
         draw_bars(axes, [known[name] for name in shown], [n in unusual for n in shown], limit)
         _rows(axes, shown)
-        axes.set(title=title)
+        axes.set(title=title + " (dashed: the limit)" * math.isfinite(limit))
     plot.caption += left_out(len(names), BARS)
     return True
 
@@ -233,7 +250,7 @@ def draw_bars(axes: Axes, values: Sequence[float], marked: Sequence[bool], limit
     )
     axes.grid(axis="y", visible=False)
     if math.isfinite(limit):
-        axes.axvline(limit, color="black", lw=1.1, ls="--", label="limit")
+        axes.axvline(limit, color="black", lw=1.1, ls="--")
 
 
 def standing_out(
@@ -259,7 +276,7 @@ def standing_out(
         marked = [values[name] > 1 for name in shown]
         draw_bars(left, [values[name] for name in shown], marked, 1.0)
         _rows(left, shown)
-        left.set(title="how far each stands out (1 is the limit)")
+        left.set(title="how far each stands out (dashed: the limit)")
         _cells(figure, right, np.array([[away[name][w] for w in what] for name in shown]), what)
     plot.caption += left_out(len(values), ROWS)
 
@@ -270,7 +287,7 @@ def _cells(figure: Figure, axes: Axes, matrix: np.ndarray, what: Sequence[str]) 
     axes.grid(False)
     cells = axes.imshow(matrix, cmap="cividis", vmin=0, vmax=most, aspect="auto")
     for i, j in zip(*np.nonzero(matrix > 1), strict=True):
-        dark = matrix[i, j] < 0.6 * most
+        dark = matrix[i, j] < 0.5 * most
         axes.text(
             j, i, f"{matrix[i, j]:.3g}", ha="center", va="center", fontsize=7.5,
             color="white" if dark else "black",
@@ -278,5 +295,5 @@ def _cells(figure: Figure, axes: Axes, matrix: np.ndarray, what: Sequence[str]) 
     axes.set_xticks(range(len(what)), what, rotation=35, ha="right", rotation_mode="anchor")
     axes.tick_params(axis="both", length=0)
     axes.set(title="in what, in units of the limit")
-    bar = figure.colorbar(cells, ax=axes, pad=0.01, extend="max", aspect=12)
+    bar = figure.colorbar(cells, ax=axes, pad=0.01, extend="max", aspect=_aspect(len(matrix)))
     bar.outline.set_visible(False)
