@@ -21,8 +21,8 @@ from cuvis_dist.storage import Location, OutputFolder
 _FINDINGS, _ROWS = 20, 1000
 #: The section that shows what a cause is seen by; every other one is seen in the spectra.
 _SHOWN_IN = {
-    "constant": "range",
-    "saturated": "range",
+    "constant": "ranges",
+    "saturated": "ranges",
     "swapped": "distances",
     "spectral shift": "distances",
     "covariance": "distances",
@@ -92,7 +92,7 @@ def render(audited: Audited, folder: str = "") -> tuple[str, list[Plot]]:
     folder : str
         Where the data of each plot lie, relative to the page; empty where they are not written.
     """
-    makers = [*_SECTIONS[:-1], *[_drifts] * bool(audited.drifts), _SECTIONS[-1]]
+    makers = [*_SECTIONS[:-1], *[drift] * bool(audited.drifts), _SECTIONS[-1]]
     sections = [made(make, audited) for make in makers]
     sound = verdict(audited.found).capitalize() if audited.judged else ""
     page = Page(
@@ -122,7 +122,8 @@ def findings(audited: Audited) -> list[tuple[str, str, str]]:
 # ---- sections ----------------------------------------------------------------------------
 
 
-def _overview(audited: Audited) -> Section:
+def overview(audited: Audited) -> Section:
+    """Show what was audited."""
     section = Section("overview", "What was audited")
     rows = [[key, value] for key, value in audited.facts.items() if key != "name"]
     nm = audited.wavelengths
@@ -137,7 +138,8 @@ def _overview(audited: Audited) -> Section:
     return section
 
 
-def _standing(audited: Audited) -> Section:
+def standing(audited: Audited) -> Section:
+    """Show how far each group stands out, and in what."""
     section = Section("standing", "What stands out")
     if not audited.judged and not audited.unusual:
         section.missing = (
@@ -166,11 +168,13 @@ def _of_bands(row: Row) -> float:
     return max((cause.weight for cause in row.causes if cause.kind in _FACTS), default=0.0)
 
 
-def _drifts(audited: Audited) -> Section:
+def drift(audited: Audited) -> Section:
+    """Show what has changed since a pipeline was fitted."""
     return drifts(audited.drifts, audited.wavelengths, audited.facts.get("against", ""))
 
 
-def _table(audited: Audited) -> Section:
+def table(audited: Audited) -> Section:
+    """Show the figures of all groups, and likely causes."""
     section = Section("table", "All groups")
     shown = audited.rows[:_ROWS]
     rows, causes = [], []
@@ -189,13 +193,14 @@ def _table(audited: Audited) -> Section:
     return section
 
 
+#: Functions named as the anchors of what they make.
 _SECTIONS: tuple[Callable[[Audited], Section], ...] = (
-    _overview,
-    _standing,
+    overview,
+    standing,
     differences.spectra,
     differences.ranges,
     differences.noise,
     differences.pixels,
     differences.distances,
-    _table,
+    table,
 )

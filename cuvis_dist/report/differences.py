@@ -86,7 +86,7 @@ def _directions(audited: Audited) -> Plot:
 
 def ranges(audited: Audited) -> Section:
     """Show how far pixels of each band spread and reach."""
-    section = Section("range", "Spread and range of the bands")
+    section = Section("ranges", "Spread and range of the bands")
     groups = {row.name: audited.groups[row.name] for row in audited.rows}
     deviations = {name: np.sqrt(group.variance) for name, group in groups.items()}
     plot = Plot(
