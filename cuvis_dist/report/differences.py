@@ -56,8 +56,8 @@ def _shifts(audited: Audited, shifts: Mapping[str, np.ndarray]) -> Plot:
         "shifts",
         f"Heat map of {len(shifts)} groups and {audited.axis.what}: shift of each mean from the "
         f"usual one. {audited.said}",
-        "Shift of each group's mean, band by band, in spreads between the groups that do not stand "
-        "out, which are sorted as in the table. Grey: they have no spread.",
+        "Shift of each group's mean, band by band, in standard deviations between the groups that "
+        "do not stand out; sorted as in the table. Grey: a band without such a deviation.",
         wide=True,
     )
     heat_map(plot, audited.axis, shifts, "spreads")
