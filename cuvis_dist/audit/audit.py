@@ -6,7 +6,8 @@ the rest is judged again, so that one fault does not hide another.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,7 +20,7 @@ from cuvis_dist.audit.features import features_of
 from cuvis_dist.audit.groups import FrameStatistics, Group, group_of, grouped
 from cuvis_dist.audit.parts import unusual_frames
 from cuvis_dist.audit.reference import Reference, axis_of, noise, reference_of
-from cuvis_dist.statistics.spread import LEAST_OTHERS, apart, limit
+from cuvis_dist.statistics.spread import LEAST_OTHERS, apart, centre_and_spread, limit
 
 #: How often the usual groups are chosen again.
 _ROUNDS = 4
@@ -45,6 +46,13 @@ class Row:
         Likely causes, the first one first; empty for a usual group, a guess near the limit.
     figures : dict of str to float
         What was measured, by name.
+    away : dict of str to float
+        By measure, how far it is off in units of the limit; all 0 where there are too few others.
+    noise : ndarray or None
+        ``[C]`` the noise of each band in that of the others; NaN where it is not known.
+    directions : ndarray or None
+        ``[B]`` the shift of the mean along the directions in which pixels differ, the widest
+        first, in spreads between groups.
     """
 
     name: str
@@ -53,6 +61,9 @@ class Row:
     standing_out: float
     causes: tuple[Cause, ...]
     figures: dict[str, float] = field(default_factory=dict)
+    away: dict[str, float] = field(default_factory=dict)
+    noise: np.ndarray | None = field(default=None, compare=False, repr=False)
+    directions: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     @property
     def unusual(self) -> bool:
@@ -62,11 +73,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Audit:
-    """The rows, those that stand out most first, and what is to be said of the whole archive."""
+    """What the audit says of an archive.
+
+    Attributes
+    ----------
+    by : str
+        What makes a group.
+    rows : tuple of Row
+        The groups, those that stand out most first.
+    remarks : tuple of str
+        What is to be said of the whole archive.
+    limits : dict of str to float
+        By name of a figure, the value above which a group stands out; NaN with too few groups.
+    """
 
     by: str
     rows: tuple[Row, ...]
     remarks: tuple[str, ...]
+    limits: dict[str, float] = field(default_factory=dict)
 
 
 def audit(
@@ -96,7 +120,7 @@ def audit(
     comparison = _Comparison(groups, wavelengths)
     usual = np.ones(len(groups), dtype=bool)
     for _ in range(_ROUNDS):
-        found = comparison.judge(usual)
+        found, limits = comparison.judge(usual)
         standing = np.array([row.standing_out for row in found])
         still = standing <= 1
         if still.sum() < max(len(groups) / 2, 1):  # no majority says what is usual
@@ -105,7 +129,11 @@ def audit(
             break
         usual = still
     rows = sorted(found, key=lambda row: -row.standing_out)
-    return Audit(by, tuple(rows), tuple(_remarks(groups, comparison, by, wavelengths)))
+    return Audit(by, tuple(rows), tuple(_remarks(groups, comparison, by, wavelengths)), limits)
+
+
+def _said(count: int, by: str) -> str:
+    return f"1 group (by {by}) is" if count == 1 else f"{count} groups (by {by}) are"
 
 
 def _remarks(
@@ -114,7 +142,7 @@ def _remarks(
     remarks = []
     if len(groups) <= LEAST_OTHERS:
         remarks.append(
-            f"{len(groups)} groups (by {by}) are too few to judge what is usual: only bands that "
+            f"{_said(len(groups), by)} too few to judge what is usual: only bands that "
             f"are constant, saturated or exchanged are named. {LEAST_OTHERS + 1} are the least"
             + ("; try --by frame" if by != "frame" else "")
         )
@@ -140,15 +168,15 @@ class _Comparison:
         self._noise: dict[tuple[int, bytes], np.ndarray] = {}
         self._common: tuple[bytes, Reference] | None = None
 
-    def judge(self, usual: np.ndarray) -> list[Row]:
-        """Return a row for each group, given which of them say what is usual."""
+    def judge(self, usual: np.ndarray) -> tuple[list[Row], dict[str, float]]:
+        """Return a row for each group, given which of them say what is usual, and the limits."""
         compared = [self._compare(i, usual) for i in range(len(self.groups))]
         measured = [c.measures() for c in compared]
         known = [c.features for c in compared if c.features]
         squares = [(f.trace, float((f.mean**2).mean())) for f in known] or [(1.0, 1.0)]
         trace, deviation = map(float, np.median(np.array(squares), axis=0))
         judge = _Judge(measured, usual, (trace, deviation))
-        return [self._row(i, c, judge) for i, c in enumerate(compared)]
+        return [self._row(i, c, judge) for i, c in enumerate(compared)], judge.limits()
 
     def _compare(self, i: int, usual: np.ndarray, group: Group | None = None) -> Compared:
         """Compare a group, or some of its frames, with the other usual groups."""
@@ -199,6 +227,9 @@ class _Comparison:
             standing,
             tuple(sorted(causes, key=lambda cause: -cause.weight)),
             compared.figures(),
+            away,
+            compared.noise(),
+            None if compared.features is None else compared.features.mean,
         )
 
     def _of_some_frames(self, i: int, compared: Compared, judge: _Judge) -> list[Cause]:
@@ -256,3 +287,25 @@ class _Judge:
             z = apart(value, others, floor, IN_SPREADS.get(name, 0.0))
             found[name] = (abs(z) if two_sided else max(z, 0.0)) / self.bounds[name]
         return found
+
+    def limits(self) -> dict[str, float]:
+        """Return by name of a figure the value from which on a group stands out."""
+        found = {}
+        for figure, (name, back) in _FIGURES.items():
+            values, floors = np.array([m[name] for m in self.measured])[self.usual].T
+            known = np.isfinite(values)
+            if known.sum() <= LEAST_OTHERS:
+                found[figure] = np.nan
+                continue
+            centre, spread = centre_and_spread(values)
+            far = self.bounds[name] * max(float(spread), float(np.median(floors[known])))
+            found[figure] = float(back(float(centre) + far))
+        return found
+
+
+#: Figures that are measures as well, and what makes one of the other.
+_FIGURES: dict[str, tuple[str, Callable[[float], float]]] = {
+    "mean_shift": ("mean", lambda value: math.exp(value / 2)),
+    "affine_invariant": ("covariance", math.exp),
+    "outside": ("foreign", float),
+}

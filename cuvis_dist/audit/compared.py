@@ -108,6 +108,14 @@ class Compared:
         }
         return known
 
+    def noise(self) -> np.ndarray | None:
+        """Return ``[C]`` each band's noise in that of the others; NaN where it is not known."""
+        if self.features is None or self.reference is None:
+            return None
+        result = np.full(len(self.group.mean), np.nan)
+        result[self.reference.bands] = np.exp(self.features.noise)
+        return result
+
 
 def _log(value: float) -> float:
     return float(np.log(max(float(value), 1e-12)))

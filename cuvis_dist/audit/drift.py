@@ -26,6 +26,7 @@ from cuvis_dist.audit.stored import Stored
 from cuvis_dist.errors import InputError
 from cuvis_dist.initialization.passes import derived, freeze_fit
 from cuvis_dist.initialization.plan import Fit
+from cuvis_dist.nodes.catalogue import keeps_bands
 from cuvis_dist.statistics import ExactMoments, Extrema, Moments, Statistic
 
 #: Nodes freeze float32: a buffer is the mean if it is so close to it, relative to the largest.
@@ -49,6 +50,11 @@ class NodeDrift:
         What else is known: gain, offset, and the distances of the distributions.
     groups : dict of str to float
         The ratio of each group.
+    spectra : dict of str to tuple of ndarray and ndarray
+        ``mean``, or ``minimum`` and ``maximum``: what the node froze, and what it would now,
+        ``[C]`` each.
+    bands : bool
+        Whether its channels are the bands of the port that is audited.
     """
 
     node: str
@@ -56,6 +62,10 @@ class NodeDrift:
     of: str
     figures: dict[str, float] = field(default_factory=dict)
     groups: dict[str, float] = field(default_factory=dict)
+    spectra: dict[str, tuple[np.ndarray, np.ndarray]] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+    bands: bool = False
 
 
 def drift(stored: Stored, initialized: CuvisPipeline, groups: Sequence[Group]) -> list[NodeDrift]:
@@ -117,7 +127,8 @@ def _of_node(
     freeze_fit(replace(fit, node=again), now)
     after = {name: _array(value) for name, value in _state(again).items()}
     if isinstance(now, Extrema):
-        return _of_extrema(fit, now, before, after)
+        found = _of_extrema(fit, now, before, after)
+        return found and replace(found, bands=_keeps_bands(fit, stored))
     if not isinstance(now, Moments | ExactMoments):
         return None
     name = _which(after, now.mean.numpy())
@@ -133,7 +144,20 @@ def _of_node(
         of = derived(fit, {fit.source.key: reduce(lambda a, b: a.merge(b), parts)}, stored.probes)
         assert isinstance(of, Moments | ExactMoments)
         of_groups[group.name] = _ratio(of.mean.numpy(), mean)
-    return NodeDrift(fit.node.name, _ratio(now.mean.numpy(), mean), "mean", figures, of_groups)
+    return NodeDrift(
+        fit.node.name,
+        _ratio(now.mean.numpy(), mean),
+        "mean",
+        figures,
+        of_groups,
+        {"mean": (mean, now.mean.numpy())},
+        _keeps_bands(fit, stored),
+    )
+
+
+def _keeps_bands(fit: Fit, stored: Stored) -> bool:
+    """Whether a node is fitted on the bands of the port that is audited."""
+    return fit.source.source == stored.source and all(keeps_bands(hop.node) for hop in fit.chain)
 
 
 def _ratio(mean: np.ndarray, before: np.ndarray) -> float:
@@ -156,7 +180,11 @@ def _of_extrema(
         "minimum": float((after[low] - before[low]).mean()),
         "maximum": float((after[high] - before[high]).mean()),
     }
-    return NodeDrift(fit.node.name, shift / max(width, 1e-30), "range", figures)
+    spectra = {
+        name: (before[key].reshape(-1), after[key].reshape(-1))
+        for name, key in (("minimum", low), ("maximum", high))
+    }
+    return NodeDrift(fit.node.name, shift / max(width, 1e-30), "range", figures, spectra=spectra)
 
 
 def _state(node: Any) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from cuvis_dist.audit.drift import NodeDrift
 
 #: The columns: what is above, the figure, and how it is written.
-_COLUMNS = {
+COLUMNS = {
     "gain": ("gain", "{:.3f}"),
     "offset": ("offset", "{:+.3g}"),
     "shift": ("mean_shift", "{:.2f}"),
@@ -31,8 +31,8 @@ def as_text(audit: Audit) -> list[str]:
     """Return the lines of the table, those that stand out most first, and the remarks."""
     unusual = sum(row.unusual for row in audit.rows)
     shown = audit.rows[: max(unusual, _SHOWN)]
-    head = ["stands out", audit.by, "frames", "pixels", *_COLUMNS, "likely cause"]
-    body = [_cells(row) for row in shown]
+    head = ["stands out", audit.by, "frames", "pixels", *COLUMNS, "likely cause"]
+    body = [cells_of(row) for row in shown]
     widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
     left = {1, len(head) - 1}
     lines = [
@@ -44,13 +44,14 @@ def as_text(audit: Audit) -> list[str]:
     ]
     if len(shown) < len(audit.rows):
         lines.append(f"and {len(audit.rows) - len(shown)} more, none of which stands out")
-    return [*lines, *audit.remarks, _verdict(audit, unusual)]
+    return [*lines, *audit.remarks, verdict(audit)]
 
 
-def _cells(row: Row) -> list[str]:
+def cells_of(row: Row) -> list[str]:
+    """Return the line of a group: how far it stands out, its name, figures and likely cause."""
     figures = (
         form.format(row.figures[name]) if math.isfinite(row.figures.get(name, math.nan)) else "-"
-        for name, form in _COLUMNS.values()
+        for name, form in COLUMNS.values()
     )
     cause = "; ".join(map(str, row.causes)) or "-"
     return [
@@ -63,7 +64,9 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _verdict(audit: Audit, unusual: int) -> str:
+def verdict(audit: Audit) -> str:
+    """Return how many groups stand out."""
+    unusual = sum(row.unusual for row in audit.rows)
     if unusual:
         return f"{unusual} of {len(audit.rows)} stand out (above 1: more than content explains)"
     return f"none of {len(audit.rows)} stands out"
@@ -73,7 +76,7 @@ def drift_text(drifts: Sequence[NodeDrift]) -> list[str]:
     """Return a line for each node that was compared, and for the groups farthest from it."""
     lines = []
     for each in drifts:
-        figures = ", ".join(f"{_SAID[name]} {value:.4g}" for name, value in each.figures.items())
+        figures = ", ".join(f"{SAID[name]} {value:.4g}" for name, value in each.figures.items())
         what = "of its mean" if each.of == "mean" else "of its range"
         lines.append(f"drift    {each.node}: {each.ratio:.4f} {what} ({figures})")
         farthest = sorted(each.groups.items(), key=lambda item: -item[1])[:3]
@@ -81,7 +84,8 @@ def drift_text(drifts: Sequence[NodeDrift]) -> list[str]:
     return lines
 
 
-_SAID = {
+#: What the figures of a drift are called.
+SAID = {
     "gain": "gain",
     "offset": "offset",
     "left": "what is left",

@@ -18,9 +18,13 @@ from cuvis_dist.errors import DriftError, InputError
 from cuvis_dist.runs.lines import Lines
 
 if TYPE_CHECKING:
+    from cuvis_dist.audit.audit import Audit
+    from cuvis_dist.audit.drift import NodeDrift
+    from cuvis_dist.audit.groups import Group
     from cuvis_dist.audit.stored import Stored
     from cuvis_dist.runs.trainrun import TrainRun
     from cuvis_dist.scaling import Scaling
+    from cuvis_dist.storage import Location
 
 
 def add(commands: Any) -> None:
@@ -59,6 +63,12 @@ def add(commands: Any) -> None:
         help="with --against: exit code 5 if a node's mean has drifted by a larger part of itself",
     )
     audit.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    audit.add_argument(
+        "--report", metavar="FILE", help="write a page for people, too: FILE.html, or its URI"
+    )
+    audit.add_argument(
+        "--data", action="store_true", help="with --report: the data of each plot as CSV beside it"
+    )
     audit.set_defaults(command=_audit)
 
 
@@ -68,6 +78,12 @@ def _audit(arguments: argparse.Namespace, lines: Lines) -> int:
         raise InputError("--max-drift needs a pipeline to compare with: --against PIPELINE")
     if most is not None and not (math.isfinite(most) and most >= 0):
         raise InputError(f"--max-drift is {most}: it must be 0 or a larger number")
+    if arguments.data and not arguments.report:
+        raise InputError("--data is the data of the plots on a page: name it, as in --report FILE")
+    if arguments.report:
+        from cuvis_dist.report.audit_page import page_at
+
+        page_at(arguments.report)  # before anything is read
     scaling = scaling_of(arguments)
     if scaling.measuring.store is None:
         raise InputError("audit looks into a store: name it, as in --store FOLDER")
@@ -84,7 +100,13 @@ def _audit(arguments: argparse.Namespace, lines: Lines) -> int:
 
     lines.wait(f"comparing {len(stored.frames)} frames")
     found = audit(stored.frames, arguments.by, stored.wavelengths)
-    drifts = drift(stored, before, grouped(stored.frames, arguments.by)) if before else []
+    groups = grouped(stored.frames, arguments.by) if before or arguments.report else []
+    drifts = drift(stored, before, groups) if before else []
+    place = None
+    if arguments.report:
+        lines.wait("drawing the report")
+        facts = {"name": trainrun.config.name, "store": str(scaling.measuring.store)}
+        place = _report(arguments, facts, stored, groups, found, drifts)
     lines.settle()
     if arguments.json:
         print(json.dumps(as_json(found, drifts), indent=2))
@@ -97,6 +119,8 @@ def _audit(arguments: argparse.Namespace, lines: Lines) -> int:
         if stored.missing:
             print(f"{stored.missing:,} frames of the train split are not in it (measure adds them)")
         print(*as_text(found), *drift_text(drifts), sep="\n")
+        if place is not None:
+            print(f"report   {place}")
     largest = max(drifts, key=lambda each: each.ratio, default=None)
     if most is not None and largest is not None and largest.ratio > most:
         raise DriftError(
@@ -105,6 +129,40 @@ def _audit(arguments: argparse.Namespace, lines: Lines) -> int:
             "recordings that stand out, or initialize again"
         )
     return 0
+
+
+def _report(
+    arguments: argparse.Namespace,
+    facts: dict[str, str],
+    stored: Stored,
+    groups: list[Group],
+    found: Audit,
+    drifts: list[NodeDrift],
+) -> Location:
+    """Write the page about an audit."""
+    from cuvis_dist.report.audit_page import write_audit
+    from cuvis_dist.report.audited import Audited
+
+    facts |= {
+        "trainrun": str(arguments.trainrun),
+        "frames": f"{len(stored.frames):,}",
+        "pixels": f"{sum(row.pixels for row in found.rows):,}",
+        "groups": f"{len(found.rows):,}, by {found.by}",
+        "values": stored.source,
+    }
+    if arguments.against:
+        facts["against"] = str(arguments.against)
+    remarks = []
+    if stored.missing:
+        remarks.append(
+            f"{stored.missing:,} frames of the train split are not in the store, and not on this "
+            "page: cuvis-dist measure adds them."
+        )
+    by_name = {group.name: group for group in groups}
+    audited = Audited(
+        found, by_name, stored.wavelengths, facts, remarks, drifts, arguments.max_drift
+    )
+    return write_audit(audited, arguments.report, arguments.data)
 
 
 def _stored(trainrun: TrainRun, scaling: Scaling) -> Stored:

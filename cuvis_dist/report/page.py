@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from loguru import logger
@@ -33,6 +35,31 @@ _SECTIONS: tuple[Callable[[Sequence[Kept]], Section], ...] = (
 )
 
 
+@dataclass
+class Page:
+    """What a page is made of.
+
+    Attributes
+    ----------
+    title : str
+        What stands above all.
+    findings : list of tuple of str, str and str
+        What to look at: of what, the message, and the anchor of the section that shows it.
+    sections : list of Section
+        From top to bottom.
+    sound : str
+        What is said where there are no findings.
+    source : str
+        What it is made from, as the end of a sentence.
+    """
+
+    title: str
+    findings: list[tuple[str, str, str]]
+    sections: list[Section]
+    sound: str = ""
+    source: str = "what the run left in its output folder"
+
+
 def render(runs: Sequence[Kept], data: bool = False) -> tuple[str, list[Plot]]:
     """Return the page about a run, and the plots on it.
 
@@ -43,24 +70,31 @@ def render(runs: Sequence[Kept], data: bool = False) -> tuple[str, list[Plot]]:
     data : bool
         Say where the data of each plot lie.
     """
-    found = overview.findings(runs)
-    sections = [_made(make, runs) for make in _SECTIONS]
-    anchors = {section.anchor: section for section in sections}
-    for node, message, anchor in found:
-        anchors[anchor].findings.append(f"{node}: {message}")
-    plots = [plot for section in sections for plot in section.plots]
-    _fit(sections, plots)
-    if data:
-        for plot in plots:
-            plot.file = f"{FOLDER}/{file_name(plot)}" if plot.columns else ""
-    template = _environment().from_string(_source())
     title = f"{runs[0].record.get('name') or 'run'}: {runs[0].record.get('job', 'run')}"
-    return template.render(
-        title=title + (f", beside {runs[1].name}" if len(runs) > 1 else ""),
-        findings=found,
-        fitted=bool(runs[0].record.get("passes")),
-        sections=sections,
-    ), plots
+    title += f", beside {runs[1].name}" if len(runs) > 1 else ""
+    sections = [made(make, runs) for make in _SECTIONS]
+    sound = "The fit looks sound" if runs[0].record.get("passes") else ""
+    return written(Page(title, overview.findings(runs), sections, sound), FOLDER if data else "")
+
+
+def written(page: Page, folder: str) -> tuple[str, list[Plot]]:
+    """Return a page as HTML, and the plots on it.
+
+    Parameters
+    ----------
+    page : Page
+        Each finding is told once more in the section that shows it.
+    folder : str
+        Where the data of each plot lie, relative to the page; empty where they are not written.
+    """
+    anchors = {section.anchor: section for section in page.sections}
+    for of, message, anchor in page.findings:
+        anchors[anchor].findings.append(f"{of}: {message}")
+    plots = [plot for section in page.sections for plot in section.plots]
+    _fit(page.sections, plots)
+    for plot in plots:
+        plot.file = f"{folder}/{file_name(plot)}" if folder and plot.columns else ""
+    return _environment().from_string(_source()).render(vars(page)), plots
 
 
 def file_name(plot: Plot) -> str:
@@ -69,10 +103,10 @@ def file_name(plot: Plot) -> str:
     return f"{safe}.csv"
 
 
-def _made(make: Callable[[Sequence[Kept]], Section], runs: Sequence[Kept]) -> Section:
-    """Return a section; one that says why not where it cannot be made."""
+def made(make: Callable[[Any], Section], what: Any) -> Section:
+    """Return a section about something; one that says why not where it cannot be made."""
     try:
-        return make(runs)
+        return make(what)
     except Exception as error:  # one broken section takes no other with it
         logger.opt(exception=True).debug(f"the report's section {make.__name__} failed")
         said = f"This section could not be made: {one_line(error)}."

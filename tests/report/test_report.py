@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import html.parser
 import re
 import shutil
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from archives import edit
 from browser import look, needs_browser
+from markup import Page
 from settings import scaling_of
 from stores import s3_server
 
@@ -29,7 +29,6 @@ from cuvis_dist.storage import OutputFolder
 HERE = scaling_of(workers=0, train_workers=0)
 #: The dead band of :func:`initialized`.
 DEAD = 4
-VOID = {"meta", "img", "br", "link", "hr"}
 
 
 def silent(event) -> None:
@@ -70,45 +69,6 @@ def initialized(demo_trainrun, tmp_path_factory) -> Path:
     run = load_trainrun(path, output_dir=folder / "results").initialization_only()
     run_trainrun(run, HERE, silent)
     return folder / "results"
-
-
-class Page(html.parser.HTMLParser):
-    """Which elements a page has; raises where one is not closed, or an address is elsewhere."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict]] = []
-        self.text = ""
-        self.ids: set[str] = set()
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        found = dict(attrs)
-        assert len(found) == len(attrs), f"an attribute of {tag} twice"
-        self.tags.append((tag, found))
-        if "id" in found:
-            assert found["id"] not in self.ids, f"{found['id']} is there twice"
-            self.ids.add(found["id"])
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open[-1:] == [tag], f"</{tag}> closes {self.open[-1:]}"
-        self.open.pop()
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.text += data
-
-    def of(self, tag):
-        return [found for name, found in self.tags if name == tag]
-
-    @property
-    def alts(self):
-        return [image["alt"] for image in self.of("img")]
 
 
 def page_of(out: Path, name: str = "report.html") -> Page:

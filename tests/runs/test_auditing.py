@@ -106,8 +106,21 @@ def test_drift_above_the_limit_has_an_exit_code_of_its_own(stored, capsys):
     assert audit(later, "--against", against, "--max-drift", "0.5") == 0
     said = capsys.readouterr().out
     assert "drift    rx_detector: 0." in said
-    assert audit(later, "--against", against, "--max-drift", "0.01") == 5
-    assert "has drifted by" in capsys.readouterr().err
+    page = trainrun.parent / "pages" / "audit.html"
+    options = ["--report", str(page), "--data"]
+    assert audit(later, "--against", against, "--max-drift", "0.01", *options) == 5
+    printed = capsys.readouterr()
+    assert "has drifted by" in printed.err
+    assert printed.out.splitlines()[-1] == f"report   {page}"
+    text = page.read_text()
+    assert "This section could not be made" not in text
+    for words in ("of itself, and 0.01 is allowed", 'id="drift"', later[1], "18,432", against):
+        assert words in text
+    written = {path.name for path in page.with_suffix("").iterdir()}
+    assert {"means.csv", "noise.csv", "drift-bands-rx_detector.csv"} <= written
+    lines = (page.with_suffix("") / "drift-rx_detector.csv").read_text().splitlines()
+    assert lines[0] == "wavelength in nm,mean then,mean now"
+    assert len(lines) == 1 + SIZES.bands
 
 
 @pytest.mark.parametrize(
@@ -116,6 +129,8 @@ def test_drift_above_the_limit_has_an_exit_code_of_its_own(stored, capsys):
         (["--by", "lens"], "no field 'lens' to group by; there are recording, frame, source"),
         (["--max-drift", "0.1"], "needs a pipeline to compare with"),
         (["--against", "nowhere.yaml"], "nowhere"),
+        (["--report", "audit.pdf"], "has no name that ends in .html"),
+        (["--data"], "name it, as in --report FILE"),
         (["--set", "measuring.pixels=finite"], "cuvis-dist measure TRAINRUN --store"),
     ],
 )
