@@ -8,59 +8,18 @@ import os
 import numpy as np
 import pytest
 import torch
-from archives import buffers_sha256, edit, real_scene, statistical_trainrun
+from archives import edit, real_scene, statistical_trainrun
 from cuvis_ai.node.data import CU3SDataNode
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training.post_fit import TrainHook
+from fits import Fits
 from node_rows import NODES
-from readings import CountedCubes, Wrapped, counted, wrap_train
-from settings import scaling_of
+from readings import Wrapped
 
-from cuvis_dist import StatisticalTrainer
 from cuvis_dist.errors import DataError
 from cuvis_dist.nodes.catalogue import CATALOGUE, recipe_for
-from cuvis_dist.runs.trainrun import load_trainrun
 from cuvis_dist.statistics import ExactMoments
 from cuvis_dist.store import Store
-
-
-class Fits:
-    """Fits of one trainrun, of which each knows which frames it has read.
-
-    Attributes
-    ----------
-    read : list of int
-        The frames that the last fit has read in its first pass.
-    first : PassRecord
-        What its first pass did.
-    """
-
-    def __init__(self, trainrun, folder, wrapper=lambda dataset: dataset, pipeline=None):
-        self.trainrun, self.folder, self.wrapper = trainrun, folder, wrapper
-        self.make, self.number = pipeline, 0
-
-    def __call__(self, without=(), emit=None, **settings):
-        """Fit; return the hash of all buffers."""
-        self.number += 1
-        log = self.folder / f"{self.number}.log"
-        run = load_trainrun(self.trainrun, without=without)
-        pipeline, module = self.make() if self.make else run.pipeline, run.datamodule()
-        wrap_train(module, lambda d: CountedCubes(self.wrapper(d), log=log))
-        scaling = scaling_of(**{"workers": 0, "save_seconds": 0} | settings)
-        trainer = StatisticalTrainer(pipeline, module, emit=emit, scaling=scaling)
-        try:
-            trainer.fit()
-        finally:
-            self.every = log.read_text().split()
-            self.read = sorted({int(n) for n in self.every})
-        self.first = trainer.records[0]
-        later = sum(record.frames for record in trainer.records[1:])
-        read = self.first.frames - (self.first.from_store or 0) + len(self.first.skipped)
-        assert len(self.every) == later + read
-        if later:  # the frames that the first pass has read are those that were read more often
-            often = counted(log)
-            self.read = sorted(n for n in often if often[n] == len(trainer.records))
-        return buffers_sha256(pipeline)
 
 
 class Integers(Wrapped):
@@ -79,10 +38,17 @@ def fits(request, demo, tmp_path):
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("later", ["exact", "sampled"])
-@pytest.mark.parametrize("shard_frames", [1, 3])
-def test_the_bits_are_those_of_a_fit_that_reads(fits, tmp_path, later, shard_frames):
-    settings = {"later_levels": later, "shard_frames": shard_frames}
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"shard_frames": 1},
+        {"shard_frames": 3},
+        {"later_levels": "sampled", "shard_frames": 1},
+        {"later_levels": "sampled", "shard_frames": 3, "sample_pixels": 1024},
+    ],
+    ids=str,
+)
+def test_the_bits_are_those_of_a_fit_that_reads(fits, tmp_path, settings):
     stored = settings | {"store": str(tmp_path / "store")}
     some, every = fits(without=["*_01*"], **settings), fits(**settings)
     frames = fits.first.frames
@@ -105,6 +71,38 @@ def test_whole_numbers_stay_exact_in_a_store(demo, tmp_path):
     kinds = {file.kind for file in Store(tmp_path / "store").files()}
     assert ExactMoments.name in kinds
     assert {how["exact"] for how in fits.first.nodes.values()} == {True}
+
+
+def test_few_pixels_serve_half_of_an_archive_and_of_less_it_is_read_again(
+    demo, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("cuvis_dist.initialization.stored._FEW_PIXELS", 1)
+    fits = Fits(demo, tmp_path)
+    settings = {"later_levels": "sampled", "sample_pixels": 1024}
+    stored = settings | {"store": str(tmp_path / "store")}
+    fits(**stored)
+    for without, read_again in ((["*_01*"], False), (["*_01*", "*_02*"], True), ([], False)):
+        state = fits(without=without, **stored)
+        assert bool(fits.every) == read_again
+        assert fits(without=without, **settings) == state
+
+
+class Tuned(Wrapped):
+    """Each frame's bands lie elsewhere."""
+
+    def __getitem__(self, index):
+        item = self.dataset[index]
+        return item | {"wavelengths": np.asarray(item["wavelengths"]) + index}
+
+
+def test_what_is_kept_besides_changes_no_sample(demo, tmp_path):
+    """A store keeps wavelengths for whoever asks; no node of the demo is fitted on them."""
+    fits, store = Fits(demo, tmp_path, Tuned), str(tmp_path / "store")
+    read = fits(later_levels="sampled")
+    assert fits.later == 0
+    assert fits(later_levels="sampled", store=store) == read
+    assert fits.later == 0
+    assert (fits(later_levels="sampled", store=store), fits.every) == (read, [])
 
 
 @pytest.mark.parametrize("scene", ["lhdata"])
