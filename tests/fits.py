@@ -19,6 +19,8 @@ class Fits:
         The frames that the last fit has read in its first pass.
     every : list of str
         Each reading of the last fit.
+    records : list of PassRecord
+        What the passes did.
     later : int
         How many passes came behind the first one.
     first : PassRecord
@@ -43,7 +45,7 @@ class Fits:
         finally:
             self.every = log.read_text().split()
             self.read = sorted({int(n) for n in self.every})
-        self.first = trainer.records[0]
+        self.records, self.first = trainer.records, trainer.records[0]
         self.later = len(trainer.records) - 1
         later = sum(record.frames for record in trainer.records[1:])
         read = self.first.frames - (self.first.from_store or 0) + len(self.first.skipped)

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from archives import edit, real_scene, statistical_trainrun
+from cuvis_ai.node.anomaly.rx_detector import RXGlobal
 from cuvis_ai.node.data import CU3SDataNode
+from cuvis_ai.node.normalization import MinMaxNormalizer
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training.post_fit import TrainHook
 from fits import Fits
@@ -85,6 +87,51 @@ def test_few_pixels_serve_half_of_an_archive_and_of_less_it_is_read_again(
         state = fits(without=without, **stored)
         assert bool(fits.every) == read_again
         assert fits(without=without, **settings) == state
+
+
+class Dark(Wrapped):
+    """The first frame has no finite pixel."""
+
+    def __getitem__(self, index):
+        item = self.dataset[index]
+        cube = np.asarray(item["cube"])
+        return item | {"cube": torch.from_numpy(np.full_like(cube, np.nan) if not index else cube)}
+
+
+def test_a_first_frame_of_which_no_pixel_counts(demo, tmp_path):
+    fits, store = Fits(demo, tmp_path, Dark), str(tmp_path / "store")
+    read = fits(pixels="finite")
+    assert fits(pixels="finite", store=store) == read
+    assert fits(pixels="finite", store=store) == read
+    assert fits.first.from_store == fits.first.frames
+
+
+def with_a_streamed_node():
+    data, stream, behind, beside = (
+        CU3SDataNode(name="data"),
+        MinMaxNormalizer(max_initialization_frames=99, name="stream"),
+        RXGlobal(12, name="behind"),
+        RXGlobal(12, name="beside"),
+    )
+    pipeline = CuvisPipeline("p")
+    pipeline.connect(
+        (data.outputs.cube, stream.inputs.data),
+        (stream.outputs.normalized, behind.inputs.data),
+        (data.outputs.cube, beside.inputs.data),
+    )
+    return pipeline
+
+
+def test_a_streamed_node_and_what_is_behind_it_are_read(demo, tmp_path):
+    fits = Fits(demo, tmp_path, pipeline=with_a_streamed_node)
+    read, store = fits(once=False), str(tmp_path / "store")
+    frames = fits.first.frames
+    for from_store in (0, frames):
+        assert fits(once=False, store=store) == read
+        assert {r.from_store for r in fits.records if "beside" in r.nodes} == {from_store}
+        others = [r for r in fits.records if "beside" not in r.nodes]
+        assert {r.from_store for r in others} == {None}
+        assert {*map(str, range(frames))} == {*fits.every}
 
 
 class Tuned(Wrapped):
