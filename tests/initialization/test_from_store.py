@@ -134,6 +134,16 @@ def test_a_streamed_node_and_what_is_behind_it_are_read(demo, tmp_path):
         assert {*map(str, range(frames))} == {*fits.every}
 
 
+def test_a_frame_that_is_repeated_is_measured_once(demo, tmp_path):
+    edit(demo, lambda run: run["data"]["params"].update(samples_per_frame=2))
+    fits, store = Fits(demo, tmp_path), str(tmp_path / "store")
+    read, frames = fits(), fits.first.frames
+    for from_store, first in ((0, frames // 2), (frames, 0)):
+        assert fits(once=False, store=store) == read
+        assert len(fits.every) == first + fits.later * frames
+        assert fits.first.from_store == from_store
+
+
 class Tuned(Wrapped):
     """Each frame's bands lie elsewhere."""
 
