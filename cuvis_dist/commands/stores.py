@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any
 
 from cuvis_dist.commands.options import (
@@ -127,13 +126,14 @@ def _list(arguments: argparse.Namespace, lines: Lines) -> int:
 
 
 def _show(arguments: argparse.Namespace, lines: Lines) -> int:
+    from cuvis_dist.runs.leaving_out import is_called, some_of
     from cuvis_dist.store.upkeep import recordings
 
     found, wanted = recordings(_opened(arguments, lines)), arguments.recording
     lines.settle()
-    names = [name for name in found if wanted is None or fnmatch(name, wanted)]
+    names = [name for name in found if wanted is None or is_called(name, wanted)]
     if not names:
-        raise InputError(f"the store has no recording {wanted}: it has {', '.join(found)}")
+        raise InputError(f"the store has no recording {wanted}: it has {some_of(found)}")
     for name in names:
         measured = ", ".join(f"{what} {len(uids)}" for what, uids in sorted(found[name].items()))
         print(f"{name}: {len(set().union(*found[name].values()))} frames ({measured})")
@@ -165,9 +165,9 @@ def _verify(arguments: argparse.Namespace, lines: Lines) -> int:
         checked, differ = differing(trainrun, scaling, arguments.frames)
         lines.settle()
         print(f"{len(checked) - len(differ)} of {len(checked)} frames measure as they did")
+        for frame, what in differ.items():
+            print(f"differs  {what} of {frame}")
         wrong += differ
-        for each in differ:
-            print(f"differs  {each}")
     if wrong:
         raise DataError(
             f"{store} is not sound: a run that uses it sets damaged files aside and measures "
@@ -177,6 +177,7 @@ def _verify(arguments: argparse.Namespace, lines: Lines) -> int:
 
 
 def _prune(arguments: argparse.Namespace, lines: Lines) -> int:
+    from cuvis_dist.runs.leaving_out import some_of
     from cuvis_dist.store.upkeep import prune
 
     store = _opened(arguments, lines)
@@ -186,8 +187,9 @@ def _prune(arguments: argparse.Namespace, lines: Lines) -> int:
     would = "would be " if arguments.dry_run else ""
     for recording, uids in sorted(found.stale.items()):
         print(f"{recording}: {len(uids)} frames are gone or have changed")
-    for path in sorted(found.hidden):
-        print(f"kept     {path} cannot be seen from here, nor its folder")
+    if found.hidden:
+        names = some_of(sorted(found.hidden))
+        print(f"kept     files that cannot be seen from here, nor their folders: {names}")
     gone = sum(map(len, found.stale.values()))
     print(
         f"{gone} frames {would}removed, {found.again} rows that were measured again, and "

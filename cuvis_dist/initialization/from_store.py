@@ -33,7 +33,7 @@ from cuvis_dist.nodes.state import StatefulNodesError
 from cuvis_dist.pace import Pace
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.statistics import Drawn, MergeTree
-from cuvis_dist.store import DamagedFileError, Identity, identity_of
+from cuvis_dist.store import Identity, UnusableFileError, identity_of
 
 #: Measurements are written when they take so many bytes, however short a time ago others were.
 _FILE_BYTES = 1 << 26
@@ -45,8 +45,10 @@ class Filling:
 
     Attributes
     ----------
-    frames, bytes : int
-        Frames that were measured, and the bytes of their tensors.
+    frames : set of Identity
+        Frames that were measured.
+    bytes : int
+        The bytes of their tensors.
     peak : int
         Largest resident memory of a worker.
     skipped : dict of str to str
@@ -55,7 +57,7 @@ class Filling:
         Ordinals of the shards that were run again.
     """
 
-    frames: int = 0
+    frames: set[Identity] = field(default_factory=set)
     bytes: int = 0
     peak: int = 0
     skipped: dict[str, str] = field(default_factory=dict)
@@ -63,7 +65,6 @@ class Filling:
 
     def add(self, tally: Tally) -> None:
         """Count what one reading has counted."""
-        self.frames += tally.frames
         self.bytes += tally.bytes
         self.peak = max(self.peak, tally.peak)
         self.skipped |= tally.skipped
@@ -170,6 +171,7 @@ class Filler:
                     seen.add(position)
                     tally.add(row)
                     if row.frames:
+                        self.done.frames.add(identity_of(part.frames[position]))
                         yield position, measured
                     else:
                         self._left_out.add(identity_of(part.frames[position]))
@@ -191,13 +193,13 @@ def measure_stored(filler: Filler) -> tuple[PassRecord, list[Fit], Outcome]:
 
     Returns and raises as :func:`~cuvis_dist.initialization.passes.measure_pass` does.
     """
-    started, stored, before = time.perf_counter(), filler.stored, filler.done.frames
+    started, stored = time.perf_counter(), filler.stored
     while True:
         usable = filler.fill()
         try:
             outcome = merged(stored, usable, filler.scaling.measuring.shard_frames)
             break
-        except DamagedFileError:  # it is set aside: measure what was in it
+        except UnusableFileError:  # it does not count any more: measure what was in it
             continue
     fitted, left = freeze_fits(stored.this_pass, outcome.statistics, outcome.probes)
     done = filler.done
@@ -210,7 +212,7 @@ def measure_stored(filler: Filler) -> tuple[PassRecord, list[Fit], Outcome]:
         done.peak,
         done.skipped,
         repeated=sorted(done.repeated),
-        from_store=len(usable) - (done.frames - before),
+        from_store=sum(identity_of(stored.archive.frames[i]) not in done.frames for i in usable),
     )
     logger.info(f"{record.from_store} of {len(usable)} frames are from the store {stored.store}")
     return record, left, outcome
@@ -228,8 +230,8 @@ def merged(stored: StoredPass, positions: Iterable[int], shard_frames: int) -> O
 
     Raises
     ------
-    DamagedFileError
-        If a file is damaged; it is then set aside.
+    UnusableFileError
+        If a file is damaged, and then set aside, or cannot be read any more.
     DataError
         If frames do not fit each other.
     """
@@ -280,7 +282,7 @@ def _drawn(
     for position, drawn in stored.pixels(shard_of):
         ordinal = shard_of[position]
         parts = by_shard[ordinal]
-        parts[position] = drawn and drawn.at(position)
+        parts[position] = drawn and drawn.only(stored.fitted_on).at(position)
         if len(parts) == len(frames_of[ordinal]):
             del by_shard[ordinal]
             whole = together([parts[i] for i in sorted(parts)])

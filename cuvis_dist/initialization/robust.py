@@ -39,8 +39,8 @@ def frames_outside(stored: StoredPass, positions: Sequence[int], keep: float) ->
     ------
     InputError
         If the pass measures no moments, or frames have other channels.
-    DamagedFileError
-        If a file is damaged; it is then set aside.
+    UnusableFileError
+        If a file is damaged, and then set aside, or cannot be read any more.
     """
     key = moments_of(stored.this_pass).key
     # By position: files come in an order of their own, and the starts depend on the order.

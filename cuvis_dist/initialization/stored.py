@@ -77,6 +77,8 @@ class StoredPass:
         By measurement.
     drawing : Drawing
         It draws the pixels of a frame that are kept.
+    fitted_on : list of str
+        What of each pixel later levels are fitted on: more is kept.
     """
 
     def __init__(
@@ -97,7 +99,9 @@ class StoredPass:
         self._pixels = keys.of_pixels(map(port_of, names), measuring.sample_seed)
         self._needed = self._expected = 0.0
         drawn = float(_FEW_PIXELS)
+        self.fitted_on: list[str] = []
         if this_pass.later:
+            self.fitted_on = Frontier(pipeline, this_pass).names
             self._needed = expected_per_frame(measuring.sample_pixels, len(archive))
             # Twice as many: enough for an archive of which half is taken out.
             drawn = max(drawn, expected_per_frame(measuring.sample_pixels, -(-len(archive) // 2)))
@@ -158,8 +162,8 @@ class StoredPass:
 
         Raises
         ------
-        DamagedFileError
-            If a file is damaged; it is then set aside.
+        UnusableFileError
+            If a file is damaged, and then set aside, or cannot be read any more.
         """
         for file, table, rows in self._files(self.keys[name], positions):
             with self._sound(file):

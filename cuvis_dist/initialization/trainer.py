@@ -39,7 +39,7 @@ from cuvis_dist.initialization.streaming import require_whole_frames, stream_pas
 from cuvis_dist.nodes.state import StatefulNodesError
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.storage import Location, OutputFolder
-from cuvis_dist.store import DamagedFileError, Store
+from cuvis_dist.store import Store, UnusableFileError
 
 
 class StatisticalTrainer(UpstreamStatisticalTrainer):
@@ -93,6 +93,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         self.outcomes: list[tuple[Pass, Outcome]] = []
         self.frames: Sequence[Frame] = ()
         self.contents = Contents({})
+        self._store: Store | None = None
 
     def fit(self, *, resume: bool = False) -> None:
         """Fit every statistical node of the pipeline on the train split.
@@ -119,6 +120,8 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         """
         self.records, self.outcomes, self.left_out = [], [], {}
         self.frames, self.contents = (), Contents({})
+        store = self.scaling.measuring.store
+        self._store = None if store is None else Store(store, holds=True)
         plan, scaling = self._planned(), self.scaling  # before anything is read
         if not plan:
             logger.info("No statistical nodes to train")
@@ -200,17 +203,17 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         """Return a pass in the store; None if there is no store that keeps what it measures."""
         done = {name for record in self.records for name in record.nodes}
         measuring = self.scaling.measuring
-        if measuring.store is None or not can_be_stored(this_pass, self.pipeline, done):
+        if self._store is None or not can_be_stored(this_pass, self.pipeline, done):
             return None
         if hidden := unseen(archive, self.contents):
             logger.warning(
-                f"the store {measuring.store} is not used: the files of {len(hidden)} frames, such "
+                f"the store {self._store} is not used: the files of {len(hidden)} frames, such "
                 f"as {hidden[0]}, cannot be seen from here, so that nobody could tell whether they "
                 "have changed"
             )
             return None
         return StoredPass(
-            Store(measuring.store), self.pipeline, self.datamodule, archive, this_pass, measuring
+            self._store, self.pipeline, self.datamodule, archive, this_pass, measuring
         )
 
     def _bulk(self, this_pass: Pass, archive: Archive, keep: float) -> Archive:
@@ -227,7 +230,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
             try:
                 outside = frames_outside(stored, filler.fill(), keep)
                 break
-            except DamagedFileError:  # it is set aside: measure what was in it
+            except UnusableFileError:  # it does not count any more: measure what was in it
                 continue
         for position, distance in outside.items():
             frame = archive.frames[position]

@@ -45,8 +45,10 @@ def probe(chain: tuple[Hop, ...], pixels: Tensor) -> tuple[Tensor, Tensor]:
     Raises
     ------
     ValueError
-        If the chain does something else to the real pixels.
+        If the chain does something else to the real pixels, or there are none.
     """
+    if not len(pixels):
+        raise ValueError("the first frame has no pixels that count, to check its affine map on")
     channels = pixels.shape[-1]
     unit = torch.eye(channels, dtype=torch.float64)
     answers = _through(chain, torch.cat([torch.zeros(1, channels, dtype=torch.float64), unit]))

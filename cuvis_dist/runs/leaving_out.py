@@ -46,12 +46,12 @@ def leave_out(
         )
     recordings = list(dict.fromkeys(frame.recording for frame in frames))
     for pattern in without:
-        if not any(_matches(recording, pattern) for recording in recordings):
+        if not any(is_called(recording, pattern) for recording in recordings):
             raise InputError(
                 f"no recording of the train split is called {pattern}: there are "
-                f"{_some(recordings)}"
+                f"{some_of(recordings)}"
             )
-    if all(any(_matches(name, pattern) for pattern in without) for name in recordings):
+    if all(any(is_called(name, pattern) for pattern in without) for name in recordings):
         raise InputError(f"no frame of the train split is left without {', '.join(without)}")
     if splits.splits_path is not None:
         content = (base_dir / splits.splits_path).read_bytes()
@@ -69,13 +69,17 @@ def excluding(splits: DataSplitConfig, without: Collection[str]) -> DataSplitCon
     return splits.model_copy(update={"train": [Selector(kind=SelectorKind.EXCEPT, of=of)]})
 
 
-def _matches(recording: str, pattern: str) -> bool:
-    """Whether upstream's selector finds a recording by a pattern or by one of any folder."""
+def is_called(recording: str, pattern: str) -> bool:
+    """Whether a recording has a name, or one that a glob describes.
+
+    Names are with or without their folders and suffixes, as upstream's selectors take them.
+    """
     stem = PurePosixPath(recording.replace("\\", "/")).stem
     return any(fnmatch(name, p) for name in (recording, stem) for p in (pattern, f"*/{pattern}"))
 
 
-def _some(recordings: Iterable[str]) -> str:
+def some_of(recordings: Iterable[str]) -> str:
+    """Return the first few of some names, and how many more there are."""
     names = list(recordings)
     more = len(names) - _NAMED
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -23,7 +23,7 @@ from cuvis_dist.runs.record import JobRecord
 from cuvis_dist.runs.trainrun import TrainRun
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.statistics import Statistic
-from cuvis_dist.store import Store
+from cuvis_dist.store import Store, identity_of
 
 #: Relative difference of statistics that are rounded, from one processor to another.
 _ROUNDING = 1e-9
@@ -103,8 +103,9 @@ def measure(
             stored, trainrun.pipeline, contents, entered.scaling, lambda done: say(done, total)
         )
         usable = filler.fill()
-        record.frames, record.read = len(usable), filler.done.frames
-        record.from_store = len(usable) - filler.done.frames
+        read = filler.done.frames
+        record.frames, record.read = len(usable), len(read)
+        record.from_store = sum(identity_of(archive.frames[i]) not in read for i in usable)
         record.skipped = filler.done.skipped
         record.seconds = round(time.perf_counter() - started, 3)
         entered.done()
@@ -150,7 +151,9 @@ def _stored_pass(trainrun: TrainRun, scaling: Scaling) -> Pass:
     )
 
 
-def differing(trainrun: TrainRun, scaling: Scaling, frames: int) -> tuple[list[str], list[str]]:
+def differing(
+    trainrun: TrainRun, scaling: Scaling, frames: int
+) -> tuple[list[str], dict[str, str]]:
     """Measure a few frames of the train split again, and compare them with a store.
 
     Parameters
@@ -164,8 +167,9 @@ def differing(trainrun: TrainRun, scaling: Scaling, frames: int) -> tuple[list[s
 
     Returns
     -------
-    tuple of list of str and list of str
-        The names of the frames that were compared, and what differs.
+    tuple of list of str and dict of str to str
+        The names of the frames that were compared, and of those that measure otherwise with what
+        differs.
 
     Raises
     ------
@@ -179,14 +183,15 @@ def differing(trainrun: TrainRun, scaling: Scaling, frames: int) -> tuple[list[s
         raise DataError(f"{stored.store} has no frame of the train split of {trainrun.path}")
     few = there[:: max(1, len(there) // max(1, frames))][:frames]
     measurer = Measurer(trainrun.pipeline, stored.this_pass.by_key(), scaling.measuring.pixels, {})
-    differ = []
+    differ: dict[str, str] = {}
     for key in stored.keys:
         for position, statistic, _ in stored.statistics(key, few):
             measurer.ranks.clear()
             frame = archive.frames[position]
             now, _ = measurer.frame(archive.read(position), frame, position)
             if not _alike(now.statistics[key], statistic):
-                differ.append(f"{key} of {frame}")
+                name = str(frame)
+                differ[name] = f"{differ[name]}, {key}" if name in differ else key
     return [str(archive.frames[i]) for i in few], differ
 
 

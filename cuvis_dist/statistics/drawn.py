@@ -11,7 +11,7 @@ without replacement).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -64,6 +64,12 @@ class Drawn:
         few = self.rank <= bound
         values = {name: array[few] for name, array in self.values.items()}
         return replace(self, bound=bound, rank=self.rank[few], frame=self.frame[few], values=values)
+
+    def only(self, names: Collection[str]) -> Drawn:
+        """Return the same pixels with only some of what belongs to them and to the frames."""
+        values = {name: array for name, array in self.values.items() if name in names}
+        constants = {name: value for name, value in self.constants.items() if name in names}
+        return replace(self, values=values, constants=constants)
 
     @property
     def bytes(self) -> int:

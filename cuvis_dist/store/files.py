@@ -34,7 +34,7 @@ Identity = tuple[str, str]
 
 
 class UnusableFileError(CuvisDistError):
-    """A file that cannot be used; the message names it and says why."""
+    """A file that cannot be used, or not any more; the message names it and says why."""
 
 
 class DamagedFileError(UnusableFileError):
@@ -64,6 +64,12 @@ class Entry:
     def identity(self) -> Identity:
         """What the frame is known by; the first file is its own."""
         return self.uid, next(iter(self.files))
+
+    @property
+    def worth(self) -> tuple[bool, float]:
+        """What makes one measurement of a frame better than another: probes, more pixels."""
+        bound = self.about.get("bound")
+        return bool(self.about.get("probes")), float(bound) if bound is not None else 0.0
 
     @property
     def contents(self) -> Contents:
@@ -127,32 +133,21 @@ def written_at(name: str) -> datetime | None:
         return None
 
 
-def write_file(
-    folder: OutputFolder,
-    where: str,
-    about: tuple[str, str, dict[str, Any]],
-    table: pa.Table,
-    entries: Sequence[Entry],
-) -> StoredFile:
-    """Write a table and its manifest.
+def make_file(
+    where: str, about: tuple[str, str, dict[str, Any]], table: pa.Table, entries: Sequence[Entry]
+) -> tuple[StoredFile, bytes]:
+    """Return a new file with a table, and its content; nothing is written.
 
     Parameters
     ----------
-    folder : OutputFolder
-        The store's folder.
     where : str
-        Name of the folder in it.
+        Name of the folder in the store.
     about : tuple of str, str and dict
         Kind, what was measured, and what that depends on.
     table : Table
         A row for each frame.
     entries : sequence of Entry
         The frames.
-
-    Raises
-    ------
-    InputError, ClusterError
-        If the folder cannot be written to.
     """
     now = datetime.now(UTC)
     sink = pa.BufferOutputStream()
@@ -168,9 +163,19 @@ def write_file(
         now.isoformat(timespec="seconds"),
         f"cuvis-dist {version('cuvis-dist')}",
     )
+    return stored, content
+
+
+def write_file(folder: OutputFolder, stored: StoredFile, content: bytes) -> None:
+    """Write a file, then its manifest.
+
+    Raises
+    ------
+    OSError, InputError, ClusterError
+        If the folder cannot be written to.
+    """
     folder.write(stored.name, content)
     folder.write(stored.manifest, _as_json(stored))
-    return stored
 
 
 def _as_json(stored: StoredFile) -> bytes:
@@ -199,7 +204,7 @@ def read_manifest(folder: OutputFolder, name: str) -> StoredFile:
     DamagedFileError
         If it is no manifest.
     UnusableFileError
-        If it is of another version.
+        If it is of another version, or must not be read.
     """
     place = folder.at(name)
     try:
@@ -207,6 +212,8 @@ def read_manifest(folder: OutputFolder, name: str) -> StoredFile:
         number = values.pop("format")
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise DamagedFileError(f"{place} is damaged: {one_line(error)}") from error
+    except PermissionError as error:
+        raise UnusableFileError(f"{place} cannot be read: {one_line(error)}") from error
     if number != FORMAT:
         raise UnusableFileError(
             f"{place} has the format {number!r}, and this cuvis-dist reads format {FORMAT}"
@@ -229,13 +236,28 @@ def read_file(folder: OutputFolder, stored: StoredFile) -> pa.Table:
     Raises
     ------
     DamagedFileError
-        If it is gone, or not what its manifest says.
+        If it is gone without its manifest, or not what that says.
+    UnusableFileError
+        If somebody has removed both.
     """
     place = folder.at(stored.name)
     try:
         content = folder.read(stored.name)
     except FileNotFoundError as error:
+        if not folder.exists(stored.manifest):
+            raise UnusableFileError(f"{place} was removed meanwhile") from error
         raise DamagedFileError(f"{place} is gone, and its manifest is there") from error
+    return table_of(content, stored, place)
+
+
+def table_of(content: bytes, stored: StoredFile, place: object) -> pa.Table:
+    """Return the table that is the content of a file, which lies at ``place``.
+
+    Raises
+    ------
+    DamagedFileError
+        If it is not what the manifest says.
+    """
     if len(content) != stored.bytes:
         raise DamagedFileError(
             f"{place} is damaged: it has {len(content)} bytes, and its manifest says {stored.bytes}"

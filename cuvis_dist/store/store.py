@@ -24,9 +24,11 @@ from cuvis_dist.store.files import (
     Identity,
     StoredFile,
     UnusableFileError,
+    make_file,
     manifest_of,
     read_file,
     read_manifest,
+    table_of,
     write_file,
 )
 from cuvis_dist.store.identity import Key
@@ -42,7 +44,7 @@ def identity_of(frame: Frame) -> Identity:
 
     Data modules that do not name their recordings give frames of several files the same uid.
     """
-    return frame.uid, frame.reads[0]
+    return frame.uid, frame.reads[0] if frame.reads else ""
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,16 @@ class Store:
     ----------
     place : path or URI
         It is made when something is written.
+    holds : bool
+        Whether work goes on, with a warning, where the place fails once it has been read: what is
+        added then stays in this process, and what cannot be read is not found.
     """
 
-    def __init__(self, place: Location) -> None:
-        self.folder = OutputFolder(place)
+    def __init__(self, place: Location, holds: bool = False) -> None:
+        self.folder, self.holds = OutputFolder(place), holds
         self._known: dict[str, StoredFile | None] = {}
+        self._held: dict[str, tuple[StoredFile, bytes]] = {}
+        self._reached = self._unreadable = self._unwritable = False
 
     def __str__(self) -> str:
         return str(self.folder)
@@ -95,12 +102,22 @@ class Store:
         InputError, ClusterError
             If the store cannot be read.
         """
+        held = [file for name, (file, _) in self._held.items() if name.startswith(where)]
+        try:
+            found = held if self._unreadable else [*held, *self._there(where)]
+        except (OSError, CuvisDistError) as error:
+            self._lose(error)
+            found = held
+        return sorted(found, key=lambda file: file.name)
+
+    def _there(self, where: str) -> list[StoredFile]:
+        """Return the files that lie in the store, or in one folder in it."""
         names = [n for n in self.folder.names(where) if n.endswith(".json") and _is_ours(n)]
         new = [name for name in names if name not in self._known]
         with ThreadPoolExecutor(_READERS) as readers:
             self._known |= zip(new, readers.map(self._manifest, new), strict=True)
-        found = (self._known[name] for name in names)
-        return sorted((file for file in found if file), key=lambda file: file.name)
+        self._reached = True
+        return [file for name in names if (file := self._known[name])]
 
     def find(
         self,
@@ -133,7 +150,9 @@ class Store:
             for row, entry in enumerate(file.entries):
                 files = wanted.get(entry.identity)
                 if files and _same(files, entry) and suits(entry):
-                    found[entry.identity] = Found(file, row)  # the last one that was written
+                    there = found.get(entry.identity)
+                    if there is None or entry.worth >= there.entry.worth:
+                        found[entry.identity] = Found(file, row)  # of equals the last one
         return found
 
     def read(self, file: StoredFile) -> pa.Table:
@@ -143,12 +162,23 @@ class Store:
         ------
         DamagedFileError
             If it is damaged.
+        UnusableFileError
+            If somebody has removed it, or it cannot be read any more and work goes on then.
+        InputError, ClusterError
+            If it cannot be read any more, elsewhere.
         """
+        if file.name in self._held:
+            return table_of(self._held[file.name][1], file, file.name)
         try:
             return read_file(self.folder, file)
         except DamagedFileError as error:
             self.set_aside(file.name, str(error))
             raise
+        except UnusableFileError:
+            raise
+        except (OSError, CuvisDistError) as error:
+            self._lose(error)
+            raise UnusableFileError(f"{self.folder.at(file.name)} is not used") from error
 
     def add(self, key: Key, kind: str, table: pa.Table, entries: Sequence[Entry]) -> StoredFile:
         """Write what was measured of some frames, a row each.
@@ -165,16 +195,51 @@ class Store:
         InputError, ClusterError
             If the store cannot be written to.
         """
-        about = kind, key.name, key.depends_on
-        file = write_file(self.folder, key.digest, about, table, entries)
-        self._known[file.manifest] = file
+        file, content = make_file(key.digest, (kind, key.name, key.depends_on), table, entries)
+        try:
+            if not self._unwritable:
+                write_file(self.folder, file, content)
+                self._known[file.manifest] = file
+        except (OSError, CuvisDistError) as error:
+            self._hold(error)
+        if self._unwritable:
+            self._held[file.name] = file, content
         return file
 
     def require_writable(self) -> None:
-        """Raise InputError or ClusterError, before any work is done, if nothing can be added."""
+        """Raise InputError or ClusterError, before any work is done, if nothing can be added.
+
+        Where work goes on, a store that has something may be one that can only be read.
+        """
         name = f".probe-{os.getpid()}"
-        self.folder.write(name, b"-")
-        self.folder.remove(name)
+        try:
+            if not self._unwritable:
+                self.folder.write(name, b"-")
+                self.folder.remove(name)
+        except (OSError, CuvisDistError) as error:
+            if not any(self._known.values()):
+                raise
+            self._hold(error)
+
+    def _hold(self, error: Exception) -> None:
+        """Go on without writing, and say so; raises the error where work does not go on."""
+        if not (self.holds and self._reached):
+            raise error
+        self._unwritable = True
+        logger.warning(
+            f"the store {self} cannot be written to, and the work goes on: what is measured from "
+            f"now on is kept in memory until it ends. The reason: {one_line(error)}"
+        )
+
+    def _lose(self, error: Exception) -> None:
+        """Go on without reading, and say so; raises the error where work does not go on."""
+        if not (self.holds and self._reached):
+            raise error
+        self._unreadable = self._unwritable = True
+        logger.warning(
+            f"the store {self} cannot be read any more, and the work goes on: what it had is "
+            f"measured again, and kept in memory until the work ends. The reason: {one_line(error)}"
+        )
 
     def set_aside(self, name: str, why: str) -> None:
         """Move a file that is damaged, and its manifest, out of the way, and say so."""

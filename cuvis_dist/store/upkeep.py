@@ -233,15 +233,9 @@ def _last(entries: Iterable[Entry]) -> dict[tuple[str, str], Entry]:
     last: dict[tuple[str, str], Entry] = {}
     for entry in entries:
         before = last.get(_identity(entry))
-        if before is None or _worth(entry) >= _worth(before):
+        if before is None or entry.worth >= before.worth:
             last[_identity(entry)] = entry
     return last
-
-
-def _worth(entry: Entry) -> tuple[bool, float]:
-    """Return what makes one entry of a frame better than another."""
-    bound = entry.about.get("bound")
-    return bool(entry.about.get("probes")), float(bound) if bound is not None else 0.0
 
 
 def _states(files: Iterable[StoredFile]) -> dict[str, Contents | None]:

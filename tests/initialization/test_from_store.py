@@ -8,59 +8,20 @@ import os
 import numpy as np
 import pytest
 import torch
-from archives import buffers_sha256, edit, real_scene, statistical_trainrun
+from archives import edit, real_scene, statistical_trainrun
+from cuvis_ai.node.anomaly.rx_detector import RXGlobal
 from cuvis_ai.node.data import CU3SDataNode
+from cuvis_ai.node.normalization import MinMaxNormalizer
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training.post_fit import TrainHook
+from fits import Fits
 from node_rows import NODES
-from readings import CountedCubes, Wrapped, counted, wrap_train
-from settings import scaling_of
+from readings import Wrapped
 
-from cuvis_dist import StatisticalTrainer
 from cuvis_dist.errors import DataError
 from cuvis_dist.nodes.catalogue import CATALOGUE, recipe_for
-from cuvis_dist.runs.trainrun import load_trainrun
 from cuvis_dist.statistics import ExactMoments
 from cuvis_dist.store import Store
-
-
-class Fits:
-    """Fits of one trainrun, of which each knows which frames it has read.
-
-    Attributes
-    ----------
-    read : list of int
-        The frames that the last fit has read in its first pass.
-    first : PassRecord
-        What its first pass did.
-    """
-
-    def __init__(self, trainrun, folder, wrapper=lambda dataset: dataset, pipeline=None):
-        self.trainrun, self.folder, self.wrapper = trainrun, folder, wrapper
-        self.make, self.number = pipeline, 0
-
-    def __call__(self, without=(), emit=None, **settings):
-        """Fit; return the hash of all buffers."""
-        self.number += 1
-        log = self.folder / f"{self.number}.log"
-        run = load_trainrun(self.trainrun, without=without)
-        pipeline, module = self.make() if self.make else run.pipeline, run.datamodule()
-        wrap_train(module, lambda d: CountedCubes(self.wrapper(d), log=log))
-        scaling = scaling_of(**{"workers": 0, "save_seconds": 0} | settings)
-        trainer = StatisticalTrainer(pipeline, module, emit=emit, scaling=scaling)
-        try:
-            trainer.fit()
-        finally:
-            self.every = log.read_text().split()
-            self.read = sorted({int(n) for n in self.every})
-        self.first = trainer.records[0]
-        later = sum(record.frames for record in trainer.records[1:])
-        read = self.first.frames - (self.first.from_store or 0) + len(self.first.skipped)
-        assert len(self.every) == later + read
-        if later:  # the frames that the first pass has read are those that were read more often
-            often = counted(log)
-            self.read = sorted(n for n in often if often[n] == len(trainer.records))
-        return buffers_sha256(pipeline)
 
 
 class Integers(Wrapped):
@@ -79,10 +40,17 @@ def fits(request, demo, tmp_path):
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("later", ["exact", "sampled"])
-@pytest.mark.parametrize("shard_frames", [1, 3])
-def test_the_bits_are_those_of_a_fit_that_reads(fits, tmp_path, later, shard_frames):
-    settings = {"later_levels": later, "shard_frames": shard_frames}
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"shard_frames": 1},
+        {"shard_frames": 3},
+        {"later_levels": "sampled", "shard_frames": 1},
+        {"later_levels": "sampled", "shard_frames": 3, "sample_pixels": 1024},
+    ],
+    ids=str,
+)
+def test_the_bits_are_those_of_a_fit_that_reads(fits, tmp_path, settings):
     stored = settings | {"store": str(tmp_path / "store")}
     some, every = fits(without=["*_01*"], **settings), fits(**settings)
     frames = fits.first.frames
@@ -105,6 +73,93 @@ def test_whole_numbers_stay_exact_in_a_store(demo, tmp_path):
     kinds = {file.kind for file in Store(tmp_path / "store").files()}
     assert ExactMoments.name in kinds
     assert {how["exact"] for how in fits.first.nodes.values()} == {True}
+
+
+def test_few_pixels_serve_half_of_an_archive_and_of_less_it_is_read_again(
+    demo, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("cuvis_dist.initialization.stored._FEW_PIXELS", 1)
+    fits = Fits(demo, tmp_path)
+    settings = {"later_levels": "sampled", "sample_pixels": 1024}
+    stored = settings | {"store": str(tmp_path / "store")}
+    fits(**stored)
+    for without, read_again in ((["*_01*"], False), (["*_01*", "*_02*"], True), ([], False)):
+        state = fits(without=without, **stored)
+        assert bool(fits.every) == read_again
+        assert fits(without=without, **settings) == state
+
+
+class Dark(Wrapped):
+    """The first frame has no finite pixel."""
+
+    def __getitem__(self, index):
+        item = self.dataset[index]
+        cube = np.asarray(item["cube"])
+        return item | {"cube": torch.from_numpy(np.full_like(cube, np.nan) if not index else cube)}
+
+
+def test_a_first_frame_of_which_no_pixel_counts(demo, tmp_path):
+    fits, store = Fits(demo, tmp_path, Dark), str(tmp_path / "store")
+    read = fits(pixels="finite")
+    assert fits(pixels="finite", store=store) == read
+    assert fits(pixels="finite", store=store) == read
+    assert fits.first.from_store == fits.first.frames
+
+
+def with_a_streamed_node():
+    data, stream, behind, beside = (
+        CU3SDataNode(name="data"),
+        MinMaxNormalizer(max_initialization_frames=99, name="stream"),
+        RXGlobal(12, name="behind"),
+        RXGlobal(12, name="beside"),
+    )
+    pipeline = CuvisPipeline("p")
+    pipeline.connect(
+        (data.outputs.cube, stream.inputs.data),
+        (stream.outputs.normalized, behind.inputs.data),
+        (data.outputs.cube, beside.inputs.data),
+    )
+    return pipeline
+
+
+def test_a_streamed_node_and_what_is_behind_it_are_read(demo, tmp_path):
+    fits = Fits(demo, tmp_path, pipeline=with_a_streamed_node)
+    read, store = fits(once=False), str(tmp_path / "store")
+    frames = fits.first.frames
+    for from_store in (0, frames):
+        assert fits(once=False, store=store) == read
+        assert {r.from_store for r in fits.records if "beside" in r.nodes} == {from_store}
+        others = [r for r in fits.records if "beside" not in r.nodes]
+        assert {r.from_store for r in others} == {None}
+        assert {*map(str, range(frames))} == {*fits.every}
+
+
+def test_a_frame_that_is_repeated_is_measured_once(demo, tmp_path):
+    edit(demo, lambda run: run["data"]["params"].update(samples_per_frame=2))
+    fits, store = Fits(demo, tmp_path), str(tmp_path / "store")
+    read, frames = fits(), fits.first.frames
+    for from_store, first in ((0, frames // 2), (frames, 0)):
+        assert fits(once=False, store=store) == read
+        assert len(fits.every) == first + fits.later * frames
+        assert fits.first.from_store == from_store
+
+
+class Tuned(Wrapped):
+    """Each frame's bands lie elsewhere."""
+
+    def __getitem__(self, index):
+        item = self.dataset[index]
+        return item | {"wavelengths": np.asarray(item["wavelengths"]) + index}
+
+
+def test_what_is_kept_besides_changes_no_sample(demo, tmp_path):
+    """A store keeps wavelengths for whoever asks; no node of the demo is fitted on them."""
+    fits, store = Fits(demo, tmp_path, Tuned), str(tmp_path / "store")
+    read = fits(later_levels="sampled")
+    assert fits.later == 0
+    assert fits(later_levels="sampled", store=store) == read
+    assert fits.later == 0
+    assert (fits(later_levels="sampled", store=store), fits.every) == (read, [])
 
 
 @pytest.mark.parametrize("scene", ["lhdata"])

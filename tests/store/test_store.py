@@ -19,7 +19,7 @@ from loguru import logger
 from cuvis_dist.archive import Contents, Frame
 from cuvis_dist.statistics import ExactMoments, Extrema, Moments, PixelSample
 from cuvis_dist.statistics.columns import from_table, to_table
-from cuvis_dist.store import DamagedFileError, Entry, Key, Store
+from cuvis_dist.store import DamagedFileError, Entry, Key, Store, UnusableFileError
 from cuvis_dist.store.upkeep import damaged, kinds, prune, recordings
 
 KEY = Key("Extrema(data.cube)", {"port": "data.cube"})
@@ -49,11 +49,13 @@ class Files:
             path.write_text(str(number))
         return Frame(f"r{number // 3}#{number}", f"r{number // 3}", str(path), reads=(str(path),))
 
-    def add(self, *numbers: int, key: Key = KEY, store: Store | None = None, value: float = 0):
+    def add(
+        self, *numbers: int, key: Key = KEY, store: Store | None = None, value: float = 0, **about
+    ):
         frames = [self.frame(number) for number in numbers]
         contents = Contents.of(frames)
         table = to_table([Extrema.measure(torch.full((4, 3), n + value)) for n in numbers])
-        entries = [Entry(f.uid, f.recording, contents.only([f]).as_json()) for f in frames]
+        entries = [Entry(f.uid, f.recording, contents.only([f]).as_json(), about) for f in frames]
         return (store or Store(self.store)).add(key, Extrema.name, table, entries)
 
     def found(self, *numbers: int, key: Key = KEY, store: Store | None = None) -> dict[int, float]:
@@ -93,6 +95,16 @@ def test_a_frame_of_which_a_file_changed_is_not_found(files):
     assert files.found(0, 1) == {1: 1}
     files.add(0, value=0.5)
     assert files.found(0, 1) == {0: 0.5, 1: 1}
+
+
+def test_the_better_measurement_counts_whatever_the_clock_of_its_writer(files):
+    """Names are ordered by times, and the clocks of two machines differ."""
+    files.add(0, probes=True)
+    time.sleep(1.1)
+    files.add(0, value=0.5, probes=False)
+    assert files.found(0) == {0: 0}
+    files.add(0, value=0.25, probes=True)
+    assert files.found(0) == {0: 0.25}
 
 
 def test_a_frame_of_another_file_with_the_same_uid_is_another_frame(files):
@@ -291,6 +303,19 @@ def test_pruning_removes_what_no_frame_has_and_joins_the_rest(files):
     assert len(Store(files.store).files()) == 1
     assert files.found(0, 1, 3, 4) == {0: 0, 1: 1, 4: 4}
     assert prune(Store(files.store)).rows == 3
+
+
+def test_who_reads_while_it_is_pruned_finds_the_rest(files, warnings):
+    for number in range(3):
+        files.add(number)
+    store, frames = Store(files.store), [files.frame(number) for number in range(3)]
+    places = store.find(KEY, frames, Contents.of(frames))
+    prune(Store(files.store))
+    for place in places.values():
+        with pytest.raises(UnusableFileError, match="removed meanwhile"):
+            store.read(place.file)
+    assert warnings == []
+    assert files.found(0, 1, 2, store=store) == {0: 0, 1: 1, 2: 2}
 
 
 def test_pruning_where_the_archive_is_not_removes_nothing(files, tmp_path):
