@@ -169,7 +169,7 @@ def _stored(trainrun: TrainRun, scaling: Scaling) -> Stored:
     """Return what the store knows of the train split."""
     from cuvis_dist.archive import open_archive
     from cuvis_dist.audit.stored import read_store
-    from cuvis_dist.store import DamagedFileError
+    from cuvis_dist.store import UnusableFileError
 
     datamodule, measuring = trainrun.datamodule(scaling), scaling.measuring
     archive = open_archive(datamodule, "train").sampled(
@@ -178,7 +178,7 @@ def _stored(trainrun: TrainRun, scaling: Scaling) -> Stored:
     while True:
         try:
             return read_store(trainrun.pipeline, datamodule, archive, measuring, _fields(trainrun))
-        except DamagedFileError:  # it is set aside, and said: go on with the others
+        except UnusableFileError:  # set aside or gone, and said: go on with the others
             continue
 
 
