@@ -78,7 +78,7 @@ def drift(stored: Stored, initialized: CuvisPipeline, groups: Sequence[Group]) -
     initialized : CuvisPipeline
         A pipeline that was fitted before, with nodes of the same names.
     groups : sequence of Group
-        Of the frames that were stored.
+        The groups that the stored frames form.
 
     Raises
     ------

@@ -24,7 +24,7 @@ class FrameStatistics:
     fields : dict of str to str
         The frame's row of the universe.
     moments : Moments or ExactMoments
-        Of all of its pixels, with the full covariance.
+        The moments of all of its pixels, with the full covariance.
     extrema : Extrema or None
         Smallest and largest value of each band.
     pixels : ndarray

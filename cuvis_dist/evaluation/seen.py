@@ -138,8 +138,8 @@ class Seen:
     annotated : bool
         Whether they have an annotation.
     counts : dict of str to Counts
-        Of ``scores``, of some pixels, and of ``logits``, of all: see
-        :class:`~cuvis_dist.nodes.shown.Judged`.
+        The counts of ``scores`` are those of some pixels, the counts of ``logits`` those of all:
+        see :class:`~cuvis_dist.nodes.shown.Judged`.
     wrong : list of float
         :attr:`Picture.wrong` of each frame.
     pictures : list of Picture

@@ -89,7 +89,7 @@ class Card(_Part):
     Attributes
     ----------
     format : int
-        Of the card; a reader refuses one that it does not know.
+        The version of the card's format; a reader refuses one that it does not know.
     name : str
         What the initialization is called.
     made : str

@@ -158,7 +158,7 @@ class StoredPass:
         name : str
             The measurement.
         positions : collection of int
-            Of which frames of the archive.
+            The frames of the archive whose measurements are wanted.
 
         Raises
         ------

@@ -113,7 +113,7 @@ class Judged:
     mask : tuple of str or None
         The annotation.
     bands : int
-        Of how many bands the distances are.
+        The number of bands that the distances are computed from.
     """
 
     scores: PortOf | None

@@ -136,7 +136,7 @@ class Store:
         key : Key
             What is asked for.
         frames : iterable of Frame
-            Of which frames.
+            The frames whose measurements are wanted.
         contents : Contents
             The files that they are read from, as they are now.
         suits : callable

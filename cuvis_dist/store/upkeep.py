@@ -228,7 +228,7 @@ def _identity(entry: Entry) -> tuple[str, str]:
 def _last(entries: Iterable[Entry]) -> dict[tuple[str, str], Entry]:
     """Return the last entry of each frame as it was read from the same files.
 
-    Of samples of pixels, the largest one.
+    Among samples of pixels the largest one counts.
     """
     last: dict[tuple[str, str], Entry] = {}
     for entry in entries:
