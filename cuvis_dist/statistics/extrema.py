@@ -14,6 +14,8 @@ from cuvis_dist.statistics.statistic import Statistic, as_array
 
 #: Values that are compared side by side: the bands of one pixel are too few for a fast loop.
 _ROW_VALUES = 1 << 11
+#: Values of which both extrema are found before the next ones: a core's cache holds them.
+_BLOCK_VALUES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,7 @@ class Extrema(Statistic):
             infinity = torch.full((channels,), torch.inf, dtype=torch.float64)
             return cls(0, infinity, -infinity)
         if pixels.device.type == "cpu":
-            values = as_array(pixels)
-            return cls(len(values), _reduce(values, np.minimum), _reduce(values, np.maximum))
+            return cls(pixels.shape[0], *_reduce(as_array(pixels)))
         found = (_reduce_on_gpu(pixels, by) for by in (torch.amin, torch.amax))
         return cls(pixels.shape[0], *found)
 
@@ -111,15 +112,23 @@ class FrameQuantiles(Extrema):
         ]
 
 
-def _reduce(pixels: np.ndarray, by: np.ufunc) -> Tensor:
-    """Reduce ``[N, C]`` over its rows, which are made many pixels wide on the way."""
+def _reduce(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Return the minimum and the maximum of ``[N, C]`` over its rows.
+
+    Rows are made many pixels wide on the way, and go block by block, so that the maximum finds in
+    the core's cache what the minimum has brought there.
+    """
     count, channels = pixels.shape
     width = max(1, _ROW_VALUES // channels)
-    if count > width:
-        whole = count // width * width
-        rows = by.reduce(pixels[:whole].reshape(-1, width * channels), axis=0)
-        pixels = np.concatenate([rows.reshape(width, channels), pixels[whole:]])
-    return torch.from_numpy(by.reduce(pixels, axis=0).astype(np.float64))
+    wide = pixels[: count // width * width].reshape(-1, width * channels)
+    lows, highs = [pixels[len(wide) * width :]], [pixels[len(wide) * width :]]
+    rows = max(1, _BLOCK_VALUES // (width * channels))
+    for start in range(0, len(wide), rows):
+        block = wide[start : start + rows]
+        lows.append(block.min(axis=0).reshape(width, channels))
+        highs.append(block.max(axis=0).reshape(width, channels))
+    lowest, highest = np.concatenate(lows).min(axis=0), np.concatenate(highs).max(axis=0)
+    return torch.from_numpy(lowest.astype(np.float64)), torch.from_numpy(highest.astype(np.float64))
 
 
 def _reduce_on_gpu(pixels: Tensor, by: Callable[..., Tensor]) -> Tensor:
