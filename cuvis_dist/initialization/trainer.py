@@ -19,7 +19,8 @@ from cuvis_ai_core.training.post_fit import EmitFn, FrameProgress, TrainEvent, T
 from cuvis_ai_schemas.enums import ExecutionStage
 from loguru import logger
 
-from cuvis_dist.archive import Archive, Contents, Frame, frame_cache, open_archive
+from cuvis_dist.archive import Archive, Contents, Frame, open_archive
+from cuvis_dist.archive.frame_cache import frame_cache
 from cuvis_dist.errors import DataError, InputError
 from cuvis_dist.evaluation.steps import Evaluator
 from cuvis_dist.execution.where import Work, begin, settled, work_on
