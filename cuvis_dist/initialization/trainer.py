@@ -27,7 +27,7 @@ from cuvis_dist.execution.where import Work, begin, settled, work_on
 from cuvis_dist.initialization.card import Source
 from cuvis_dist.initialization.diagnosis import Finding, diagnose
 from cuvis_dist.initialization.from_store import Filler, measure_stored
-from cuvis_dist.initialization.kept import KeptPass, identify, renew
+from cuvis_dist.initialization.kept_pass import KeptPass, identify, renew
 from cuvis_dist.initialization.levels import planned
 from cuvis_dist.initialization.measured import Outcome
 from cuvis_dist.initialization.passes import PassRecord, measure_pass

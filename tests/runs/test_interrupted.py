@@ -17,7 +17,7 @@ from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from gradients import initialized, train_upstream
 from stores import s3_server
 
-from cuvis_dist.initialization.kept import PASSES
+from cuvis_dist.initialization.kept_pass import PASSES
 from cuvis_dist.runs.lease import read_lease
 from cuvis_dist.storage import OutputFolder
 
