@@ -9,6 +9,7 @@ killed leaves the store as it was.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import uuid
 from collections.abc import Sequence
@@ -172,12 +173,12 @@ def make_file(
         The frames.
     """
     now = datetime.now(UTC)
-    sink = pa.BufferOutputStream()
+    sink = io.BytesIO()
     uids = pa.array([entry.uid for entry in entries], type=pa.string())
     # Measured values hardly repeat, so that a dictionary of them costs time and space.
     table = table.add_column(0, "uid", uids)
     pq.write_table(table, sink, compression="zstd", use_dictionary=False)
-    content = sink.getvalue().to_pybytes()
+    content = sink.getvalue()
     stored = StoredFile(
         f"{where}/{now.strftime(_TIME)}-{uuid.uuid4().hex[:12]}.parquet",
         *about,

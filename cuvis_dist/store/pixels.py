@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from cuvis_dist.plain import NotPlainError, from_bytes, to_bytes
+from cuvis_dist.statistics.columns import lists
 from cuvis_dist.statistics.drawn import Drawn
 
 #: What stands before the name of a value in that of its column, and of the one with its type.
@@ -28,9 +29,7 @@ def to_table(drawn: Sequence[Drawn | None]) -> pa.Table:
     columns: dict[str, Any] = {
         "n": pa.array([each.n if each else 0 for each, _ in kept]),
         "bound": pa.array([each.bound if each else None for each, _ in kept], pa.float64()),
-        "rank": pa.array(
-            [each.rank if each else [] for each, _ in kept], pa.large_list(pa.float64())
-        ),
+        "rank": lists([each.rank if each else np.empty(0) for each, _ in kept]),
         "constants": pa.array([constants for _, constants in kept], pa.binary()),
     }
     for name in names:
