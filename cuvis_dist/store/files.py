@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -58,7 +59,7 @@ class Key:
     name: str
     depends_on: dict[str, Any]
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """The name of its folder in a store: 32 hexadecimal digits of a SHA-256."""
         return hash_settings(self.depends_on)[:32]

@@ -24,7 +24,8 @@ def to_table(drawn: Sequence[Drawn | None]) -> pa.Table:
     What belongs to the frames as wholes must be plain (:mod:`cuvis_dist.plain`): where it is not,
     there are none.
     """
-    kept = [_keepable(each) for each in drawn]
+    written: dict[tuple[Any, ...], bytes] = {}
+    kept = [_keepable(each, written) for each in drawn]
     names = sorted({name for each, _ in kept if each for name in each.values})
     columns: dict[str, Any] = {
         "n": pa.array([each.n if each else 0 for each, _ in kept]),
@@ -43,12 +44,22 @@ def to_table(drawn: Sequence[Drawn | None]) -> pa.Table:
     return pa.table(columns)
 
 
-def _keepable(drawn: Drawn | None) -> tuple[Drawn | None, bytes | None]:
-    """Return the pixels if they can be kept, and what belongs to the frame as a whole."""
+def _keepable(
+    drawn: Drawn | None, written: dict[tuple[Any, ...], bytes]
+) -> tuple[Drawn | None, bytes | None]:
+    """Return the pixels if they can be kept, and what belongs to the frame as a whole.
+
+    ``written`` has what was written before, by the objects: many frames share them.
+    """
+    if not drawn or not drawn.constants:
+        return drawn, None
+    same = tuple((name, id(value)) for name, value in drawn.constants.items())
     try:
-        return drawn, to_bytes(drawn.constants) if drawn and drawn.constants else None
+        if same not in written:
+            written[same] = to_bytes(drawn.constants)
     except NotPlainError:
         return None, None
+    return drawn, written[same]
 
 
 def from_table(table: pa.Table, rows: Iterable[int]) -> list[Drawn | None]:

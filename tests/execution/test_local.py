@@ -90,11 +90,12 @@ def test_libraries_with_threads_are_looked_for_once_until_modules_come(monkeypat
 
     monkeypatch.setattr(local, "ThreadpoolController", Controller)
     local._libraries.cache_clear()
-    for _ in LocalEngine(cpus=1).rows(shards_of(3), Drawing()):
-        pass
+    for _ in range(3):
+        with local.as_worker(1):
+            pass
     assert len(looked) == 1
     monkeypatch.setitem(sys.modules, "one_more", ModuleType("one_more"))
-    for _ in LocalEngine(cpus=1).rows(shards_of(3), Drawing()):
+    with local.as_worker(1):
         pass
     assert len(looked) == 2
 
