@@ -6,8 +6,9 @@ nor cuvis.ai.
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from cuvis_dist.lazy import found_in
 
 if TYPE_CHECKING:
     from cuvis_dist.initialization.saved import load_initialization
@@ -32,20 +33,17 @@ __all__ = [
     "save_initialization",
 ]
 
-_HOMES = {
-    "GradientTrainer": "training.trainer",
-    "NodeFacts": "nodes.catalogue",
-    "Recipe": "nodes.recipe",
-    "Scaling": "scaling",
-    "StatisticalTrainer": "initialization.trainer",
-    "load_initialization": "initialization.saved",
-    "load_trainrun": "runs.trainrun",
-    "run_trainrun": "runs.two_phase",
-    "save_initialization": "runs.initialized",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = found_in(
+    __name__,
+    {
+        "GradientTrainer": "training.trainer",
+        "NodeFacts": "nodes.catalogue",
+        "Recipe": "nodes.recipe",
+        "Scaling": "scaling",
+        "StatisticalTrainer": "initialization.trainer",
+        "load_initialization": "initialization.saved",
+        "load_trainrun": "runs.trainrun",
+        "run_trainrun": "runs.two_phase",
+        "save_initialization": "runs.initialized",
+    },
+)

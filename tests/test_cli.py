@@ -12,8 +12,11 @@ import time
 import pytest
 from loguru import logger
 
+from cuvis_dist.archive import Contents
 from cuvis_dist.cli import main
 from cuvis_dist.runs.lines import Lines
+from cuvis_dist.store import Entry, Key, Store
+from cuvis_dist.store.pixels import to_table
 from cuvis_dist.waiting import announce
 
 #: Runs a command, and names which of the packages that take long to load it has loaded.
@@ -33,6 +36,26 @@ def test_the_version_loads_nothing():
     )
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"cuvis-dist \d+\.\d+\.\d+\nloaded \[\]\n", done.stdout)
+
+
+def test_looking_into_a_store_loads_little(tmp_path):
+    """All that can be asked of one, by one process."""
+    (tmp_path / "frame.npz").touch()
+    files = Contents.of_files([str(tmp_path / "frame.npz")])
+    entry = Entry("recording#0", "recording", files.as_json(), {"n": 0, "bound": None})
+    folder = tmp_path / "store"
+    Store(folder).add(Key("pixels", {}), "pixels", to_table([None]), [entry])
+    asked = "for what in ('list', 'show', 'verify', 'prune'): main(['store', what, sys.argv[1]])"
+    done = subprocess.run(
+        [sys.executable, "-c", HEAVY.replace("code = main(sys.argv[1:])", asked), folder],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    list_, _, show, verify, prune, loaded = done.stdout.splitlines()
+    assert list_.startswith("pixels: 1 frames, "), done.stderr
+    assert show == "recording: 1 frames (pixels 1)"
+    assert verify == "1 of 1 files are as their manifests say"
+    assert prune.endswith("; 1 rows stay")
+    assert loaded == "loaded []"
 
 
 def test_bad_settings_are_found_before_anything_is_loaded():

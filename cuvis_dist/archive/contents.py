@@ -14,12 +14,15 @@ import stat
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cuvis_dist.archive.frames import Frame
 from cuvis_dist.errors import DataError, one_line
-from cuvis_dist.staging import etags, listed, opened
+from cuvis_dist.staging import etags, listed
+from cuvis_dist.staging.uris import opened
 from cuvis_dist.storage import is_uri
+
+if TYPE_CHECKING:
+    from cuvis_dist.archive.frames import Frame
 
 #: So many changed files are named in a message.
 _NAMED = 3
@@ -86,7 +89,12 @@ class Contents:
         DataError
             If a store does not answer, or a file cannot be read.
         """
-        names = list(dict.fromkeys(name for frame in frames for name in frame.reads))
+        return cls.of_files([name for frame in frames for name in frame.reads], verify)
+
+    @classmethod
+    def of_files(cls, files: Iterable[str], verify: bool = False) -> Contents:
+        """Look at files, by path or URI, as :meth:`of` does; raises what that does."""
+        names = list(dict.fromkeys(files))
         found = {uri: Stamp(*stamp) for uri, stamp in listed(filter(is_uri, names)).items()}
         told = etags(found) if len(found) <= _ETAGS else {}
         found = {uri: replace(stamp, etag=told.get(uri)) for uri, stamp in found.items()}

@@ -38,7 +38,8 @@ from cuvis_ai_core.training.post_fit import (
 from cuvis_ai_schemas.enums import ExecutionStage, NodeCategory, NodeTag
 from loguru import logger
 
-from cuvis_dist.archive import FrameCache, frame_cache
+from cuvis_dist.archive import FrameCache
+from cuvis_dist.archive.frame_cache import frame_cache
 from cuvis_dist.errors import without_traceback
 from cuvis_dist.evaluation.cluster import ClusterPipeline, Split
 from cuvis_dist.evaluation.merging import unmergeable

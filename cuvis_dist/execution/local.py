@@ -7,8 +7,10 @@ they are, and so do its random state and its number of threads.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import os
+import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -110,7 +112,7 @@ def as_worker(threads: int) -> Iterator[None]:
     """
     before, states = torch.get_num_threads(), random_states()
     with (
-        ThreadpoolController().limit(limits=max(1, threads)),
+        _libraries(len(sys.modules)).limit(limits=max(1, threads)),
         torch.inference_mode(False),
         torch.enable_grad(),
     ):
@@ -120,6 +122,12 @@ def as_worker(threads: int) -> Iterator[None]:
         finally:
             torch.set_num_threads(before)
             set_random_states(states)
+
+
+@functools.lru_cache(maxsize=1)
+def _libraries(modules: int) -> ThreadpoolController:
+    """Find the libraries that have threads, which takes milliseconds: again if modules came."""
+    return ThreadpoolController()
 
 
 def delivering(emit: Callable[[Any], None]) -> Callable[[Any], None]:

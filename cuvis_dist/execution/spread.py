@@ -15,7 +15,8 @@ from typing import Any, Protocol, Self
 
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 
-from cuvis_dist.archive import Archive, Patience, be_patient, patience
+from cuvis_dist.archive import Archive, Patience, be_patient
+from cuvis_dist.archive.patience import patience
 from cuvis_dist.errors import CuvisDistError, DataError, one_line
 from cuvis_dist.execution.failures import causes
 from cuvis_dist.execution.notices import notice

@@ -95,6 +95,7 @@ class Drawing:
         self.nodes = {node.name for node in (*known, *nodes_before(pipeline, known))}
         self.names, self.seed = [*names], measuring.sample_seed
         self.pixels, self.expected = measuring.pixels, expected
+        self._constants: dict[str, Tensor] = {}
 
     def frame(
         self, pipeline: CuvisPipeline, batch: dict[str, Any], frame: Frame, position: int
@@ -144,10 +145,23 @@ class Drawing:
             if isinstance(value, Tensor) and tuple(value.shape[:3]) == (1, len(index), 1):
                 values[name] = as_array(value)[0, :, 0]
             elif value is not None:
-                constants[name] = value.cpu().clone() if isinstance(value, Tensor) else value
+                constants[name] = self._once(name, value)
         return replace(
             drawn, frame=np.full(len(index), position), values=values, constants=constants
         )
+
+    def _once(self, name: str, value: Any) -> Any:
+        """Return what belongs to a frame as a whole, in memory of its own.
+
+        The same object as of the frame before if it is equal, since a tensor takes as long to be
+        pickled as a small frame to be measured.
+        """
+        if not isinstance(value, Tensor):
+            return value
+        value, before = value.cpu(), self._constants.get(name)
+        if before is None or before.dtype != value.dtype or not torch.equal(before, value):
+            self._constants[name] = value.clone()
+        return self._constants[name]
 
     def _values(self, pipeline: CuvisPipeline, batch: dict[str, Any]) -> dict[str, Any]:
         """Return what is kept of a batch, by name."""

@@ -10,7 +10,7 @@ import torch
 
 from cuvis_dist.execution.spread import Row
 from cuvis_dist.execution.tally import Tally
-from cuvis_dist.initialization.kept import KeptPass
+from cuvis_dist.initialization.kept_pass import KeptPass
 from cuvis_dist.initialization.measuring import Partial
 from cuvis_dist.initialization.recordings import OfRecording, Recordings
 from cuvis_dist.initialization.shards import Measurement

@@ -24,7 +24,7 @@ from cuvis_dist.execution.spread import Row, spread
 from cuvis_dist.execution.tally import Tally
 from cuvis_dist.execution.where import engine_for
 from cuvis_dist.initialization.drawing import drawing_for
-from cuvis_dist.initialization.kept import KeptPass
+from cuvis_dist.initialization.kept_pass import KeptPass
 from cuvis_dist.initialization.measured import Measured, Outcome
 from cuvis_dist.initialization.plan import Fit, Pass
 from cuvis_dist.initialization.shards import MeasureShard

@@ -54,6 +54,15 @@ class Measurement:
     drawn: Drawn | None = None
 
 
+@dataclass(frozen=True)
+class _Hands:
+    """What a shard is measured with: its archive, what measures, and what watches the nodes."""
+
+    archive: Archive
+    measurer: Measurer
+    watch: StateWatch
+
+
 class MeasureShard:
     """Measures one shard: a row with a :class:`Measurement`.
 
@@ -86,17 +95,21 @@ class MeasureShard:
         """Return the row of ``shard``."""
         # The probes of the first shard with a frame are used; so many can be without one.
         probed = shard.ordinal <= (self.max_skipped if self.order.skip else 0)
-        ranks = _smallest_ranks(self.order.pipeline)
-        return [self._measured(shard, ranks, probed, first=not shard.ordinal)]
+        hands = self._hands(_smallest_ranks(self.order.pipeline))
+        return [self._measured(hands, shard, probed, first=not shard.ordinal)]
 
-    def _measured(self, shard: Shard, ranks: dict[str, Tensor], probed: bool, first: bool) -> Row:
+    def _hands(self, ranks: dict[str, Tensor]) -> _Hands:
+        archive, pipeline = self.order.open()
+        measurer = Measurer(pipeline, self.measurements, self.pixels, ranks)
+        return _Hands(archive, measurer, StateWatch(measurer.before))
+
+    def _measured(self, hands: _Hands, shard: Shard, probed: bool, first: bool) -> Row:
         """Return the row of ``shard``, with probes or without.
 
         The ``first`` shard of an archive shows whether nodes change with every frame.
         """
-        archive, pipeline = self.order.open()
-        measurer = Measurer(pipeline, self.measurements, self.pixels, ranks)
-        watch = StateWatch(nodes_before(pipeline, measurer.targets))
+        archive, measurer = hands.archive, hands.measurer
+        pipeline = measurer.pipeline
         merged, probes = Partial({}, ""), dict[str, Tensor]()
         drawn: list[Drawn | None] = []
         skipped: list[tuple[str, str]] = []
@@ -114,7 +127,7 @@ class MeasureShard:
                 self.order.leave_out(error)
                 skipped.append((frame.uid, str(error)))
                 continue
-            _require_steady(pipeline, measurer.targets, watch, batch, first and not frames)
+            _require_steady(pipeline, measurer.targets, hands.watch, batch, first and not frames)
             frames, size, probes = frames + 1, size + batch_bytes(batch), probes or few
         payload = Measurement(
             merged.first_frame,
@@ -135,11 +148,12 @@ class MeasureFrames(MeasureShard):
 
     def __call__(self, shard: Shard) -> list[Row]:
         """Return the rows of ``shard``."""
-        rows = []
+        rows, hands = [], self._hands({})
         for index in range(shard.start, shard.stop):
             begins = index == shard.start
             alone = Shard(shard.ordinal, index, index + 1, shard.staged)
-            row = self._measured(alone, {}, begins, first=begins and not shard.ordinal)
+            hands.measurer.ranks.clear()
+            row = self._measured(hands, alone, begins, first=begins and not shard.ordinal)
             rows.append(replace(row, payload=(index, row.payload)))
         return rows
 

@@ -27,7 +27,7 @@ from cuvis_dist.execution.pool import Workers
 from cuvis_dist.execution.spread import Engine, spread
 from cuvis_dist.execution.tally import Tally
 from cuvis_dist.execution.where import engine_for, in_one_process
-from cuvis_dist.initialization.kept import KeptPass
+from cuvis_dist.initialization.kept_pass import KeptPass
 from cuvis_dist.initialization.measuring import compute_inputs
 from cuvis_dist.initialization.passes import PassRecord
 from cuvis_dist.initialization.plan import Pass

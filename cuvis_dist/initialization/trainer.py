@@ -19,14 +19,15 @@ from cuvis_ai_core.training.post_fit import EmitFn, FrameProgress, TrainEvent, T
 from cuvis_ai_schemas.enums import ExecutionStage
 from loguru import logger
 
-from cuvis_dist.archive import Archive, Contents, Frame, frame_cache, open_archive
+from cuvis_dist.archive import Archive, Contents, Frame, open_archive
+from cuvis_dist.archive.frame_cache import frame_cache
 from cuvis_dist.errors import DataError, InputError
 from cuvis_dist.evaluation.steps import Evaluator
 from cuvis_dist.execution.where import Work, begin, settled, work_on
 from cuvis_dist.initialization.card import Source
 from cuvis_dist.initialization.diagnosis import Finding, diagnose
 from cuvis_dist.initialization.from_store import Filler, measure_stored
-from cuvis_dist.initialization.kept import KeptPass, identify, renew
+from cuvis_dist.initialization.kept_pass import KeptPass, identify, renew
 from cuvis_dist.initialization.levels import planned
 from cuvis_dist.initialization.measured import Outcome
 from cuvis_dist.initialization.passes import PassRecord, measure_pass

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel, ValidationError
 
 from cuvis_dist.errors import CuvisDistError, InputError, one_line
-from cuvis_dist.runs.places import check_name, check_output, moved
+from cuvis_dist.runs.destinations import check_name, check_output, moved
 from cuvis_dist.storage import is_uri
 from cuvis_dist.universe import MODULES, read_universe
 from cuvis_dist.yaml_file import read_yaml

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from cuvis_ai_schemas.training import DataConfig
 from cuvis_ai_schemas.training.data import DataSplitConfig, Selector, SelectorKind
 
-from cuvis_dist.archive import Frame
 from cuvis_dist.errors import InputError
+
+if TYPE_CHECKING:
+    from cuvis_dist.archive import Frame
 
 #: So many recordings are named in a message.
 _NAMED = 5

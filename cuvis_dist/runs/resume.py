@@ -2,9 +2,9 @@
 
 ``<output_dir>/resume`` says what the steps of its run depended on
 (:mod:`cuvis_dist.runs.dependences`), and which files were read. It holds the passes of phase 1 as
-far as they got (:mod:`cuvis_dist.initialization.kept`), the nodes as phase 1 left them and, from
-:mod:`cuvis_dist.training.checkpoint`, the state of phase 2. A step is used again if all that it
-depended on is the same, and so are the steps before it; what differs is named.
+far as they got (:mod:`cuvis_dist.initialization.kept_pass`), the nodes as phase 1 left them and,
+from :mod:`cuvis_dist.training.checkpoint`, the state of phase 2. A step is used again if all that
+it depended on is the same, and so are the steps before it; what differs is named.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from loguru import logger
 
 from cuvis_dist.archive import Contents, in_words, read_contents, write_contents
 from cuvis_dist.errors import CuvisDistError
-from cuvis_dist.initialization.kept import PASSES
+from cuvis_dist.initialization.kept_pass import PASSES
 from cuvis_dist.initialization.place import ENDINGS
 from cuvis_dist.plain import NotPlainError, from_bytes, to_bytes
 from cuvis_dist.runs.dependences import PHASE_1, STEPS, TRAINING, Dependences

@@ -24,8 +24,8 @@ from cuvis_dist.nodes.building import build_pipeline, load_pipeline
 from cuvis_dist.nodes.manifests import manifests_counted_once
 from cuvis_dist.plain import NotPlainError
 from cuvis_dist.runs.configuration import Configuration, read_configuration
+from cuvis_dist.runs.destinations import check_places
 from cuvis_dist.runs.leaving_out import leave_out
-from cuvis_dist.runs.places import check_places
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.staging import fetched_when_opened, localize
 from cuvis_dist.storage import Location, OutputFolder

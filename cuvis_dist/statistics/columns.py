@@ -18,7 +18,6 @@ from torch import Tensor
 from cuvis_dist.statistics.statistic import Statistic, statistic_class
 
 _SHAPE = ".shape"
-_TYPES = {torch.int64: pa.int64(), torch.float64: pa.float64()}
 
 
 def to_table(statistics: Sequence[Statistic]) -> pa.Table:
@@ -33,15 +32,19 @@ def to_table(statistics: Sequence[Statistic]) -> pa.Table:
     for field in fields(statistics[0]):
         values = [getattr(statistic, field.name) for statistic in statistics]
         if isinstance(values[0], Tensor):
-            kind = _TYPES[values[0].dtype]
-            columns[field.name] = pa.array(
-                [value.reshape(-1).numpy() for value in values], type=pa.large_list(kind)
-            )
+            columns[field.name] = lists([value.reshape(-1).numpy() for value in values])
             shapes = [list(value.shape) for value in values]
             columns[field.name + _SHAPE] = pa.array(shapes, type=pa.list_(pa.int32()))
         else:
             columns[field.name] = pa.array(values)
     return pa.table(columns)
+
+
+def lists(arrays: Sequence[np.ndarray]) -> pa.LargeListArray:
+    """Return a column with the values ``[N]`` of each array; one at least, all of one dtype."""
+    ends = np.cumsum([0, *map(len, arrays)], dtype=np.int64)
+    # One copy: pa.array takes several times as long for a list of arrays.
+    return pa.LargeListArray.from_arrays(ends, np.concatenate(arrays))
 
 
 def from_table(table: pa.Table, name: str, rows: Sequence[int]) -> list[Statistic]:

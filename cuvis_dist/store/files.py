@@ -9,11 +9,13 @@ killed leaves the store as it was.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -22,6 +24,7 @@ import pyarrow.parquet as pq
 
 from cuvis_dist.archive import Contents
 from cuvis_dist.errors import CuvisDistError, one_line
+from cuvis_dist.hashing import hash_settings
 from cuvis_dist.storage import OutputFolder
 
 #: Version of what is described here; files of other versions are not read.
@@ -39,6 +42,27 @@ class UnusableFileError(CuvisDistError):
 
 class DamagedFileError(UnusableFileError):
     """A file that is not what its manifest says."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """One kind of measurement.
+
+    Attributes
+    ----------
+    name : str
+        What people are told, such as ``Moments(data.cube)``.
+    depends_on : dict
+        All that it depends on, as JSON can say it.
+    """
+
+    name: str
+    depends_on: dict[str, Any]
+
+    @cached_property
+    def digest(self) -> str:
+        """The name of its folder in a store: 32 hexadecimal digits of a SHA-256."""
+        return hash_settings(self.depends_on)[:32]
 
 
 @dataclass(frozen=True)
@@ -90,7 +114,7 @@ class StoredFile:
     measured : str
         What was measured, for people.
     depends_on : dict
-        What that depends on (:class:`~cuvis_dist.store.identity.Key`).
+        What that depends on (:class:`Key`).
     bytes : int
         Size of the file.
     blake2b : str
@@ -150,10 +174,12 @@ def make_file(
         The frames.
     """
     now = datetime.now(UTC)
-    sink = pa.BufferOutputStream()
+    sink = io.BytesIO()
     uids = pa.array([entry.uid for entry in entries], type=pa.string())
-    pq.write_table(table.add_column(0, "uid", uids), sink, compression="zstd")
-    content = sink.getvalue().to_pybytes()
+    # Measured values hardly repeat, so that a dictionary of them costs time and space.
+    table = table.add_column(0, "uid", uids)
+    pq.write_table(table, sink, compression="zstd", use_dictionary=False)
+    content = sink.getvalue()
     stored = StoredFile(
         f"{where}/{now.strftime(_TIME)}-{uuid.uuid4().hex[:12]}.parquet",
         *about,

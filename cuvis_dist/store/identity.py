@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,12 @@ import torch
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 
-from cuvis_dist.hashing import hash_settings
 from cuvis_dist.nodes.catalogue import annotation_port
 from cuvis_dist.nodes.recipe import Recipe
 from cuvis_dist.nodes.state import hash_tensors
 from cuvis_dist.nodes.upstream import edges_into
 from cuvis_dist.staging import original
+from cuvis_dist.store.files import Key
 
 #: Parameters of data modules that say which frames there are, or how fast they are read. Which
 #: files a frame is read from is told by the frame.
@@ -57,27 +56,6 @@ _NOT_CONTENT = frozenset(
         "worker_multiprocessing_context",
     ]
 )
-
-
-@dataclass(frozen=True)
-class Key:
-    """One kind of measurement.
-
-    Attributes
-    ----------
-    name : str
-        What people are told, such as ``Moments(data.cube)``.
-    depends_on : dict
-        All that it depends on, as JSON can say it.
-    """
-
-    name: str
-    depends_on: dict[str, Any]
-
-    @property
-    def digest(self) -> str:
-        """The name of its folder in a store: 32 hexadecimal digits of a SHA-256."""
-        return hash_settings(self.depends_on)[:32]
 
 
 class Keys:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from cuvis_dist.plain import NotPlainError, from_bytes, to_bytes
+from cuvis_dist.statistics.columns import lists
 from cuvis_dist.statistics.drawn import Drawn
 
 #: What stands before the name of a value in that of its column, and of the one with its type.
@@ -23,14 +24,13 @@ def to_table(drawn: Sequence[Drawn | None]) -> pa.Table:
     What belongs to the frames as wholes must be plain (:mod:`cuvis_dist.plain`): where it is not,
     there are none.
     """
-    kept = [_keepable(each) for each in drawn]
+    written: dict[tuple[Any, ...], bytes] = {}
+    kept = [_keepable(each, written) for each in drawn]
     names = sorted({name for each, _ in kept if each for name in each.values})
     columns: dict[str, Any] = {
         "n": pa.array([each.n if each else 0 for each, _ in kept]),
         "bound": pa.array([each.bound if each else None for each, _ in kept], pa.float64()),
-        "rank": pa.array(
-            [each.rank if each else [] for each, _ in kept], pa.large_list(pa.float64())
-        ),
+        "rank": lists([each.rank if each else np.empty(0) for each, _ in kept]),
         "constants": pa.array([constants for _, constants in kept], pa.binary()),
     }
     for name in names:
@@ -44,12 +44,22 @@ def to_table(drawn: Sequence[Drawn | None]) -> pa.Table:
     return pa.table(columns)
 
 
-def _keepable(drawn: Drawn | None) -> tuple[Drawn | None, bytes | None]:
-    """Return the pixels if they can be kept, and what belongs to the frame as a whole."""
+def _keepable(
+    drawn: Drawn | None, written: dict[tuple[Any, ...], bytes]
+) -> tuple[Drawn | None, bytes | None]:
+    """Return the pixels if they can be kept, and what belongs to the frame as a whole.
+
+    ``written`` has what was written before, by the objects: many frames share them.
+    """
+    if not drawn or not drawn.constants:
+        return drawn, None
+    same = tuple((name, id(value)) for name, value in drawn.constants.items())
     try:
-        return drawn, to_bytes(drawn.constants) if drawn and drawn.constants else None
+        if same not in written:
+            written[same] = to_bytes(drawn.constants)
     except NotPlainError:
         return None, None
+    return drawn, written[same]
 
 
 def from_table(table: pa.Table, rows: Iterable[int]) -> list[Drawn | None]:

@@ -11,17 +11,19 @@ import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 from loguru import logger
 
-from cuvis_dist.archive import Contents, Frame
+from cuvis_dist.archive import Contents
 from cuvis_dist.errors import CuvisDistError, one_line
 from cuvis_dist.storage import Location, OutputFolder
 from cuvis_dist.store.files import (
     DamagedFileError,
     Entry,
     Identity,
+    Key,
     StoredFile,
     UnusableFileError,
     make_file,
@@ -31,7 +33,9 @@ from cuvis_dist.store.files import (
     table_of,
     write_file,
 )
-from cuvis_dist.store.identity import Key
+
+if TYPE_CHECKING:
+    from cuvis_dist.archive import Frame
 
 #: Folder in a store: files that were found to be damaged.
 SET_ASIDE = "set-aside"

@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from cuvis_dist.archive import Contents, Frame
+from cuvis_dist.archive import Contents
 from cuvis_dist.errors import DataError
 from cuvis_dist.storage import is_uri
 from cuvis_dist.store.files import (
     DamagedFileError,
     Entry,
+    Key,
     StoredFile,
     manifest_of,
     read_file,
     written_at,
 )
-from cuvis_dist.store.identity import Key
 from cuvis_dist.store.store import SET_ASIDE, Store
 
 #: Files of fewer bytes are joined, into one of so many at most.
@@ -241,7 +241,7 @@ def _last(entries: Iterable[Entry]) -> dict[tuple[str, str], Entry]:
 def _states(files: Iterable[StoredFile]) -> dict[str, Contents | None]:
     """Return each file that a frame was read from as it is now; None where that is not known."""
     paths = list(dict.fromkeys(p for f in files for entry in f.entries for p in entry.files))
-    now = Contents.of([Frame("", "", path, reads=(path,)) for path in paths])
+    now = Contents.of_files(paths)
     return {
         path: None
         if path not in now.files and not is_uri(path) and not Path(path).parent.is_dir()

@@ -23,7 +23,7 @@ from cuvis_ai_core.training.post_fit import (
 from loguru import logger
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from cuvis_dist.archive import frame_cache
+from cuvis_dist.archive.frame_cache import frame_cache
 from cuvis_dist.errors import InputError, LostWorkerError
 from cuvis_dist.evaluation.seen import Seen
 from cuvis_dist.evaluation.steps import AfterFit, Evaluator

@@ -24,8 +24,8 @@ import torch
 from faults import FragileCubes, FragileModule, die
 from readings import counted
 
-from cuvis_dist.archive import Frame, FrameCache, NamedFrames, frame_cache
-from cuvis_dist.archive.frame_cache import _shelf
+from cuvis_dist.archive import Frame, FrameCache, NamedFrames
+from cuvis_dist.archive.frame_cache import _shelf, frame_cache
 from cuvis_dist.archive.frame_file import PackedFrame, read_frame
 from cuvis_dist.archive.shelf import Shelf
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -11,9 +13,11 @@ import torch
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from faults import FragileModule
 from shards import NOTHING, shards_of
+from threadpoolctl import ThreadpoolController
 
 from cuvis_dist.archive import open_archive
 from cuvis_dist.errors import CuvisDistError, DataError
+from cuvis_dist.execution import local
 from cuvis_dist.execution.local import LocalEngine, call_here
 from cuvis_dist.execution.spread import Order, Row, UnreadableError, spread
 from cuvis_dist.execution.worker import fetch_once, fetch_pipeline, forget_pipeline
@@ -73,6 +77,27 @@ def test_an_interruption_comes_through_between_two_shards():
     with pytest.raises(KeyboardInterrupt):
         rows.throw(KeyboardInterrupt())
     assert torch.get_num_threads() == threads
+
+
+def test_libraries_with_threads_are_looked_for_once_until_modules_come(monkeypatch):
+    """It takes milliseconds, as much as a small frame."""
+    looked = []
+
+    class Controller(ThreadpoolController):
+        def __init__(self):
+            looked.append(self)
+            super().__init__()
+
+    monkeypatch.setattr(local, "ThreadpoolController", Controller)
+    local._libraries.cache_clear()
+    for _ in range(3):
+        with local.as_worker(1):
+            pass
+    assert len(looked) == 1
+    monkeypatch.setitem(sys.modules, "one_more", ModuleType("one_more"))
+    with local.as_worker(1):
+        pass
+    assert len(looked) == 2
 
 
 def _append(items, value, emit):

@@ -20,7 +20,7 @@ from heads import BIN, cluster
 from readings import counting
 
 from cuvis_dist import Scaling, StatisticalTrainer
-from cuvis_dist.initialization.kept import PASSES
+from cuvis_dist.initialization.kept_pass import PASSES
 from cuvis_dist.nodes.state import hash_state
 from cuvis_dist.runs.trainrun import load_trainrun
 

@@ -18,8 +18,12 @@ from fits import Fits
 from node_rows import NODES
 from readings import Wrapped
 
+from cuvis_dist import Scaling, load_trainrun
 from cuvis_dist.errors import DataError
+from cuvis_dist.execution.local import LocalEngine, as_worker
+from cuvis_dist.initialization.shards import MeasureFrames
 from cuvis_dist.nodes.catalogue import CATALOGUE, recipe_for
+from cuvis_dist.runs.measure import look
 from cuvis_dist.statistics import ExactMoments
 from cuvis_dist.store import Store
 
@@ -65,6 +69,23 @@ def test_the_bits_are_those_of_a_fit_that_reads(fits, tmp_path, settings):
     assert (fits.first.from_store, fits.read) == (frames, [])
     assert fits(without=["*_01*"], **stored) == some
     assert (fits.first.from_store, fits.read) == (few, [])
+
+
+def test_what_belongs_to_frames_as_wholes_is_one_object_for_all_of_a_shard(demo, tmp_path):
+    """So that it is pickled, and written, once; and it is what each frame has."""
+    run, scaling = load_trainrun(demo), Scaling(measuring={"store": str(tmp_path / "store")})
+    archive, _, stored = look(run, "train", scaling)
+    (*_, shard) = archive.shards(4)
+    with LocalEngine(cpus=1) as engine, as_worker(1):
+        order = engine.make_order(run.pipeline, archive)
+        measure = MeasureFrames(order, stored.this_pass.by_key(), scaling, stored.drawing)
+        rows = measure(shard)
+    kept = [row.payload[1].drawn.constants for row in rows]
+    assert len(rows) == len(shard) > 1
+    assert kept[0].keys() == {".wavelengths"}
+    for number, constants in enumerate(kept, shard.start):
+        assert constants[".wavelengths"] is kept[0][".wavelengths"]
+        assert constants[".wavelengths"].equal(archive.read(number)["wavelengths"])
 
 
 def test_whole_numbers_stay_exact_in_a_store(demo, tmp_path):

@@ -32,7 +32,7 @@ from cuvis_dist.cli import main
 from cuvis_dist.demo import DemoSettings, write_demo
 from cuvis_dist.errors import DataError
 from cuvis_dist.initialization.diagnosis import unlikely_mean
-from cuvis_dist.initialization.kept import PASSES
+from cuvis_dist.initialization.kept_pass import PASSES
 from cuvis_dist.initialization.levels import planned
 from cuvis_dist.nodes.catalogue import NodeFacts
 from cuvis_dist.runs.trainrun import load_trainrun

@@ -13,7 +13,8 @@ from cuvis_ai_core.training.config import TrainingConfig
 from settings import scaling_of
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from cuvis_dist.archive import Frame, NamedFrames, NamingCollate, Numbered, frame_cache
+from cuvis_dist.archive import Frame, NamedFrames, NamingCollate, Numbered
+from cuvis_dist.archive.frame_cache import frame_cache
 from cuvis_dist.errors import DataError
 from cuvis_dist.training.assignment import Assignment, Seat, TrainerParts
 from cuvis_dist.training.dealing import DealtBatches, deal

@@ -19,7 +19,7 @@ from settings import scaling_of
 from cuvis_dist import Scaling, StatisticalTrainer
 from cuvis_dist.archive import open_archive
 from cuvis_dist.execution.tally import Tally
-from cuvis_dist.initialization.kept import PASSES, KeptPass, identify
+from cuvis_dist.initialization.kept_pass import PASSES, KeptPass, identify
 from cuvis_dist.initialization.plan import make_plan
 from cuvis_dist.plain import from_bytes
 from cuvis_dist.runs.trainrun import load_trainrun
