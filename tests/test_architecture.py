@@ -36,6 +36,7 @@ ORDER = [
         "scaling",
         "errors",
         "hashing",
+        "lending",
         "pace",
         "plain",
         "waiting",
