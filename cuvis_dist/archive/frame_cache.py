@@ -221,10 +221,12 @@ def frame_cache(datamodule: Any, kind: str, limit: int) -> FrameCache | None:
         The object as the driver has it. A module of which parameters are changed once frames of
         it are kept would be given those of before; make a new one.
     kind : str
-        ``none``, ``memory``, ``disk``, or ``device``: then no node keeps any.
+        ``none``, ``memory`` or ``disk``; what stays on devices, too, has ``+device`` behind it, and
+        with ``device`` alone no node keeps any.
     limit : int
         Bytes that a node keeps at most.
     """
+    kind = kind.removesuffix("+device")
     if kind in ("none", "device"):
         return None
     if id(datamodule) not in _caches:
