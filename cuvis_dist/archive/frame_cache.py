@@ -165,8 +165,12 @@ class FrameCache:
         content = self.common.others.get(name)
         if content is None:
             return None
+        try:
+            item = unpacked(memoryview(bytearray(content)))
+        except Exception:  # it was damaged there: nobody depends on it
+            return None
         self._keep(name, content.nbytes, lambda file: file.write(content))
-        return unpacked(memoryview(bytearray(content)))
+        return item
 
     def _keep(self, name: str, size: int, write: Callable[[BinaryIO], object]) -> None:
         """Keep a file if there is room for it, and let other nodes know."""
