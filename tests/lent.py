@@ -19,7 +19,7 @@ from typing import Any
 import pytorch_lightning as pl
 import ray
 from gradients import train
-from readings import CountedCubes, counted
+from readings import CountedCubes, count_readings, counted
 from settings import scaling_of
 from torch.utils.data import DataLoader
 
@@ -56,13 +56,19 @@ def results(trainrun: Path, folder: Path, more: list[pl.Callback], **settings: A
     run = load_trainrun(trainrun, [f"output_dir={folder}", "training.seed=3"])
     run.config.training.callbacks.checkpoint.dirpath = str(folder / "checkpoints")
     module, train_workers = run.datamodule(), settings.pop("train_workers")
-    module.train_dataloader = partial(shuffled, module.train_dataloader, folder / "read.log")
+    module.train_dataloader = partial(shuffled, module.train_dataloader, folder / "train.log")
+    count_readings(module, "val", folder / "val.log")
     StatisticalTrainer(run.pipeline, module, scaling=scaling_of(**settings)).fit()
     got: dict[str, Any] = {"fitted": hash_state(run.pipeline.nodes())}
     run.pipeline.unfreeze_nodes_by_name(run.config.unfreeze_nodes)
     trainer = train(run, train_workers, module, settings, more=more)
-    got["trained"] = {k: v.tolist() for k, v in run.pipeline.state_dict().items()}
-    got["epochs"], got["read"] = trainer.epochs, counted(folder / "read.log")
+    got["trained"] = {
+        f"{node.name}.{name}": value.tolist()
+        for node in run.pipeline.nodes()
+        for name, value in node.state_dict().items()
+    }
+    got["epochs"] = trainer.epochs
+    got |= {split: counted(folder / f"{split}.log") for split in ("train", "val")}
     return got
 
 

@@ -123,11 +123,13 @@ def test_nodes_lend_each_other_what_they_have_decoded(demo_trainrun, tmp_path):
     assert done.returncode == 0, done.stderr
     there = json.loads(done.stdout.splitlines()[-1])
     here = results(demo_trainrun, tmp_path / "here", [], workers=0, train_workers=0)
-    frames = {str(index) for index in here["read"]}
-    assert min(here["read"].values()) >= 2 + 3
-    assert there["lent"]["read"] == dict.fromkeys(frames, 1)
-    assert there["alone"]["read"].keys() == frames
-    assert max(there["alone"]["read"].values()) <= 2, "a node decodes a frame once"
+    assert min(here["train"].values()) >= 2 + 3
+    assert min(here["val"].values()) >= 3 + 2
+    for split in ("train", "val"):
+        frames = {str(index) for index in here[split]}
+        assert there["lent"][split] == dict.fromkeys(frames, 1)
+        assert there["alone"][split].keys() == frames
+        assert max(there["alone"][split].values()) <= 2, "a node decodes a frame once"
     for got in there.values():
         assert (got["fitted"], got["epochs"]) == (here["fitted"], here["epochs"])
         for name, value in here["trained"].items():
