@@ -121,7 +121,8 @@ def test_nodes_lend_each_other_what_they_have_decoded(demo_trainrun, tmp_path):
             env=started.environment, capture_output=True, text=True, timeout=500, check=False,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    there = json.loads(done.stdout.splitlines()[-1])
+    (said,) = (line for line in done.stdout.splitlines() if line.startswith("{"))  # Ray says more
+    there = json.loads(said)
     here = results(demo_trainrun, tmp_path / "here", [], workers=0, train_workers=0)
     assert min(here["train"].values()) >= 2 + 3
     assert min(here["val"].values()) >= 3 + 2
