@@ -157,18 +157,19 @@ class Reading(_Settings):
     """Frames that Ray tasks decode ahead of each training worker's next batch, on any CPU of the
     cluster; 0: the data module's own loader reads, in the worker."""
 
-    cache: Literal["none", "memory", "disk", "device"] = "none"
+    cache: Literal["none", "memory", "disk", "device", "memory+device", "disk+device"] = "none"
     """Where frames that were decoded are kept, for later passes, epochs and evaluations: ``none``;
     ``memory``, of each node and shared by its processes, at most a third of ``/dev/shm``; ``disk``,
     likewise, below the node's folder for temporary files; or ``device``, the memory of each
     training worker's GPU or, without one, its own: for the epochs of a fit alone, and what is not
-    kept is read while the step before computes. A frame that draws random numbers when it is read
-    is not kept (``device`` looks at the first ones that are read in an epoch); not for data
+    kept is read while the step before computes. ``memory+device`` and ``disk+device`` are both.
+    Nodes fetch from each other what one of them keeps. A frame that draws random numbers when it
+    is read is not kept (``device`` looks at the first ones that are read in an epoch); not for data
     modules that change frames in other ways each time."""
 
     cache_bytes: int = Field(default=4 * 10**9, ge=0)
-    """How many bytes each node may keep so; with ``cache: device`` each training worker, beside
-    what its steps need."""
+    """How many bytes each node may keep so, and with ``device`` each training worker, beside what
+    its steps need."""
 
     verify: bool = False
     """Read all files once before they are used, and compare their checksums with those that an

@@ -38,6 +38,7 @@ ORDER = [
         "errors",
         "hashing",
         "lazy",
+        "lending",
         "pace",
         "plain",
         "waiting",

@@ -2,7 +2,8 @@
 
 One folder of a node, which all of its processes share that work for one driver: in memory
 (``/dev/shm``) or on a disk. It is removed when the driver ends; where the driver was killed, the
-next one on that node removes what nobody uses.
+next one on that node removes what nobody uses. How a frame comes from one node to another is the
+affair of :mod:`cuvis_dist.execution.borrowing`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,42 @@ import os
 import tempfile
 import uuid
 import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Protocol
 
-from cuvis_dist.archive.frame_file import PackedFrame, read_frame
+from cuvis_dist.archive.frame_file import PackedFrame, read_frame, unpacked
 from cuvis_dist.archive.shelf import MEMORY, Shelf, remove
 from cuvis_dist.errors import one_line
 from cuvis_dist.storage import is_uri
+
+
+class Others(Protocol):
+    """How a process reaches what other nodes keep."""
+
+    def tell(self, names: list[str], folder: Path) -> None:
+        """Say that this node keeps frames, in files of these names in a folder."""
+
+    def get(self, name: str) -> memoryview | None:
+        """Return the bytes of a frame's file that another node keeps, or None."""
+
+
+@dataclass
+class Common:
+    """What the caches of a data module's splits share.
+
+    Attributes
+    ----------
+    nodes : dict
+        In the driver: which node has computed the shard that begins where; see
+        :meth:`FrameCache.note`.
+    others : Others or None
+        How other nodes are reached, where there are several.
+    """
+
+    nodes: dict[tuple[str, str, int], tuple[str, int]] = field(default_factory=dict)
+    others: Others | None = None
 
 
 class FrameCache:
@@ -39,25 +69,23 @@ class FrameCache:
         What the frames of one data module share, and those of no other.
     split : str
         The split that the data module opened.
-
-    Attributes
-    ----------
-    nodes : dict
-        In the driver: which node has computed the shard that begins where; see :meth:`note`.
+    common : Common, optional
+        What it shares with the caches of other splits.
     """
 
-    def __init__(self, kind: str, limit: int, name: str, split: str = "") -> None:
+    def __init__(
+        self, kind: str, limit: int, name: str, split: str = "", common: Common | None = None
+    ) -> None:
         self.kind, self.limit, self.name, self.split = kind, limit, name, split
-        self.nodes: dict[tuple[str, str, int], tuple[str, int]] = {}
+        self.common = common or Common()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return FrameCache, (self.kind, self.limit, self.name, self.split)
+        common = Common(others=self.common.others)
+        return FrameCache, (self.kind, self.limit, self.name, self.split, common)
 
     def of(self, split: str) -> FrameCache:
         """Return the cache for the frames of a split."""
-        other = FrameCache(self.kind, self.limit, self.name, split)
-        other.nodes = self.nodes
-        return other
+        return FrameCache(self.kind, self.limit, self.name, split, self.common)
 
     def note(self, kind: str, numbers: range, node: str) -> None:
         """Remember the node that has read some frames, or batches of them.
@@ -71,18 +99,18 @@ class FrameCache:
         node : str
             The id of the node.
         """
-        self.nodes[self.split, kind, numbers.start] = node, numbers.stop
+        self.common.nodes[self.split, kind, numbers.start] = node, numbers.stop
 
     def node(self, kind: str, start: int) -> str | None:
         """Return the node that has read what begins there, as far as it was noted."""
-        node, _ = self.nodes.get((self.split, kind, start), (None, 0))
+        node, _ = self.common.nodes.get((self.split, kind, start), (None, 0))
         return node
 
     def decoded(self) -> dict[int, str]:
         """Return the node that has read each frame of the split in shards."""
         return {
             frame: node
-            for (split, kind, start), (node, stop) in self.nodes.items()
+            for (split, kind, start), (node, stop) in self.common.nodes.items()
             if (split, kind) == (self.split, "Shard")
             for frame in range(start, stop)
         }
@@ -116,24 +144,49 @@ class FrameCache:
 
         Who is killed meanwhile leaves nothing of it: the next one that keeps a frame sees to that.
         """
-        shelf = _shelf(self.folder, self.limit)
-        path = self.folder / self._file(frame, index)
-        if shelf.full or path.exists():
+        shelf, name = _shelf(self.folder, self.limit), self._file(frame, index)
+        if shelf.full or (self.folder / name).exists():
             return
         try:
             packed = PackedFrame(item)
         except Exception as error:  # what a dataset of somebody's own gives cannot be pickled
             shelf.close(f"{frame} cannot be kept: {one_line(error)}")
             return
-        part = shelf.begin(path.name, packed.size)
+        self._keep(name, packed.size, packed.write)
+
+    def fetch(self, frame: Any, index: int) -> Any:
+        """Return a frame's item from another node, or None if none keeps it and answers in time.
+
+        This node keeps it from then on, if there is room for it.
+        """
+        if self.common.others is None:
+            return None
+        name = self._file(frame, index)
+        content = self.common.others.get(name)
+        if content is None:
+            return None
+        try:
+            item = unpacked(memoryview(bytearray(content)))
+        except Exception:  # it was damaged there: nobody depends on it
+            return None
+        self._keep(name, content.nbytes, lambda file: file.write(content))
+        return item
+
+    def _keep(self, name: str, size: int, write: Callable[[BinaryIO], object]) -> None:
+        """Keep a file if there is room for it, and let other nodes know."""
+        shelf = _shelf(self.folder, self.limit)
+        part = None if shelf.full else shelf.begin(name, size)
         if part is None:
             return
         try:
-            packed.write(part)
+            write(part)
             shelf.finish(part)
         except OSError as error:  # a full disk
             shelf.drop(part)
             shelf.close(f"no more frames are kept in {self.folder}: {one_line(error)}")
+            return
+        if self.common.others is not None:
+            self.common.others.tell([name], self.folder)
 
     def held(self) -> int:
         """Return how many bytes this node keeps."""
@@ -147,7 +200,8 @@ class FrameCache:
     def _file(self, frame: Any, index: int) -> str:
         """Return a name that changes where a frame's files do."""
         local = [name for name in frame.reads if not is_uri(name)]
-        identity = self.split, index, frame.uid, [(name, _stamp(name)) for name in local]
+        stamps = [(name, _stamp(name)) for name in local]
+        identity = self.name, self.split, index, frame.uid, stamps
         return f"{hashlib.blake2b(repr(identity).encode(), digest_size=16).hexdigest()}.frame"
 
 
@@ -171,10 +225,12 @@ def frame_cache(datamodule: Any, kind: str, limit: int) -> FrameCache | None:
         The object as the driver has it. A module of which parameters are changed once frames of
         it are kept would be given those of before; make a new one.
     kind : str
-        ``none``, ``memory``, ``disk``, or ``device``: then no node keeps any.
+        ``none``, ``memory`` or ``disk``; what stays on devices, too, has ``+device`` behind it, and
+        with ``device`` alone no node keeps any.
     limit : int
         Bytes that a node keeps at most.
     """
+    kind = kind.removesuffix("+device")
     if kind in ("none", "device"):
         return None
     if id(datamodule) not in _caches:

@@ -61,7 +61,14 @@ def read_frame(path: Path) -> Any:
         If the file is not there.
     """
     with open(path, "rb") as file:
-        content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+        return unpacked(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)))
+
+
+def unpacked(content: memoryview) -> Any:
+    """Return the item of the bytes of such a file, whose memory its arrays use.
+
+    They are from a process of the same user and run, since a pickle can hold code.
+    """
     (count,) = _NUMBERS.unpack_from(content)
     sizes = [_NUMBERS.unpack_from(content, _NUMBERS.size * (i + 1))[0] for i in range(count)]
     parts, start = [], _padded(_NUMBERS.size * (count + 1))

@@ -146,6 +146,8 @@ class NamedFrames(Dataset):
         if os.path.isdir(self._directory):
             os.chdir(self._directory)
         frame, kept = self.frames[index], self.kept(index)
+        if kept is None and self.cache:
+            kept = self.cache.fetch(frame, index)
         if kept is not None:
             return kept
         try:

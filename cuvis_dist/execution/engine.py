@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cuvis_dist.archive import Archive, FrameCache
 from cuvis_dist.errors import CuvisDistError, DataError
+from cuvis_dist.execution.borrowing import lend_frames
 from cuvis_dist.execution.importing import await_imports
 from cuvis_dist.execution.pool import Pool, Workers
 from cuvis_dist.execution.spread import (
@@ -79,6 +80,7 @@ class RayEngine:
 
     def make_order(self, pipeline: CuvisPipeline, archive: Archive, skip: bool = False) -> Order:
         """Put the pipeline as it is now, and the archive, where every worker can fetch them."""
+        lend_frames(archive.cache)
         kept = self.keep(archive)
         self._caches[kept] = archive.cache
         return Order(

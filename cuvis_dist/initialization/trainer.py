@@ -127,8 +127,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         if not plan:
             logger.info("No statistical nodes to train")
             return
-        cache = frame_cache(self.datamodule, scaling.reading.cache, scaling.reading.cache_bytes)
-        archive = open_archive(self.datamodule, "train", cache).sampled(
+        archive = self._open().sampled(
             scaling.measuring.sample_frames,
             scaling.measuring.sample_fraction,
             scaling.measuring.sample_seed,
@@ -318,9 +317,15 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
     def wavelengths(self) -> Any:
         """Return the wavelengths of the first frame, in nm; None where it has none. Reads it."""
         try:
-            return open_archive(self.datamodule, "train").read(0).get("wavelengths")
+            return self._open().read(0).get("wavelengths")
         except DataError:  # a frame that the fit skipped
             return None
+
+    def _open(self) -> Archive:
+        """Return the archive of all frames of the train split."""
+        reading = self.scaling.reading
+        cache = frame_cache(self.datamodule, reading.cache, reading.cache_bytes)
+        return open_archive(self.datamodule, "train", cache)
 
     def validate(self) -> EvaluationSummary:
         """Evaluate the validation split on the cluster; metrics keyed ``<node>/<metric>``."""

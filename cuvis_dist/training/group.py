@@ -20,6 +20,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from cuvis_dist.errors import ClusterError, CuvisDistError
+from cuvis_dist.execution.borrowing import lend_frames
 from cuvis_dist.execution.events import relayed
 from cuvis_dist.execution.failures import raise_cause
 from cuvis_dist.execution.session import beside_driver, connect, require_resources
@@ -157,6 +158,7 @@ def train_on_workers(assignment: Assignment, what: str, emit: EmitFn) -> Outcome
     scaling = assignment.scaling
     connect(scaling)
     require_resources(scaling)
+    lend_frames(assignment.cache)
     announce(f"waiting for {workers_in_words(scaling)} to begin {what}")
     if _early and _early[0].ranks != _scaling_config(scaling):
         end_early()

@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from cuvis_dist.archive import NamedFrames, NamingCollate, Numbered, open_split
+from cuvis_dist.archive import Frame, NamedFrames, NamingCollate, Numbered, open_split
 from cuvis_dist.errors import InputError
 from cuvis_dist.training.agreement import Head
 from cuvis_dist.training.assignment import Assignment, Seat
@@ -70,7 +70,7 @@ class DealtDataModule(pl.LightningDataModule):
         self._parted = False
         #: Whether the train loader waits until it is told where a fit goes on.
         self._goes_on = assignment.verb == "fit" and assignment.checkpoint is not None
-        self._on_device = assignment.verb == "fit" and self.scaling.reading.cache == "device"
+        self._on_device = assignment.verb == "fit" and "device" in self.scaling.reading.cache
         self._frames: DeviceFrames | None = None
 
     def setup(self, stage: str | None = None) -> None:
@@ -112,9 +112,7 @@ class DealtDataModule(pl.LightningDataModule):
                 f"{len(loader)} batches of the {split} split"
             )
         reading = self.scaling.reading
-        named = NamedFrames(
-            loader.dataset, frames, self.cache.of(split) if self.cache is not None else None
-        )
+        named = self._named(split, loader, frames)
         watched: Dataset = named
         if self.world_size > 1:
             watched = WatchedFrames(named, self._note_parting)
@@ -142,8 +140,8 @@ class DealtDataModule(pl.LightningDataModule):
             return None
         if loader.collate_fn is not default_collate:
             note = (
-                f"reading.cache is device, but {type(self.module).__name__} makes batches by a "
-                "collate_fn of its own: its frames are read anew in each epoch"
+                f"reading.cache is {self.scaling.reading.cache}, but {type(self.module).__name__} "
+                "makes batches by a collate_fn of its own: its frames are not kept on the device"
             )
             self.notes += [note] if note not in self.notes else []
             return None
@@ -177,7 +175,8 @@ class DealtDataModule(pl.LightningDataModule):
         kept: list[list[int]] = [[]] * self.world_size
         with self.heartbeat.doing("agreeing on the order"):
             torch.distributed.all_gather_object(kept, list(frames.kept("train")))
-        dealt.arrange = Places.of_ranks(kept).arrange
+        if any(kept):  # else nodes may have some
+            dealt.arrange = Places.of_ranks(kept).arrange
         return batches
 
     def _agree(self, split: str, batches: Batches) -> Batches:
@@ -220,7 +219,11 @@ class DealtDataModule(pl.LightningDataModule):
             If the data module cannot serve the split.
         """
         loader, frames = open_split(self.module, split)
-        return Head(NamedFrames(loader.dataset, frames), loader.collate_fn)
+        return Head(self._named(split, loader, frames), loader.collate_fn)
+
+    def _named(self, split: str, loader: DataLoader, frames: list[Frame]) -> NamedFrames:
+        cache = self.cache.of(split) if self.cache is not None else None
+        return NamedFrames(loader.dataset, frames, cache)
 
     def _note_parting(self) -> None:
         """Have it said once that later epochs have another order than upstream's."""

@@ -5,8 +5,8 @@
 A data module that takes S seconds (0.5) to decode a frame of 128 x 128 x 61 serves N train frames
 (24) and 4 val frames; two workers measure the guide's pipeline in two passes, then two ranks
 train 3 epochs. Prints the seconds of each pass and epoch for ``reading.cache``: none, memory, disk,
-device. With two nodes, which are raylets of this machine with one worker and one rank each, for
-device, and for disk with a folder of each node's own.
+device, memory+device. With two nodes, which are raylets of this machine with one worker and one
+rank each, for device, and for disk with a folder of each node's own, without and with device.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ from cuvis_dist.execution.session import connect
 from cuvis_dist.runs.trainrun import load_trainrun
 
 EPOCHS = 3
-CACHES = {1: ("none", "memory", "disk", "device"), 2: ("disk", "device")}
+CACHES = {
+    1: ("none", "memory", "disk", "device", "memory+device"),
+    2: ("disk", "device", "disk+device"),
+}
 
 
 class SlowFrames(Dataset):
@@ -133,7 +136,7 @@ def main() -> None:
                 f"{what} {', '.join(f'{s:.2f}' for s in times)} s"
                 for what, times in found[cache].items()
             )
-            print(f"cache: {cache:7} {'; '.join(lines)}", flush=True)
+            print(f"cache: {cache:13} {'; '.join(lines)}", flush=True)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(found, indent=2) + "\n")
 

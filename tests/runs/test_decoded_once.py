@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from archives import buffers_sha256
 from commands import train_files
 from gradients import train
 from heads import cluster
+from lent import results
 from readings import count_readings, counted, counting
 from settings import scaling_of
 
@@ -99,3 +102,36 @@ def test_each_node_decodes_what_it_computes_once(demo_trainrun, tmp_path):
     assert len(files) <= sum(often.values()) <= 1.5 * len(files) + setups
     for log in logs:
         assert not [*(tmp_path / log.stem).glob("cuvis-dist-*-frames/*")], "it is left"
+
+
+@pytest.mark.cluster
+@pytest.mark.long
+def test_nodes_lend_each_other_what_they_have_decoded(demo_trainrun, tmp_path):
+    """With shuffled batches each frame is decoded once on two raylets; a lender may be killed."""
+    with cluster(tmp_path, 9650) as started:
+        for name in ("one", "two"):
+            (tmp_path / name).mkdir()
+            started.join(TMPDIR=str(tmp_path / name))
+        started.wait()
+        done = subprocess.run(
+            [
+                sys.executable, Path(__file__).parents[1] / "lent.py", demo_trainrun, tmp_path,
+                f"127.0.0.1:{started.port + 1}",
+            ],
+            env=started.environment, capture_output=True, text=True, timeout=500, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (said,) = (line for line in done.stdout.splitlines() if line.startswith("{"))  # Ray says more
+    there = json.loads(said)
+    here = results(demo_trainrun, tmp_path / "here", [], workers=0, train_workers=0)
+    assert min(here["train"].values()) >= 2 + 3
+    assert min(here["val"].values()) >= 3 + 2
+    for split in ("train", "val"):
+        frames = {str(index) for index in here[split]}
+        assert there["lent"][split] == dict.fromkeys(frames, 1)
+        assert there["alone"][split].keys() == frames
+        assert max(there["alone"][split].values()) <= 2, "a node decodes a frame once"
+    for got in there.values():
+        assert (got["fitted"], got["epochs"]) == (here["fitted"], here["epochs"])
+        for name, value in here["trained"].items():
+            np.testing.assert_allclose(got["trained"][name], value, rtol=1e-4, atol=1e-6)

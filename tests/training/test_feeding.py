@@ -220,9 +220,9 @@ class Module(pl.LightningDataModule):
         return DataLoader(Frames(), 3, shuffle=True, **self.options)
 
 
-def rank(module, verb="fit"):
+def rank(module, verb="fit", cache="device"):
     parts = TrainerParts(None, module, [], [], TrainingConfig(), [], [])
-    assignment = Assignment(verb, None, parts, None, scaling_of(cache="device"))
+    assignment = Assignment(verb, None, parts, None, scaling_of(cache=cache))
     return DealtDataModule(assignment, Seat(0, 1, "", "", "", None, {}), None)
 
 
@@ -244,3 +244,10 @@ def test_a_fit_keeps_frames_and_an_evaluation_none():
     assert isinstance(rank(Module()).train_dataloader(), Fed)
     assert not isinstance(rank(Module(), "test").train_dataloader(), Fed)
     assert frame_cache(Module(), "device", 10**9) is None, "phase 1 asks this"
+
+
+def test_nodes_and_devices_can_both_keep_frames():
+    module = Module()
+    assert isinstance(rank(module, cache="disk+device").train_dataloader(), Fed)
+    assert frame_cache(module, "disk+device", 10**9) is frame_cache(module, "disk", 10**9)
+    assert frame_cache(module, "memory+device", 10**9).kind == "memory"

@@ -92,7 +92,7 @@ READING = {
     0: {"workers": 0},
     1: {"cache": "device", "read_ahead": 2},
     2: {"cache": "memory"},
-    3: {"cache": "device"},
+    3: {"cache": "memory+device"},
 }
 #: In every test run; the others are marked long (two workers are in many tests below).
 ALWAYS = {(0, "adamw", "uneven"), (3, "adamw", "uneven")}
