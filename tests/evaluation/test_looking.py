@@ -48,8 +48,8 @@ def test_a_frame_shows_what_the_frames_before_have_made_of_it(tmp_path):
     scores = {p.uid: float(p.scores.min()) for p in seen["val"].pictures}
     ordered = [scores[uid] for uid in sorted(scores, key=lambda u: int(u.rpartition("#")[2]))]
     assert len(ordered) == 12
-    assert ordered == sorted(ordered)
-    assert ordered[-1] > ordered[0]
+    steps = np.diff(ordered[::2])  # a frame of each batch: half of what is between 0 and 1
+    np.testing.assert_allclose(steps, 0.5, atol=0.1)
 
 
 @pytest.mark.parametrize("broken", [("batch", Look), ("merge", Seen)])
