@@ -43,7 +43,8 @@ def correlation(runs: Sequence[Kept]) -> Section:
     for i, kept in enumerate(runs):
         port = band_port(kept)
         if port is not None and "covariance" in port["values"]:
-            section.plots.append(_correlation(kept, port, runs))
+            if len(port["values"]["covariance"]) > 1:
+                section.plots.append(_correlation(kept, port, runs))
             values = _eigenvalues(port["values"]["covariance"])
             curves.append((f"{port['source']}{label(kept, runs)}", values, LINES[i]))
         for each in portraits(kept, "gaussian"):

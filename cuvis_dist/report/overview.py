@@ -42,7 +42,7 @@ def _facts(kept: Kept) -> Iterator[tuple[str, str]]:
     yield "output folder", kept.place
     yield "started", _when(record.get("started"))
     if (spent := _seconds(record)) is not None:
-        yield "took", duration(round(spent)) if spent >= 1 else "less than a second"
+        yield "took", duration(spent) if spent >= 100 else f"{spent:.0f} s"
     if passes := record.get("passes"):
         pixels = [fit["pixels"] for each in passes for fit in each["nodes"].values()]
         known = [n for n in pixels if n is not None]

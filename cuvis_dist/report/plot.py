@@ -95,6 +95,8 @@ class Plot:
         return buffer.getvalue().encode()
 
 
+#: An axis that is longer has names at powers of ten alone.
+_DECADES = 300
 #: Points of a curve that are marked at most.
 _MARKED = 70
 #: For names in other scripts, on machines that have one of these.
@@ -170,10 +172,12 @@ def logarithmic(axis: Axis, finely: bool = False) -> None:
     Parameters
     ----------
     finely : bool
-        Also name 2 and 5 times the powers of ten.
+        Also name 2 and 5 times the powers of ten, where what is drawn has room for that.
     """
     axes = axis.axes
     axes.set_xscale("log") if axis is axes.xaxis else axes.set_yscale("log")
+    low, high = axis.get_data_interval()
+    finely = finely and 0 < low <= high <= _DECADES * low
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if finely else (1,)))
     axis.set_major_formatter(FuncFormatter(_tick))
     axis.set_minor_locator(NullLocator())
@@ -212,7 +216,11 @@ def number(value: Any, digits: int = 4) -> str:
     mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
     if value and not -4 <= int(exponent) <= 5:
         times = float(mantissa)
-        return ("" if times == 1 else f"{times:g} \u00d7 ") + "10" + exponent_of(int(exponent))
+        return (
+            ("" if times == 1 else f"{times:g}\u00a0\u00d7\u00a0")
+            + "10"
+            + exponent_of(int(exponent))
+        )
     rounded = float(f"{value:.{digits}g}")
     if abs(rounded) >= 10_000:
         return f"{rounded:,.0f}".replace(",", "\u202f")

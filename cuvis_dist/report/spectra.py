@@ -115,6 +115,8 @@ def _mean(kept: Kept, port: dict[str, Any], runs: Sequence[Kept]) -> Plot:
             axes.plot(x, values["maximum"], **ends, label="smallest, largest")
         if "mean" in values:
             mean, std = values["mean"], values["std"]
+            if len(x) == 1:
+                axes.errorbar(x, mean, std, color=BLUE, capsize=4)
             axes.fill_between(x, mean - std, mean + std, color=BLUE, alpha=0.2, lw=0)
             axes.plot(x, mean, color=BLUE, label="mean ± standard deviation", **mark)
         _mark(axes, x[constant])

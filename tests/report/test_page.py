@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from browser import look, needs_browser
 from markup import Page
+from matplotlib.figure import Figure
 from notes import LONG, judged, kept
 
 from cuvis_dist.report import overview, page, pictures, rates, spectra
 from cuvis_dist.report.kept import Kept
-from cuvis_dist.report.plot import duration, number, several
+from cuvis_dist.report.plot import duration, logarithmic, number, several
 
 
 def text_of(run: Kept) -> str:
@@ -208,13 +209,24 @@ def test_headings_begin_with_the_title_and_skip_no_level():
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        (0.123456, "0.1235"), (1e-05, "10⁻⁵"), (3.7e9, "3.7 \u00d7 10⁹"), (12345.6, "12\u202f350"),
-        (0.9999986, "1"), (0.0, "0"), (float("nan"), "NaN"), (float("-inf"), "-∞"), (3, "3"),
-        (65536, "65\u202f536"), (-0.00002, "-2 \u00d7 10⁻⁵"), (True, "True"), ("x", "x"),
+        (0.123456, "0.1235"), (1e-05, "10⁻⁵"), (3.7e9, "3.7\u00a0\u00d7\u00a010⁹"),
+        (12345.6, "12\u202f350"), (0.9999986, "1"), (0.0, "0"), (float("nan"), "NaN"),
+        (float("-inf"), "-∞"), (3, "3"), (65536, "65\u202f536"), (True, "True"), ("x", "x"),
+        (-0.00002, "-2\u00a0\u00d7\u00a010⁻⁵"),
     ],
 )  # fmt: skip
 def test_numbers_are_written_as_people_do(value, said):
     assert number(value) == said
+
+
+@pytest.mark.parametrize(("high", "most"), [(200, 8), (1e7, 9)])
+def test_a_logarithmic_axis_has_as_many_names_as_it_has_room(high, most):
+    axes = Figure().subplots()
+    axes.plot([1, high], [1, 1])
+    logarithmic(axes.xaxis, finely=True)
+    low, end = axes.get_xlim()
+    shown = [tick for tick in axes.get_xticks() if low <= tick <= end]
+    assert 4 <= len(shown) <= most
 
 
 def test_threshold_needs_more_digits():
