@@ -70,8 +70,8 @@ class Kept:
         """Return where channels stand on an axis, ascending or descending, and its name."""
         known = self.wavelengths
         if bands and known is not None and len(known) == channels:
-            steps = np.diff(known)
-            if (steps > 0).all() or (steps < 0).all():  # in no order they make no axis
+            steps = np.diff(known)  # of many bands some are the same to a nanometre
+            if channels == 1 or (steps.any() and ((steps >= 0).all() or (steps <= 0).all())):
                 return known, "wavelength in nm"
         return np.arange(channels, dtype=float), "band" if bands else "channel"
 

@@ -188,11 +188,11 @@ def _moved(before: np.ndarray, after: np.ndarray, x: np.ndarray, what: str) -> s
     change = np.abs(after - before)
     where = int(change.argmax())
     share = float(change[where]) / max(float(np.abs(before).max()), 1e-300)
-    if share < 1e-4:
-        return "; training moved none by more than a ten-thousandth of the largest"
+    if share < 1e-3:
+        return "; training moved none by more than a thousandth of the largest"
     unit = f"{number(float(x[where]))} nm" if "nm" in what else f"{what} {x[where]:g}"
-    return f"; training moved that at {unit} most, from {number(float(before[where]), 3)} to " + (
-        number(float(after[where]), 3)
+    return f"; training moved that at {unit} most, from {number(float(before[where]))} to " + (
+        number(float(after[where]))
     )
 
 

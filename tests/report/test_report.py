@@ -17,8 +17,9 @@ from stores import s3_server
 
 from cuvis_dist.archive import open_archive
 from cuvis_dist.cli import main
+from cuvis_dist.demo import DemoSettings, write_demo
 from cuvis_dist.evaluation.seen import Look
-from cuvis_dist.report import noting
+from cuvis_dist.report import noting, page
 from cuvis_dist.report.kept import PARTS, read_parts
 from cuvis_dist.report.writing import report_on
 from cuvis_dist.runs.record import RunRecord
@@ -302,6 +303,39 @@ def test_a_report_that_fails_is_a_warning(tmp_path, warnings):
     (tmp_path / "report.html").mkdir()
     assert report_on(OutputFolder(tmp_path), {"trainrun": "x"}) is None
     assert any("no report was written" in message for message in warnings)
+
+
+def test_a_run_whose_report_fails_ends_as_it_would(demo_trainrun, tmp_path, monkeypatch, capsys):
+    def broken(*arguments):
+        raise MemoryError("no room for a page")
+
+    monkeypatch.setattr(page, "render", broken)
+    options = ["--output-dir", str(tmp_path), "--workers", "0"]
+    assert main(["init", str(demo_trainrun), *options]) == 0
+    assert "no report was written: MemoryError: no room for a page" in capsys.readouterr().err
+    record = RunRecord.load(tmp_path)
+    assert (record.status, record.report) == ("done", None)
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("odd", ["one band", "not a number", "in another script"])
+def test_an_odd_archive_has_a_page(odd, tmp_path):
+    settings = DemoSettings(
+        frames=12, height=16, width=20, recordings=2, bands=1 if odd == "one band" else 12
+    )
+    path = write_demo(tmp_path / "aufnahme ä 中文", settings)
+    if odd == "not a number":
+        for frame in (path.parent / "archive").glob("recording_0?_00[45].npz"):  # of test
+            with np.load(frame) as content:
+                values = dict(content)
+            values["cube"][3, 4, 2] = np.nan
+            np.savez(frame, **values)
+    run = load_trainrun(path).initialization_only()
+    found = page_of(Path(run_trainrun(run, HERE, silent).output_dir))
+    assert "This section could not be made" not in found.text
+    assert "aufnahme ä 中文" in found.text
+    assert ("4 pixels of test have no finite score" in found.text) == (odd == "not a number")
+    assert "Mean spectrum of data.cube over wavelength in nm" in found.alts[0]
 
 
 def test_a_result_does_not_depend_on_what_is_seen(trained, demo_trainrun, tmp_path, monkeypatch):
