@@ -88,11 +88,21 @@ def _restored(kept: Kept) -> str:
 _Noted = list[tuple[Kept, dict[int, dict[str, float]], str]]
 
 
+def _unlike(losses: list[str], found: _Noted) -> list[str]:
+    """Return losses without those that say the same: the total of one loss is that loss."""
+    said: dict[tuple[float | None, ...], str] = {}
+    for name in sorted(losses, key=lambda n: "/" in n):
+        said.setdefault(tuple(v.get(name) for _, e, _ in found for v in e.values()), name)
+    return [name for name in losses if name in said.values()]
+
+
 def _curves(found: _Noted, losses: bool, runs: Sequence[Kept]) -> Plot | None:
     names = list(dict.fromkeys(n for _, e, _ in found for values in e.values() for n in values))
-    names = [n for n in names if losses or not n.startswith(("train", "val"))]
+    names = [n for n in names if losses or not n.startswith(("train", "val", "lr-"))]
     chosen = [n for n in names if ("loss" in n) == losses]
-    if not losses:
+    if losses:
+        chosen = _unlike(chosen, found)
+    else:
         best = (found[0][0].record.get("checkpoint") or {}).get("monitor") if found else None
         chosen.sort(key=lambda n: (n != best, not n.endswith(_FIRST)))
         chosen = chosen[:_METRICS]

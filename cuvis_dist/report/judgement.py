@@ -74,7 +74,7 @@ def scores(runs: Sequence[Kept]) -> Section:
     for kept in runs:
         for split in SPLITS:
             part = kept.seen.get(split, {})
-            trained = bool(kept.nodes.get("trained"))
+            trained = kept.trained
             distances = (before if trained else after)(part, "scores")
             if distances is not None and part["bands"]:
                 section.plots.append(_distances(kept, split, distances, runs))
@@ -99,7 +99,7 @@ def chi_squared(x: np.ndarray, freedom: int) -> np.ndarray:
 
 def _distances(kept: Kept, split: str, found: Scored, runs: Sequence[Kept]) -> Plot:
     bands = int(kept.seen[split]["bands"])
-    trained = bool(kept.nodes.get("trained"))
+    trained = kept.trained
     edges = _log_edges(found, bands)
     density = _density(found.scores, found.normal, edges)
     marked = _density(found.scores, found.anomalous, edges)

@@ -66,6 +66,11 @@ class Kept:
                 return np.asarray(found, dtype=float)
         return None
 
+    @property
+    def trained(self) -> bool:
+        """Whether it ended with a training, whatever there is to show of its nodes."""
+        return "trained" in self.nodes or bool(self.record.get("epochs"))
+
     def axis(self, channels: int, bands: bool = True) -> tuple[np.ndarray, str]:
         """Return where channels stand on an axis, ascending or descending, and its name."""
         known = self.wavelengths

@@ -134,8 +134,9 @@ def drawing(
         yield figure
         below = _legend(figure)
         if not fitted:
-            bottom = (0.5 + 0.19 * below) / size[1]
-            figure.subplots_adjust(0.13, bottom, 0.97, 1 - 0.28 / size[1])
+            height = size[1] + 0.19 * max(0, below - 2)  # many names take nothing from the axes
+            figure.set_figheight(height)
+            figure.subplots_adjust(0.13, (0.5 + 0.19 * below) / height, 0.97, 1 - 0.28 / height)
         buffer = io.BytesIO()
         if pixels:
             FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})

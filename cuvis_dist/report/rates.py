@@ -58,7 +58,7 @@ def rates(runs: Sequence[Kept]) -> Section:
         found = []
         for i, kept in enumerate(runs):
             part = kept.seen.get(split, {})
-            trained = bool(kept.nodes.get("trained"))
+            trained = kept.trained
             for when, scored in (
                 ("after phase 1", before(part, "logits") if trained else after(part, "logits")),
                 ("after training", after(part, "logits") if trained else None),

@@ -12,7 +12,7 @@ from markup import Page
 from matplotlib.figure import Figure
 from notes import LONG, judged, kept
 
-from cuvis_dist.report import overview, page, pictures, rates, spectra
+from cuvis_dist.report import course, overview, page, pictures, rates, spectra
 from cuvis_dist.report.kept import Kept
 from cuvis_dist.report.plot import duration, logarithmic, number, several
 
@@ -178,6 +178,27 @@ def test_a_metric_that_says_something_else_than_the_curve_is_explained():
     assert rates.rates([run]).said[0].startswith(said)
     run.record["metrics"]["val"]["m/average_precision"] = 0.999
     assert rates.rates([run]).said == []
+
+
+def test_a_training_is_one_whatever_its_nodes_show():
+    """Of a network there are no weights of bands to show; its curves are those after training."""
+    scores = np.linspace(0, 2, 48).reshape(6, 8)
+    run = kept()
+    run.seen.update(judged(scores, scores > 1.5))
+    assert "after phase 1: area" in rates.rates([run]).plots[0].alt
+    run.nodes["trained"] = []
+    assert "after training: area" in rates.rates([run]).plots[0].alt
+
+
+def test_curves_that_say_the_same_are_drawn_once():
+    run = kept()
+    for note in run.diary:
+        if "metrics" in note:
+            loss = note["metrics"]["train_loss"]
+            note["metrics"] |= {"train/head_loss": loss, "lr-AdamW": 1e-3, "m/f1_score": 0.0}
+    losses, metrics = course.learning([run]).plots
+    assert list(losses.columns) == ["epoch", "train_loss", "val_loss"]
+    assert set(metrics.columns) == {"epoch", "m/f1_score", f"{LONG}/iou"}
 
 
 def test_runs_of_unlike_bands_share_no_plot():
