@@ -42,6 +42,8 @@ _STYLE: Any = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.titlesize": 9.5,
+    "axes.formatter.limits": (-3, 5),  # longer numbers reach out of the plot
+    "axes.formatter.use_mathtext": True,
     "grid.color": "#E3E3E3",
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.5,
