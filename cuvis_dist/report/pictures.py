@@ -56,13 +56,16 @@ def _legend(kept: Kept, pictures: Sequence[dict[str, Any]]) -> str:
     if any(p["scores"] is not None for p in pictures):
         said.append("the scores, bright where they are high and white where there is none")
     if any(p["decided"] is not None for p in pictures):
-        judged = any(kept.has_anomalies(split) for split in SPLITS)
-        said.append(
-            "the decisions: blue where an annotated anomaly was found, orange at false alarms, "
-            "and reddish where one was missed"
-            if judged
-            else "the decisions: blue where an anomaly was seen"
-        )
+        shown = [split for split in SPLITS if kept.seen.get(split, {}).get("pictures")]
+        judged = [split for split in shown if kept.has_anomalies(split)]
+        if judged:
+            said.append(
+                "the decisions: blue where an annotated anomaly was found, orange at false "
+                "alarms, and reddish where one was missed"
+            )
+        if other := [split for split in shown if split not in judged]:
+            where = f" on {', '.join(other)}" if judged else ""
+            said.append(f"the decisions{where}: blue where an anomaly was seen")
     block = max(int(p["block"]) for p in pictures)
     cell = (
         f" A pixel here stands for up to {block} \u00d7 {block} pixels of the frame: for the "
