@@ -129,7 +129,7 @@ def _distances(kept: Kept, split: str, found: Scored, runs: Sequence[Kept]) -> P
         axes.set(
             xlabel="squared distance",
             ylabel="density per unit of ln(distance)",
-            title=f"RX scores, {split}{when}",
+            title=f"RX scores, {split}{when}{label(kept, runs)}",
         )
         axes.set_ylim(bottom=0)
     return plot
@@ -185,7 +185,11 @@ def _logits(kept: Kept, split: str, found: Scored, runs: Sequence[Kept]) -> Plot
         logarithmic(axes.yaxis)
         smallest = min((float(r[r > 0].min()) for r in rows.values() if r.any()), default=1e-3)
         axes.set_ylim(bottom=smallest / 2)
-        axes.set(xlabel="score", ylabel="share of pixels per bin", title=f"{what}, {split}")
+        axes.set(
+            xlabel="score",
+            ylabel="share of pixels per bin",
+            title=f"{what}, {split}{label(kept, runs)}",
+        )
     return plot
 
 

@@ -141,7 +141,8 @@ def _correlation(kept: Kept, port: dict[str, Any], runs: Sequence[Kept]) -> Plot
         image = axes.imshow(matrix, cmap="PuOr", vmin=-1, vmax=1, extent=extent, aspect="auto")
         bar = figure.colorbar(image, ax=axes, label="correlation")
         bar.outline.set_visible(False)
-        axes.set(xlabel=what, ylabel=what, title=f"correlation at {literal(port['source'])}")
+        title = f"correlation at {literal(port['source'])}{label(kept, runs)}"
+        axes.set(xlabel=what, ylabel=what, title=title)
     return plot
 
 
@@ -175,7 +176,7 @@ def selection(runs: Sequence[Kept]) -> Section:
                 if after is not None:
                     axes.plot(x, after, "--", color=VERMILLION, label="after training", **marks)
                 axes.set_ylim(bottom=0)
-                title = f"weights of {literal(each['node'])}"
+                title = f"weights of {literal(each['node'])}{label(kept, runs)}"
                 axes.set(xlabel=what, ylabel="weight", title=title)
             section.plots.append(plot)
     if not section.plots:
@@ -236,7 +237,8 @@ def _components(
             if trained:
                 axes.plot(x, trained[0]["values"]["loadings"][i], "--", color=COLOURS[i], lw=1)
         axes.axhline(0, color=GREY, lw=0.8)
-        axes.set(xlabel=what, ylabel="loading", title=f"loadings of {literal(node)}")
+        title = f"loadings of {literal(node)}{label(kept, runs)}"
+        axes.set(xlabel=what, ylabel="loading", title=title)
     yield plot
     if "variances" not in each["values"]:
         return
@@ -250,7 +252,9 @@ def _components(
         {"component": np.arange(1, len(share) + 1), "variance": variances, "share": share},
     )
     with drawing(plot) as figure:
-        _bars(figure.subplots(), share, f"share of the variance, {literal(node)}")
+        _bars(
+            figure.subplots(), share, f"share of the variance, {literal(node)}{label(kept, runs)}"
+        )
     yield plot
 
 

@@ -123,7 +123,7 @@ def _mean(kept: Kept, port: dict[str, Any], runs: Sequence[Kept]) -> Plot:
         for other in runs:
             if other is not kept and kept is runs[0] and (theirs := band_port(other)):
                 _overlay(axes, other, theirs, values, what)
-        axes.set(xlabel=what, ylabel="value", title="mean spectrum")
+        axes.set(xlabel=what, ylabel="value", title=f"mean spectrum{label(kept, runs)}")
     return plot
 
 
@@ -198,7 +198,7 @@ def _recordings(kept: Kept, port: dict[str, Any], runs: Sequence[Kept]) -> list[
             for i, c in prominent.items():
                 label_ = literal(names[i])
                 axes.plot(x, curves[i], color=COLOURS[c], lw=1.1, label=label_, **mark)
-            axes.set(xlabel=what, ylabel=ylabel, title=title)
+            axes.set(xlabel=what, ylabel=ylabel, title=f"{title}{label(kept, runs)}")
             if name == "shifts":
                 axes.axhline(0, color=GREY, lw=0.8)
         plots.append(plot)
