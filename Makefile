@@ -8,7 +8,7 @@ SDK := build/sdk
 PROCESSES ?= 2
 SOURCES := $(shell find cuvis_dist jobs -name '*.py')
 
-.PHONY: demo test test-all test-kernels lint bench install sdk clean
+.PHONY: demo test test-all test-kernels lint bench install sdk browser clean
 
 # A complete two-phase run on a generated archive; the second time its result is shown again.
 demo: outputs/demo/summary.txt
@@ -66,6 +66,14 @@ sdk: $(INSTALLED)
 	  && rm $(SDK)/*.whl \
 	  && ln -s cuvis_il.libs/$$(basename $(SDK)/cuvis_il.libs/libcuvis-*.so.3.3.1) $(SDK)/libcuvis.so; } \
 	  || echo "no SDK library to be had here: tests marked sdk will be skipped"
+
+# A browser for the tests of reports: Debian's package, for whoever may install it. Without any
+# those tests are skipped.
+browser:
+	@for name in chromium google-chrome chrome; do command -v $$name && exit 0; done; \
+	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+	    --no-install-recommends chromium fonts-dejavu-core; } >/dev/null \
+	  || echo "no Chromium to be had here: tests in a browser will be skipped"
 
 clean:
 	rm -rf build outputs .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

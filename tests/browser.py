@@ -22,7 +22,7 @@ const found = [], widths = %(widths)s;
 function look(frame, width) {
   const page = frame.contentDocument, over = [];
   for (const each of page.querySelectorAll("body *")) {
-    const box = each.getBoundingClientRect(), scrolls = each.closest(".table");
+    const box = each.getBoundingClientRect(), scrolls = each.closest(".scrolls");
     if (!scrolls && box.width && (box.right > width + 1 || box.left < -1
         || (each.children.length === 0 && each.scrollWidth > each.clientWidth + 1
             && getComputedStyle(each).display !== "inline")))

@@ -34,6 +34,7 @@ NOT_RUN = {
     "make test": _INSTALLS,
     "make test-all": _INSTALLS,
     "make lint": _INSTALLS,
+    "make browser": "installs a package of the system, in CI",
     "make bench": "takes many minutes, and an idle machine",
     ".venv/bin/python -m pytest tests/statistics": "runs tests, as this is",
     ".venv/bin/ruff check . && .venv/bin/ruff format . && .venv/bin/mypy": "make lint, in CI",

@@ -95,6 +95,8 @@ class Picture:
         there is no decision or no annotation.
     anomalies : int
         Pixels that are annotated as anomalies.
+    block : int
+        How many pixels of the frame, along each side, are one of the picture.
     """
 
     uid: str
@@ -106,6 +108,7 @@ class Picture:
     annotated: np.ndarray | None
     wrong: float
     anomalies: int
+    block: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +143,8 @@ class Seen:
     counts : dict of str to Counts
         The counts of ``scores`` are those of some pixels, the counts of ``logits`` those of all:
         see :class:`~cuvis_dist.nodes.shown.Judged`.
+    unknown : int
+        How many pixels have a score that is not a finite number.
     wrong : list of float
         :attr:`Picture.wrong` of each frame.
     pictures : list of Picture
@@ -153,6 +158,7 @@ class Seen:
     frames: int = 0
     annotated: bool = False
     counts: dict[str, Counts] = field(default_factory=dict)
+    unknown: int = 0
     wrong: list[float] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     pixels: list[Pixels] = field(default_factory=list)
@@ -165,6 +171,7 @@ class Seen:
         for name, counts in other.counts.items():
             known = self.counts.get(name)
             self.counts[name] = known.merge(counts) if known else counts
+        self.unknown += other.unknown
         self.wrong += other.wrong
         self.pixels += other.pixels
         if self.wavelengths is None:
@@ -270,9 +277,11 @@ class Look:
             _largest(anomalous),
             wrong if np.isfinite(wrong) else 0.0,
             int(anomalous.sum()) if anomalous is not None else 0,
+            max((_step(*each.shape[:2]) for each in (cube, shown) if each is not None), default=1),
         )
         pixels = [] if cube is None else self._sample(cube, anomalous, position)
-        return Seen(1, anomalous is not None, counts, [picture.wrong], [picture], pixels)
+        unknown = 0 if shown is None else int((~shown.isfinite()).any(dim=-1).sum())
+        return Seen(1, anomalous is not None, counts, unknown, [picture.wrong], [picture], pixels)
 
     def _sample(self, cube: Tensor, anomalous: Tensor | None, position: int) -> list[Pixels]:
         """Return some pixels of a frame, as many of each kind if there are enough."""

@@ -42,6 +42,7 @@ from cuvis_dist.archive import FrameCache
 from cuvis_dist.archive.frame_cache import frame_cache
 from cuvis_dist.errors import without_traceback
 from cuvis_dist.evaluation.cluster import ClusterPipeline, Split
+from cuvis_dist.evaluation.looking import LookingPipeline
 from cuvis_dist.evaluation.merging import unmergeable
 from cuvis_dist.evaluation.naming import NamingPipeline
 from cuvis_dist.evaluation.seen import Seen
@@ -301,13 +302,14 @@ def _post_fit(
     callback = PostFitCallback(
         emit=emit, metric_nodes=nodes, release_cuda_cache=steps.after.release_cuda_cache
     )
+    splits = _NamedSplits(datamodule, steps)
+    run: Any = ClusterPipeline(pipeline, nodes, scaling)
     if steps.here:
         pipeline.to("cuda" if scaling.resources.train_gpus else "cpu")
-    spread = ClusterPipeline(pipeline, nodes, scaling)
-    spread.seen = {} if steps.look else None
-    splits = _NamedSplits(datamodule, steps)
-    computing: Any = NamingPipeline(pipeline if steps.here else spread, splits.opened)
-    with closing(spread):
+        run = LookingPipeline(pipeline, splits.opened)
+    run.seen = {} if steps.look else None
+    computing: Any = NamingPipeline(run, splits.opened)
+    with closing(run):
         try:
             result = callback.run(
                 computing,
@@ -319,7 +321,7 @@ def _post_fit(
         except RuntimeError as error:  # an evaluation raises nothing: see upstream's callback
             raise computing.unlike_sizes() or error from error
     pipeline.cpu()
-    return result, list(pipeline.nodes()), spread.seen or {}
+    return result, list(pipeline.nodes()), run.seen or {}
 
 
 def _evaluate(

@@ -20,8 +20,11 @@ from cuvis_dist.report.plot import (
     VERMILLION,
     Plot,
     drawing,
+    duration,
     literal,
+    marker_of,
     number,
+    several,
 )
 from cuvis_dist.report.section import Section, Table, label
 
@@ -47,6 +50,12 @@ def learning(runs: Sequence[Kept]) -> Section:
     for kept in runs:
         if said := _restored(kept):
             section.said.append(said + f"{label(kept, runs)}.")
+    calibrated = any((kept.record.get("calibration") or {}).get("reports") for kept in runs)
+    if calibrated and any(plot.name == "metrics" for plot in section.plots):
+        section.said.append(
+            "Deciders were calibrated after training: metrics of decisions are those of the "
+            "threshold before, unlike in the table above."
+        )
     if not section.plots:
         section.missing = (
             "There was no gradient training: the pipeline is as phase 1 left it."
@@ -79,11 +88,21 @@ def _restored(kept: Kept) -> str:
 _Noted = list[tuple[Kept, dict[int, dict[str, float]], str]]
 
 
+def _unlike(losses: list[str], found: _Noted) -> list[str]:
+    """Return losses without those that say the same: the total of one loss is that loss."""
+    said: dict[tuple[float | None, ...], str] = {}
+    for name in sorted(losses, key=lambda n: "/" in n):
+        said.setdefault(tuple(v.get(name) for _, e, _ in found for v in e.values()), name)
+    return [name for name in losses if name in said.values()]
+
+
 def _curves(found: _Noted, losses: bool, runs: Sequence[Kept]) -> Plot | None:
     names = list(dict.fromkeys(n for _, e, _ in found for values in e.values() for n in values))
-    names = [n for n in names if losses or not n.startswith(("train", "val"))]
+    names = [n for n in names if losses or not n.startswith(("train", "val", "lr-"))]
     chosen = [n for n in names if ("loss" in n) == losses]
-    if not losses:
+    if losses:
+        chosen = _unlike(chosen, found)
+    else:
         best = (found[0][0].record.get("checkpoint") or {}).get("monitor") if found else None
         chosen.sort(key=lambda n: (n != best, not n.endswith(_FIRST)))
         chosen = chosen[:_METRICS]
@@ -115,12 +134,13 @@ def _curves(found: _Noted, losses: bool, runs: Sequence[Kept]) -> Plot | None:
                 x = [i for i in sorted(values) if n in values[i]]
                 y = [values[i][n] for i in x]
                 name = f"{n}{label(kept, runs)}"
-                axes.plot(x, y, line, color=colour, marker=".", ms=4, label=literal(name))
+                axes.plot(x, y, line, color=colour, **marker_of(len(x)), label=literal(name))
             checkpoint = kept.record.get("checkpoint") or {}
             if checkpoint.get("restored"):
                 axes.axvline(checkpoint["epoch"], color=GREY, ls=":", label="restored epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set(xlabel="epoch", title=what)
+        ylabel = "loss" if losses else "value"
+        axes.set(xlabel="epoch, counted from 0", ylabel=ylabel, title=what)
     return plot
 
 
@@ -131,17 +151,16 @@ def time(runs: Sequence[Kept]) -> Section:
     """Show where the time went."""
     section = Section("time", "Time")
     for kept in runs:
-        bars = list(_bars(kept))
+        bars = sorted(_bars(kept), key=lambda bar: bar[2])
         if bars:
             section.plots.append(_timeline(kept, bars, runs))
         seconds = kept.record.get("seconds", {})
-        rows = [[_PHASES.get(n, n), f"{s:.1f} s"] for n, s in seconds.items() if n != "report"]
+        rows = [[_PHASES.get(n, n), duration(s)] for n, s in seconds.items() if n != "report"]
         for i, each in enumerate(kept.record.get("passes", []), 1):
-            rows.append([f"pass {i}: {', '.join(each['nodes'])}", f"{each['seconds']:.1f} s"])
+            rows.append([f"reading and measuring of {_pass(i, each)}", duration(each["seconds"])])
         if rows:
-            section.tables.append(
-                Table(f"Wall-clock time{label(kept, runs)}", ("what", "time"), rows)
-            )
+            title = f"Wall-clock time{label(kept, runs)}"
+            section.tables.append(Table(title, ("what", "time"), rows, numbers=True))
     if not section.plots and not section.tables:
         section.missing = "No times were noted."
     return section
@@ -156,9 +175,22 @@ _PHASES = {
 _KINDS = {"phase 1": BLUE, "epochs": GREEN, "calibration": ORANGE, "evaluation": PURPLE}
 
 
+def _pass(index: int, each: dict[str, Any]) -> str:
+    """Return what a pass is called: its number and the nodes that it fits."""
+    names = list(each["nodes"])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"pass {index}: {', '.join(names[:3])}{more}"
+
+
 def _bars(kept: Kept) -> Iterator[tuple[str, str, float, float]]:
-    """Yield kind, name, beginning and end of each step of this try."""
+    """Yield kind, name, beginning and end of each step of this try; of a pass once."""
+    passes = {
+        node: _pass(i, each)
+        for i, each in enumerate(kept.record.get("passes", []), 1)
+        for node in each["nodes"]
+    }
     open_: dict[tuple[str, Any], float] = {}
+    spans: dict[tuple[str, str], tuple[float, float]] = {}
     for note in kept.diary:
         hook, _, end = note["hook"].rpartition("_")
         if note.get("earlier") or end not in ("start", "end"):
@@ -167,7 +199,16 @@ def _bars(kept: Kept) -> Iterator[tuple[str, str, float, float]]:
         if end == "start":
             open_.setdefault(key, note["at"])
         elif key in open_:
-            yield (*_named(hook, key[1]), open_.pop(key), note["at"])
+            kind, name = _named(hook, key[1])
+            start, stop = open_.pop(key), note["at"]
+            if kind != "phase 1":
+                yield kind, name, start, stop
+                continue
+            lane = kind, passes.get(name, name)
+            first, last = spans.get(lane, (start, stop))
+            spans[lane] = min(first, start), max(last, stop)
+    for (kind, name), span in spans.items():
+        yield kind, name, *span
 
 
 def _named(hook: str, what: Any) -> tuple[str, str]:
@@ -183,11 +224,11 @@ def _timeline(kept: Kept, bars: list[tuple[str, str, float, float]], runs: Seque
     total = max(end for *_, end in bars)
     plot = Plot(
         "timeline" if kept is runs[0] else "timeline-other",
-        f"Timeline of {total:.1f} s{label(kept, runs)}: "
-        + "; ".join(f"{lane} {_spent(bars, lane):.1f} s" for lane in lanes)
+        f"Timeline of {duration(total)}{label(kept, runs)}: "
+        + "; ".join(f"{lane} {duration(_spent(bars, lane))}" for lane in lanes)
         + ".",
-        "From the start of the run on; an epoch is a bar, and what has no bar is waiting, reading "
-        f"of settings or saving{label(kept, runs)}.",
+        "From the start of the run on. An epoch is a bar; where there is no bar, programs were "
+        f"loaded, workers started, the fit judged or results saved{label(kept, runs)}.",
         {
             "kind": [bar[0] for bar in bars],
             "name": [bar[1] for bar in bars],
@@ -225,12 +266,19 @@ def trouble(runs: Sequence[Kept]) -> Section:
     """Show what was skipped, restored or done again."""
     section = Section("trouble", "Skipped and repeated work")
     for kept in runs:
-        skipped = kept.record.get("skipped_frames", {})
-        if skipped:
-            more = f", the first {_LISTED}" if len(skipped) > _LISTED else ""
-            rows = [[uid, reason] for uid, reason in list(skipped.items())[:_LISTED]]
-            title = f"{number(len(skipped))} frames were left out of phase 1{more}"
-            section.tables.append(Table(title + label(kept, runs), ("frame", "why"), rows))
+        for name, why in (
+            ("skipped_frames", "left out of phase 1, since they could not be used"),
+            ("left_out", "left out of phase 1, as they are far from the bulk"),
+        ):
+            if out := kept.record.get(name):
+                more = f", the first {_LISTED}" if len(out) > _LISTED else ""
+                title = f"{several(len(out), 'frame')} {why}{more}{label(kept, runs)}"
+                rows = [[uid, reason] for uid, reason in list(out.items())[:_LISTED]]
+                section.tables.append(Table(title, ("frame", "why"), rows))
+        if without := kept.record.get("without"):
+            section.said.append(
+                f"Recordings that were left out as asked{label(kept, runs)}: {', '.join(without)}."
+            )
         for i, each in enumerate(kept.record.get("passes", []), 1):
             section.said += [f"{said}{label(kept, runs)}." for said in _again(i, each)]
     if not section.tables and not section.said:

@@ -1,4 +1,4 @@
-"""How well are anomalies told from the rest: scores, ROC and precision-recall?"""
+"""How are the scores distributed, and how would they be if pixels were Gaussian?"""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import numpy as np
 from cuvis_dist.report.kept import SPLITS, Kept
 from cuvis_dist.report.plot import (
     BLUE,
-    GREY,
-    LINES,
-    ORANGE,
     VERMILLION,
     Plot,
     drawing,
-    literal,
     logarithmic,
     number,
+    several,
 )
 from cuvis_dist.report.section import Section, label
 
-#: A curve in a plot has so many points at most.
-_POINTS = 400
 _BINS = 80
+#: A bin of a histogram has about so many pixels, if they are few: bins are joined until it has.
+_IN_A_BIN = 3
+#: Distances below are none: zeros are counted as numbers of about 1e-41.
+_ZERO = 1e-30
+_NORMAL, _ANOMALOUS = "not annotated", "annotated as anomalies"
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def scores(runs: Sequence[Kept]) -> Section:
     for kept in runs:
         for split in SPLITS:
             part = kept.seen.get(split, {})
-            trained = bool(kept.nodes.get("trained"))
+            trained = kept.trained
             distances = (before if trained else after)(part, "scores")
             if distances is not None and part["bands"]:
                 section.plots.append(_distances(kept, split, distances, runs))
@@ -99,7 +99,7 @@ def chi_squared(x: np.ndarray, freedom: int) -> np.ndarray:
 
 def _distances(kept: Kept, split: str, found: Scored, runs: Sequence[Kept]) -> Plot:
     bands = int(kept.seen[split]["bands"])
-    trained = bool(kept.nodes.get("trained"))
+    trained = kept.trained
     edges = _log_edges(found, bands)
     density = _density(found.scores, found.normal, edges)
     marked = _density(found.scores, found.anomalous, edges)
@@ -114,28 +114,29 @@ def _distances(kept: Kept, split: str, found: Scored, runs: Sequence[Kept]) -> P
         f"degrees of freedom{label(kept, runs)}. The median is {number(median)}, that of χ² about "
         f"{number(bands * (1 - 2 / (9 * bands)) ** 3)}.",
         f"RX scores on {split}{when}, of a sample of its pixels{label(kept, runs)}.",
-        {"score": centres, "not annotated": density, "annotated": marked, "chi squared": expected},
+        {"score": centres, _NORMAL: density, _ANOMALOUS: marked, "chi squared": expected},
     )
     with drawing(plot) as figure:
         axes = figure.subplots()
-        name = "not annotated" if found.anomalous.any() else "all pixels"
-        axes.fill_between(centres, density, color=BLUE, alpha=0.25, step="mid", lw=0)
-        axes.step(centres, density, color=BLUE, where="mid", label=name)
+        name = _NORMAL if found.anomalous.any() else "all pixels"
+        axes.stairs(density, edges, color=BLUE, alpha=0.25, fill=True, lw=0)
+        axes.stairs(density, edges, color=BLUE, lw=1.5, label=name)
         if found.anomalous.any():
-            axes.step(centres, marked, color=VERMILLION, where="mid", label="anomalies")
-        axes.plot(centres, expected, "k--", lw=1.2, label=f"χ² with {bands} degrees")
+            axes.stairs(marked, edges, color=VERMILLION, lw=1.5, label=_ANOMALOUS)
+        degrees = several(bands, "degree")
+        axes.plot(centres, expected, "k--", lw=1.2, label=f"χ² with {degrees} of freedom")
         logarithmic(axes.xaxis, finely=True)
         axes.set(
             xlabel="squared distance",
-            ylabel="density over the logarithm",
-            title=f"RX scores, {split}{when}",
+            ylabel="density per unit of ln(distance)",
+            title=f"RX scores, {split}{when}{label(kept, runs)}",
         )
         axes.set_ylim(bottom=0)
     return plot
 
 
 def _log_edges(found: Scored, bands: int) -> np.ndarray:
-    positive = found.scores > 0
+    positive = (found.scores > _ZERO) & np.isfinite(found.scores)
     weights = (found.normal + found.anomalous)[positive]
     if not weights.sum():
         return np.geomspace(bands / 10, bands * 10, _BINS + 1)
@@ -148,163 +149,58 @@ def _log_edges(found: Scored, bands: int) -> np.ndarray:
 
 def _density(scores: np.ndarray, weights: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """Return a density per factor of e, of which a bin of a logarithmic axis is a part."""
+    return _shares(scores, weights, edges) / np.log(edges[1:] / edges[:-1])
+
+
+def _shares(scores: np.ndarray, weights: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Return the share of pixels in each bin; of few pixels evened out over some bins."""
     counts, _ = np.histogram(scores, edges, weights=weights)
-    return counts / max(float(weights.sum()), 1.0) / np.log(edges[1:] / edges[:-1])
+    shares = counts / max(float(weights.sum()), 1.0)
+    pixels = np.count_nonzero(weights)
+    joined = next((n for n in (1, 2, 4, 8) if pixels * n >= _IN_A_BIN * len(counts)), 8)
+    return np.asarray(shares.reshape(-1, joined).mean(axis=1).repeat(joined))
 
 
 def _logits(kept: Kept, split: str, found: Scored, runs: Sequence[Kept]) -> Plot:
-    weights = found.normal + found.anomalous
-    share = weights.cumsum() / max(weights.sum(), 1.0)
-    low, high = found.scores[np.searchsorted(share, [5e-4, 0.9995]).clip(max=len(share) - 1)]
-    if found.anomalous.any():
-        marked = found.anomalous.cumsum() / found.anomalous.sum()
-        high = max(high, found.scores[np.searchsorted(marked, 0.98).clip(max=len(marked) - 1)])
-    edges = np.linspace(low, high if high > low else low + 1, _BINS + 1)
+    edges = _edges(found)
     centres = (edges[1:] + edges[:-1]) / 2
-    rows = {}
-    for name, values in (("not annotated", found.normal), ("annotated", found.anomalous)):
-        counts, _ = np.histogram(found.scores, edges, weights=values)
-        rows[name] = counts / max(float(values.sum()), 1.0)
+    known = [(_NORMAL if found.anomalous.any() else "all pixels", found.normal, BLUE)]
+    known += [(_ANOMALOUS, found.anomalous, VERMILLION)] if found.anomalous.any() else []
+    rows = {name: _shares(found.scores, values, edges) for name, values, _ in known}
+    pictures = kept.seen[split].get("pictures", [])
+    decided = any(picture["decided"] is not None for picture in pictures)
+    what = "what the decider is given" if decided else "scores"
     plot = Plot(
         f"scores-{split}" + ("" if kept is runs[0] else "-other"),
-        f"Shares of pixels by what the decider is given on {split}, on a logarithmic axis"
+        f"Shares of pixels by their score ({what}) on {split}, on a logarithmic axis"
         f"{label(kept, runs)}.",
-        f"What the decider is given on {split}; shares of the pixels of each kind"
-        f"{label(kept, runs)}.",
+        f"{what.capitalize()} on {split}: shares of the pixels of each kind{label(kept, runs)}.",
         {"score": centres, **rows},
     )
     with drawing(plot) as figure:
         axes = figure.subplots()
-        colours = {"not annotated": BLUE, "annotated": VERMILLION}
-        for name, values in rows.items():
+        for name, values, colour in known:
             if values.any():
-                shown = np.where(values > 0, values, np.nan)
-                axes.step(centres, shown, color=colours[name], where="mid", label=name)
+                axes.stairs(rows[name], edges, color=colour, lw=1.5, label=name)
         logarithmic(axes.yaxis)
-        axes.set(xlabel="score", ylabel="share of pixels", title=f"scores of the decider, {split}")
-    return plot
-
-
-# ---- ROC and precision-recall ------------------------------------------------------------
-
-
-def curves(found: Scored) -> dict[str, np.ndarray]:
-    """Return the rates at every threshold, from the highest on.
-
-    Returns
-    -------
-    dict of str to ndarray
-        ``[K + 1]`` each: ``false`` and ``true`` positive rate, ``precision``.
-    """
-    true, false = found.anomalous[::-1].cumsum(), found.normal[::-1].cumsum()
-    positive = np.maximum(true + false, 1e-300)
-    precision = np.concatenate([[1.0], true / positive])
-    return {
-        "false": np.concatenate([[0.0], false / max(false[-1], 1e-300)]),
-        "true": np.concatenate([[0.0], true / max(true[-1], 1e-300)]),
-        "precision": precision,
-    }
-
-
-def areas(rates: dict[str, np.ndarray]) -> tuple[float, float]:
-    """Return the area under the ROC curve and the average precision."""
-    roc = float(np.trapezoid(rates["true"], rates["false"]))
-    return roc, float((np.diff(rates["true"]) * rates["precision"][1:]).sum())
-
-
-def rates(runs: Sequence[Kept]) -> Section:
-    """Show ROC and precision-recall of each split, before and after training."""
-    section = Section("rates", "ROC and precision-recall")
-    for split in SPLITS:
-        found = []
-        for i, kept in enumerate(runs):
-            part = kept.seen.get(split, {})
-            trained = bool(kept.nodes.get("trained"))
-            for when, scored in (
-                ("after phase 1", before(part, "logits") if trained else after(part, "logits")),
-                ("after training", after(part, "logits") if trained else None),
-            ):
-                if scored is not None and scored.anomalous.any() and scored.normal.any():
-                    found.append((f"{when}{label(kept, runs)}", curves(scored), LINES[i]))
-        if found:
-            section.plots += [_roc(split, found), _precision(split, found)]
-    if not section.plots:
-        section.missing = "There is no split with annotated anomalies that was scored."
-        return section
-    section.said.append(
-        "Of all scores; a metric of the pipeline may look at fewer thresholds, and so differ a "
-        "little."
-    )
-    if any(kept.seen.get(s, {}).get("before") for kept in runs for s in SPLITS):
-        section.said.append(
-            "What was before training is computed on a sample of the pixels, weighted by how many "
-            "each stands for."
-        )
-    return section
-
-
-_Found = list[tuple[str, dict[str, np.ndarray], str]]
-
-
-def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return a curve with points where it moves, few enough to draw."""
-    length = np.concatenate([[0.0], np.hypot(np.diff(x), np.diff(y)).cumsum()])
-    wanted = np.linspace(0, length[-1], min(len(x), _POINTS))
-    chosen = np.unique(np.searchsorted(length, wanted).clip(max=len(x) - 1))
-    return x[chosen], y[chosen]
-
-
-def _roc(split: str, found: _Found) -> Plot:
-    said = [f"{name}: area {areas(r)[0]:.4f}" for name, r, _ in found]
-    plot = Plot(
-        f"roc-{split}",
-        f"ROC curves on {split}. " + "; ".join(said) + ".",
-        f"{split}: {'; '.join(said)}.",
-    )
-    thinned = [(name, _thin(r["false"], r["true"])) for name, r, _ in found]
-    plot.columns = _padded(thinned, "false positive rate", "true positive rate")
-    with drawing(plot) as figure:
-        axes = figure.subplots()
-        for (name, (x, y)), (_, _, line), colour in zip(thinned, found, _colours(), strict=False):
-            axes.plot(np.maximum(x, 1e-5), y, line, color=colour, label=literal(name))
-        logarithmic(axes.xaxis)
+        smallest = min((float(r[r > 0].min()) for r in rows.values() if r.any()), default=1e-3)
+        axes.set_ylim(bottom=smallest / 2)
         axes.set(
-            xlabel="false positive rate", ylabel="true positive rate", title=f"ROC, {split}",
-            xlim=(1e-5, 1), ylim=(0, 1.02),
-        )  # fmt: skip
+            xlabel="score",
+            ylabel="share of pixels per bin",
+            title=f"{what}, {split}{label(kept, runs)}",
+        )
     return plot
 
 
-def _precision(split: str, found: _Found) -> Plot:
-    said = [f"{name}: average precision {areas(r)[1]:.4f}" for name, r, _ in found]
-    plot = Plot(
-        f"precision-{split}",
-        f"Precision over recall on {split}. " + "; ".join(said) + ".",
-        f"{split}: {'; '.join(said)}.",
-    )
-    thinned = [(name, _thin(r["true"], r["precision"])) for name, r, _ in found]
-    plot.columns = _padded(thinned, "recall", "precision")
-    with drawing(plot) as figure:
-        axes = figure.subplots()
-        for (name, (x, y)), (_, _, line), colour in zip(thinned, found, _colours(), strict=False):
-            axes.plot(x, y, line, color=colour, label=literal(name))
-        title = f"precision and recall, {split}"
-        axes.set(xlabel="recall", ylabel="precision", title=title, xlim=(0, 1), ylim=(0, 1.02))
-    return plot
-
-
-def _colours() -> tuple[str, ...]:
-    return BLUE, VERMILLION, ORANGE, GREY
-
-
-def _padded(
-    thinned: list[tuple[str, tuple[np.ndarray, np.ndarray]]], x: str, y: str
-) -> dict[str, np.ndarray]:
-    longest = max(len(values[0]) for _, values in thinned)
-    columns = {}
-    for name, both in thinned:
-        for what, values in zip((x, y), both, strict=True):
-            filled = np.full(longest, np.nan)
-            filled[: len(values)] = values
-            columns[f"{what}, {name}"] = filled
-    return columns
+def _edges(found: Scored) -> np.ndarray:
+    """Return bins that hold nearly all pixels, and nearly all anomalies."""
+    finite = np.isfinite(found.scores)
+    if not finite.any():
+        return np.linspace(0, 1, _BINS + 1)
+    scores, marked = found.scores[finite], found.anomalous[finite].cumsum()
+    share = (found.normal + found.anomalous)[finite].cumsum()
+    low, high = scores[np.searchsorted(share, np.array([5e-4, 0.9995]) * share[-1])]
+    if marked[-1]:
+        high = max(high, scores[np.searchsorted(marked, 0.98 * marked[-1])])
+    return np.linspace(low, high if high > low else low + 1, _BINS + 1)

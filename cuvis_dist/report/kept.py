@@ -66,12 +66,27 @@ class Kept:
                 return np.asarray(found, dtype=float)
         return None
 
+    @property
+    def trained(self) -> bool:
+        """Whether it ended with a training, whatever there is to show of its nodes."""
+        return "trained" in self.nodes or bool(self.record.get("epochs"))
+
     def axis(self, channels: int, bands: bool = True) -> tuple[np.ndarray, str]:
-        """Return where channels stand on an axis, and what that axis is called."""
+        """Return where channels stand on an axis, ascending or descending, and its name."""
         known = self.wavelengths
         if bands and known is not None and len(known) == channels:
-            return known, "wavelength in nm"
+            steps = np.diff(known)  # of many bands some are the same to a nanometre
+            if channels == 1 or (steps.any() and ((steps >= 0).all() or (steps <= 0).all())):
+                return known, "wavelength in nm"
         return np.arange(channels, dtype=float), "band" if bands else "channel"
+
+    def has_anomalies(self, split: str) -> bool:
+        """Whether a pixel of a split is annotated as an anomaly."""
+        part = self.seen.get(split, {})
+        counted = (np.asarray(each["counts"]) for each in part.get("counts", {}).values())
+        return any(int(counts[:, 1].sum()) > 0 for counts in counted) or any(
+            picture["anomalies"] for picture in part.get("pictures", [])
+        )
 
 
 def read_kept(output: OutputFolder) -> Kept:

@@ -23,6 +23,9 @@ from cuvis_dist.report.plot import (
     drawing,
     literal,
     logarithmic,
+    marker_of,
+    number,
+    several,
 )
 from cuvis_dist.report.section import Section, label
 from cuvis_dist.report.spectra import band_port
@@ -40,12 +43,14 @@ def correlation(runs: Sequence[Kept]) -> Section:
     for i, kept in enumerate(runs):
         port = band_port(kept)
         if port is not None and "covariance" in port["values"]:
-            section.plots.append(_correlation(kept, port, runs))
+            if len(port["values"]["covariance"]) > 1:
+                section.plots.append(_correlation(kept, port, runs))
             values = _eigenvalues(port["values"]["covariance"])
             curves.append((f"{port['source']}{label(kept, runs)}", values, LINES[i]))
         for each in portraits(kept, "gaussian"):
             values = _eigenvalues(each["values"]["covariance"])
-            name = f"{each['node']} (eps {float(each['values']['eps']):.2g} added)"
+            eps = number(float(each["values"]["eps"]), 2)
+            name = f"{each['node']} (eps {eps} added)"
             curves.append((f"{name}{label(kept, runs)}", values, LINES[i]))
             section.said.append(_condition(each, values) + f"{label(kept, runs)}.")
     if not curves:
@@ -54,7 +59,10 @@ def correlation(runs: Sequence[Kept]) -> Section:
     plot = Plot(
         "eigenvalues",
         "Eigenvalues of the covariances, from the largest to the smallest on a logarithmic axis: "
-        + "; ".join(f"{name}: {v[0]:.2g} to {v[-1]:.2g}" for name, v, _ in curves)
+        + "; ".join(
+            f"{name}: {number(float(v[0]), 2)} to {number(float(v[-1]), 2)}"
+            for name, v, _ in curves
+        )
         + ".",
         "A flat end is noise; values below the dotted line are lost when float32 inverts the "
         "covariance of the node.",
@@ -65,7 +73,10 @@ def correlation(runs: Sequence[Kept]) -> Section:
         for i, (name, values, line) in enumerate(curves):
             shown = np.where(values > 0, values, np.nan)
             x = np.arange(1, len(values) + 1)
-            axes.plot(x, shown, line, color=COLOURS[i], marker=".", ms=3, label=literal(name))
+            axes.plot(
+                x, shown, line, color=COLOURS[i % len(COLOURS)], **marker_of(len(x)),
+                label=literal(name),
+            )  # fmt: skip
         held = next((v for name, v, _ in curves if "eps" in name), None)
         if held is not None:
             limit = held[0] * len(held) * _EPS32
@@ -95,8 +106,8 @@ def _condition(each: dict[str, Any], values: np.ndarray) -> str:
     condition = float(values[0]) / smallest if smallest > 0 else np.inf
     verdict = "within" if condition <= limit else "beyond"
     return (
-        f"Covariance of {each['node']}, {len(values)} bands: condition number {condition:.2g}, "
-        f"{verdict} what float32 can invert ({limit:.2g})"
+        f"Covariance of {each['node']}, {several(len(values), 'band')}: condition number "
+        f"{number(condition, 2)}, {verdict} what float32 can invert ({number(limit, 2)})"
     )
 
 
@@ -130,7 +141,8 @@ def _correlation(kept: Kept, port: dict[str, Any], runs: Sequence[Kept]) -> Plot
         image = axes.imshow(matrix, cmap="PuOr", vmin=-1, vmax=1, extent=extent, aspect="auto")
         bar = figure.colorbar(image, ax=axes, label="correlation")
         bar.outline.set_visible(False)
-        axes.set(xlabel=what, ylabel=what, title=f"correlation at {literal(port['source'])}")
+        title = f"correlation at {literal(port['source'])}{label(kept, runs)}"
+        axes.set(xlabel=what, ylabel=what, title=title)
     return plot
 
 
@@ -148,28 +160,41 @@ def selection(runs: Sequence[Kept]) -> Section:
             last = weights if after is None else after
             most = ", ".join(f"{v:g}" for v in np.sort(x[np.argsort(-last)[:5]]))
             most = f"{most} nm" if "nm" in what else f"{what} {most}"
+            moved = "" if after is None else _moved(weights, after, x, what)
             plot = Plot(
                 f"weights-{each['node']}" + ("" if kept is runs[0] else "-other"),
                 f"Weights that {each['node']} gives to bands over {what}; largest at {most}"
                 f"{label(kept, runs)}.",
-                f"Largest weights of {each['node']} at {most}{label(kept, runs)}.",
+                f"Largest weights of {each['node']} at {most}{moved}{label(kept, runs)}.",
                 {what: x, "after phase 1": weights}
                 | ({} if after is None else {"after training": after}),
             )
             with drawing(plot) as figure:
                 axes = figure.subplots()
-                axes.plot(x, weights, color=BLUE, marker=".", ms=3, label="after phase 1")
+                marks = marker_of(len(x))
+                axes.plot(x, weights, color=BLUE, label="after phase 1", **marks)
                 if after is not None:
-                    axes.plot(
-                        x, after, "--", color=VERMILLION, marker=".", ms=3, label="after training"
-                    )
+                    axes.plot(x, after, "--", color=VERMILLION, label="after training", **marks)
                 axes.set_ylim(bottom=0)
-                title = f"weights of {literal(each['node'])}"
+                title = f"weights of {literal(each['node'])}{label(kept, runs)}"
                 axes.set(xlabel=what, ylabel="weight", title=title)
             section.plots.append(plot)
     if not section.plots:
         section.missing = "The pipeline has no node that gives weights to bands."
     return section
+
+
+def _moved(before: np.ndarray, after: np.ndarray, x: np.ndarray, what: str) -> str:
+    """Return how far training has moved weights, as the end of a sentence."""
+    change = np.abs(after - before)
+    where = int(change.argmax())
+    share = float(change[where]) / max(float(np.abs(before).max()), 1e-300)
+    if share < 1e-3:
+        return "; training moved none by more than a thousandth of the largest"
+    unit = f"{number(float(x[where]))} nm" if "nm" in what else f"{what} {x[where]:g}"
+    return f"; training moved that at {unit} most, from {number(float(before[where]))} to " + (
+        number(float(after[where]))
+    )
 
 
 def components(runs: Sequence[Kept]) -> Section:
@@ -212,7 +237,8 @@ def _components(
             if trained:
                 axes.plot(x, trained[0]["values"]["loadings"][i], "--", color=COLOURS[i], lw=1)
         axes.axhline(0, color=GREY, lw=0.8)
-        axes.set(xlabel=what, ylabel="loading", title=f"loadings of {literal(node)}")
+        title = f"loadings of {literal(node)}{label(kept, runs)}"
+        axes.set(xlabel=what, ylabel="loading", title=title)
     yield plot
     if "variances" not in each["values"]:
         return
@@ -226,13 +252,15 @@ def _components(
         {"component": np.arange(1, len(share) + 1), "variance": variances, "share": share},
     )
     with drawing(plot) as figure:
-        _bars(figure.subplots(), share, f"share of the variance, {literal(node)}")
+        _bars(
+            figure.subplots(), share, f"share of the variance, {literal(node)}{label(kept, runs)}"
+        )
     yield plot
 
 
 def _bars(axes: Axes, share: np.ndarray, title: str) -> None:
     x = np.arange(1, len(share) + 1)
-    axes.bar(x, share, color=BLUE)
+    axes.bar(x, share, color=BLUE, label="each")
     axes.plot(x, share.cumsum(), color=VERMILLION, marker=".", label="added up")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(xlabel="component", ylabel="share", title=title, ylim=(0, 1.05))

@@ -190,6 +190,7 @@ def _evaluated(seen: Seen, bands: int) -> dict[str, Any]:
     return {
         "frames": seen.frames,
         "annotated": seen.annotated,
+        "unknown": seen.unknown,
         "bands": bands,
         "wavelengths": seen.wavelengths,
         "wrong": np.asarray(seen.wrong),

@@ -6,9 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+import numpy as np
+
 from cuvis_dist.report.kept import SPLITS, Kept
-from cuvis_dist.report.plot import number
+from cuvis_dist.report.plot import duration, number, several
 from cuvis_dist.report.section import Section, Table, label, which
+from cuvis_dist.scaling import Scaling
 
 #: Settings that differ between any two runs, and say nothing.
 _ALWAYS_OTHERS = ("started", "finished", "seconds", "output_dir", "report", "pipeline")
@@ -39,31 +42,57 @@ def _facts(kept: Kept) -> Iterator[tuple[str, str]]:
     yield "output folder", kept.place
     yield "started", _when(record.get("started"))
     if (spent := _seconds(record)) is not None:
-        yield "took", f"{spent:.0f} s" if spent < 120 else f"{spent / 60:.0f} min"
+        yield "took", duration(spent) if spent >= 100 else f"{spent:.0f} s"
     if passes := record.get("passes"):
         pixels = [fit["pixels"] for each in passes for fit in each["nodes"].values()]
         known = [n for n in pixels if n is not None]
-        what = f"{number(max(each['frames'] for each in passes))} frames"
-        what += f", {number(max(known))} pixels" if known else ""
+        what = several(max(each["frames"] for each in passes), "frame")
+        what += f", {several(max(known), 'pixel')}" if known else ""
         yield "phase 1 on", what
         read = sum(each["bytes"] for each in passes)
-        yield "read for it", f"{_size(read)} in {len(passes)} passes"
+        yield "read for it", f"{_size(read)} in {several(len(passes), 'pass')}"
     for port in kept.measured.get("ports", [])[:1]:
         if port["recordings"]:
             yield "recordings", number(len(port["recordings"]))
-    if (nm := kept.wavelengths) is not None:
-        yield "bands", f"{len(nm)}, {nm[0]:g} to {nm[-1]:g} nm"
-    else:
-        yield "bands", "their wavelengths are not known"
+    yield "bands", _bands(kept)
     for split in SPLITS:
         if part := kept.seen.get(split):
-            marked = "annotated" if part["annotated"] else "without annotation"
-            yield split, f"{number(part['frames'])} frames, {marked}"
+            marked = (
+                "annotated"
+                if kept.has_anomalies(split)
+                else "no pixel is annotated as an anomaly"
+                if part["annotated"]
+                else "without annotation"
+            )
+            yield split, f"{several(part['frames'], 'frame')}, {marked}"
     if record.get("epochs"):
-        yield "phase 2", f"{number(record['epochs'])} epochs"
+        yield "phase 2", several(record["epochs"], "epoch")
     yield from _calibration(record)
+    if chosen := _settings(record):
+        yield "settings", ", ".join(f"{name} {value}" for name, value in chosen.items())
     if versions := record.get("versions"):
         yield "versions", ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _bands(kept: Kept) -> str:
+    nm = kept.wavelengths
+    if nm is None:
+        return "their wavelengths are not known"
+    low, high = (number(float(f(nm))) for f in (np.nanmin, np.nanmax))
+    there = f"{number(len(nm))}, {low} to {high} nm" if low != high else f"{len(nm)}, at {low} nm"
+    in_order = kept.axis(len(nm))[1] != "band"
+    return there if in_order else f"{there}, not in ascending order: plots have their numbers"
+
+
+def _settings(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that are not as they are by default."""
+    default = Scaling().model_dump(mode="json")
+    return {
+        name: value
+        for part, values in record.get("scaling", {}).items()
+        for name, value in values.items()
+        if value != default.get(part, {}).get(name)
+    }
 
 
 def _size(count: int) -> str:
@@ -96,8 +125,8 @@ def _calibration(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         threshold = report.get("threshold") if isinstance(report, dict) else None
         if isinstance(threshold, dict) and "new" in threshold:
             old, new = (threshold.get(key) for key in ("old", "new"))
-            exact = f"{new:.7g}" if isinstance(new, float) else str(new)
-            yield f"threshold of {node}", f"{exact}, calibrated on val ({number(old)} before)"
+            said = f"{number(new, 7)}, calibrated on val ({number(old)} before)"
+            yield f"threshold of {node}", said
 
 
 def _metrics(runs: Sequence[Kept]) -> list[Table]:
@@ -110,7 +139,7 @@ def _metrics(runs: Sequence[Kept]) -> list[Table]:
     if not names:
         return []
     rows = [
-        [name, *(f"{found[name]:.4f}" if name in found else "-" for found in values)]
+        [name, *(f"{found[name]:z.4f}" if name in found else "-" for found in values)]
         for name in names
     ]
     return [Table("Metrics", columns, rows, numbers=True)]
@@ -154,6 +183,10 @@ def findings(runs: Sequence[Kept]) -> list[tuple[str, str, str]]:
             if "score" in each["message"] and each["node"] not in kinds:
                 anchor = "scores"
             found.append((each["node"] + of, each["message"], anchor))
+        for split, part in kept.seen.items():
+            if unknown := part.get("unknown"):
+                said = f"{several(unknown, 'pixel')} of {split} have no finite score"
+                found.append((f"scores{of}", said, "scores"))
     return found
 
 

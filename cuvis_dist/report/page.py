@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from loguru import logger
 
 from cuvis_dist.errors import one_line
-from cuvis_dist.report import course, judgement, matrices, overview, pictures, spectra
+from cuvis_dist.report import course, judgement, matrices, overview, pictures, rates, spectra
 from cuvis_dist.report.kept import FOLDER, Kept
 from cuvis_dist.report.plot import Plot
 from cuvis_dist.report.section import Section
@@ -27,7 +27,7 @@ _SECTIONS: tuple[Callable[[Sequence[Kept]], Section], ...] = (
     matrices.selection,
     matrices.components,
     judgement.scores,
-    judgement.rates,
+    rates.rates,
     pictures.frames,
     course.learning,
     course.time,

@@ -9,10 +9,13 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
+from warnings import catch_warnings, filterwarnings
 
 import matplotlib
 import numpy as np
@@ -20,6 +23,7 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = (
@@ -32,13 +36,14 @@ LINES = ("-", "--")
 GREY = "#767676"
 
 _STYLE: Any = {
-    "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.titlesize": 9.5,
+    "axes.formatter.limits": (-3, 5),  # longer numbers reach out of the plot
+    "axes.formatter.use_mathtext": True,
     "grid.color": "#E3E3E3",
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.5,
@@ -92,8 +97,20 @@ class Plot:
         return buffer.getvalue().encode()
 
 
+#: An axis that is longer has names at powers of ten alone.
+_DECADES = 300
+#: Points of a curve that are marked at most.
+_MARKED = 70
+#: For names in other scripts, on machines that have one of these.
+_FURTHER = ("Noto Sans CJK JP", "Noto Sans", "WenQuanYi Zen Hei", "Unifont", "FreeSans")
 #: Names of at most so many letters stand in three columns, or in two.
 _THREE, _TWO = 22, 36
+
+
+@cache
+def _fonts() -> list[str]:
+    """Return the font of plots, which comes with matplotlib, and those of other scripts."""
+    return ["DejaVu Sans", *sorted({*_FURTHER} & {*fontManager.get_font_names()})]
 
 
 @contextmanager
@@ -113,13 +130,15 @@ def drawing(
     fitted : bool
         Look for room for each label: slow, for what is not one pair of axes.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(_STYLE | {"font.family": _fonts()}), catch_warnings():
+        filterwarnings("ignore", "Glyph .* missing")  # what no font has is a box, and in the table
         figure = Figure(figsize=size, layout="constrained" if fitted else None, dpi=110)
         yield figure
         below = _legend(figure)
         if not fitted:
-            bottom = (0.5 + 0.19 * below) / size[1]
-            figure.subplots_adjust(0.13, bottom, 0.97, 1 - 0.28 / size[1])
+            height = size[1] + 0.19 * max(0, below - 2)  # many names take nothing from the axes
+            figure.set_figheight(height)
+            figure.subplots_adjust(0.13, (0.5 + 0.19 * below) / height, 0.97, 1 - 0.28 / height)
         buffer = io.BytesIO()
         if pixels:
             FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
@@ -156,13 +175,24 @@ def logarithmic(axis: Axis, finely: bool = False) -> None:
     Parameters
     ----------
     finely : bool
-        Also name 2 and 5 times the powers of ten.
+        Also name 2 and 5 times the powers of ten, where what is drawn has room for that.
     """
     axes = axis.axes
     axes.set_xscale("log") if axis is axes.xaxis else axes.set_yscale("log")
+    low, high = axis.get_data_interval()
+    finely = finely and 0 < low <= high <= _DECADES * low
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if finely else (1,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(FuncFormatter(_tick))
     axis.set_minor_locator(NullLocator())
+
+
+def _tick(value: float, _: Any) -> str:
+    """Return the number at a tick of a logarithmic axis; a power of ten where it is long."""
+    exponent = math.floor(math.log10(value) + 1e-9)
+    if -3 <= exponent <= 4:
+        return f"{value:g}"
+    times = value / 10.0**exponent
+    return (f"{times:.0f}·" if times > 1.5 else "") + f"$10^{{{exponent}}}$"
 
 
 def short(text: str, length: int = 60) -> str:
@@ -178,10 +208,48 @@ def literal(text: str) -> str:
     return short(text).replace("$", r"\$").lstrip("_")
 
 
-def number(value: Any) -> str:
-    """Return a number in four digits, as people write it."""
+def number(value: Any, digits: int = 4) -> str:
+    """Return a number as people write it: rounded to some digits, never as ``1e-05``."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if isinstance(value, int):
-        return f"{value:,}".replace(",", "\u202f")
-    return f"{value:.4g}"
+        return f"{value:,}".replace(",", "\u202f") if abs(value) >= 10_000 else str(value)
+    if not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "∞" if value > 0 else "-∞"
+    mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
+    if value and not -4 <= int(exponent) <= 5:
+        times = float(mantissa)
+        return (
+            ("" if times == 1 else f"{times:g}\u00a0\u00d7\u00a0")
+            + "10"
+            + exponent_of(int(exponent))
+        )
+    rounded = float(f"{value:.{digits}g}")
+    if abs(rounded) >= 10_000:
+        return f"{rounded:,.0f}".replace(",", "\u202f")
+    return f"{rounded:g}" if digits <= 6 else f"{rounded:.{digits}g}"
+
+
+def exponent_of(power: int) -> str:
+    """Return a power as it stands above a ten."""
+    return str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people say it."""
+    if seconds < 100:
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def several(count: int, what: str) -> str:
+    """Return how many there are of something, as in ``1 pass`` and ``2 passes``."""
+    many = "" if count == 1 else "es" if what.endswith("s") else "s"
+    return f"{number(count)} {what}{many}"
+
+
+def marker_of(points: int) -> dict[str, Any]:
+    """Return how points of a curve are marked: not where they would touch each other."""
+    return {"marker": ".", "ms": 3} if points <= _MARKED else {}

@@ -19,6 +19,7 @@ from cuvis_dist.report.plot import (
     drawing,
     literal,
     number,
+    several,
 )
 from cuvis_dist.report.section import Section, Table, label
 
@@ -26,6 +27,10 @@ from cuvis_dist.report.section import Section, Table, label
 _NAMED = 6
 #: With more curves than this a plot is made of pixels.
 _MANY = 60
+#: Constant bands that are marked by lines at most.
+_LINES = 8
+#: Means are drawn in one plot unless one is so many times the other.
+_ALIKE = 20
 #: A band whose deviation is this small a part of the largest value is constant.
 _CONSTANT = 1e-7
 
@@ -54,7 +59,11 @@ def spectra(runs: Sequence[Kept]) -> Section:
 
 def band_port(kept: Kept) -> dict[str, Any] | None:
     """Return the measured port that says most about spectra: bands of the batch, with moments."""
-    ports = [p for p in kept.measured.get("ports", []) if len(_any(p["values"])) > 1]
+    ports = [
+        port
+        for port in kept.measured.get("ports", [])
+        if (channels := len(_any(port["values"]))) > 1 or (channels and port["bands"])
+    ]
     ports.sort(key=lambda p: (not p["bands"], "mean" not in p["values"]))
     return ports[0] if ports else None
 
@@ -91,7 +100,7 @@ def _mean(kept: Kept, port: dict[str, Any], runs: Sequence[Kept]) -> Plot:
         "spectrum" if kept is runs[0] else "spectrum-other",
         f"Mean spectrum of {port['source']} over {what}, with one standard deviation on either "
         f"side and the range of all pixels{label(kept, runs)}."
-        + (f" {len(constant)} bands are constant, marked by vertical lines." if constant else ""),
+        + (f" {_are_constant(constant)}, marked." if constant else ""),
         f"All pixels of the train split together at {port['source']}{label(kept, runs)}.",
     )
     plot.columns = {what: x} | {
@@ -99,28 +108,52 @@ def _mean(kept: Kept, port: dict[str, Any], runs: Sequence[Kept]) -> Plot:
     }
     with drawing(plot) as figure:
         axes = figure.subplots()
+        mark: Any = {"marker": "."} if len(x) == 1 else {}  # a line needs two points
         if "minimum" in values:
-            axes.plot(x, values["minimum"], color=GREY, lw=0.9, ls=":")
-            axes.plot(x, values["maximum"], color=GREY, lw=0.9, ls=":", label="smallest, largest")
+            ends: Any = {"color": GREY, "lw": 0.9, "ls": ":", **mark}
+            axes.plot(x, values["minimum"], **ends)
+            axes.plot(x, values["maximum"], **ends, label="smallest, largest")
         if "mean" in values:
             mean, std = values["mean"], values["std"]
+            if len(x) == 1:
+                axes.errorbar(x, mean, std, color=BLUE, capsize=4)
             axes.fill_between(x, mean - std, mean + std, color=BLUE, alpha=0.2, lw=0)
-            axes.plot(x, mean, color=BLUE, label="mean ± standard deviation")
-        for i, index in enumerate(constant):
-            axes.axvline(
-                x[index], color=VERMILLION, lw=1.2, ls="--", label="constant" if not i else None
-            )
+            axes.plot(x, mean, color=BLUE, label="mean ± standard deviation", **mark)
+        _mark(axes, x[constant])
         for other in runs:
             if other is not kept and kept is runs[0] and (theirs := band_port(other)):
-                _overlay(axes, other, theirs)
-        axes.set(xlabel=what, ylabel="value", title="mean spectrum")
+                _overlay(axes, other, theirs, values, what)
+        axes.set(xlabel=what, ylabel="value", title=f"mean spectrum{label(kept, runs)}")
     return plot
 
 
-def _overlay(axes: Axes, other: Kept, port: dict[str, Any]) -> None:
-    if "mean" in port["values"]:
-        x, _ = other.axis(len(port["values"]["mean"]), port["bands"])
-        axes.plot(x, port["values"]["mean"], "k", ls=LINES[1], lw=1.2, label="the other")
+def _are_constant(constant: list[int]) -> str:
+    return f"{several(len(constant), 'band')} {'is' if len(constant) == 1 else 'are'} constant"
+
+
+def _mark(axes: Axes, x: np.ndarray) -> None:
+    """Mark constant bands: by lines, or below where these would hide everything."""
+    if len(x) > _LINES:
+        below = axes.get_xaxis_transform()
+        axes.plot(
+            x, np.full(len(x), 0.02), "|", color=VERMILLION, label="constant", transform=below
+        )
+        return
+    for i, each in enumerate(x):
+        axes.axvline(each, color=VERMILLION, lw=1.2, ls="--", label="constant" if not i else None)
+
+
+def _overlay(
+    axes: Axes, other: Kept, port: dict[str, Any], values: dict[str, Any], what: str
+) -> None:
+    """Draw the mean of another run too, where axis and scale are alike."""
+    if "mean" not in port["values"] or "mean" not in values:
+        return
+    mean = port["values"]["mean"]
+    x, theirs = other.axis(len(mean), port["bands"])
+    sizes = sorted(float(np.abs(each).max()) for each in (mean, values["mean"]))
+    if theirs == what and sizes[1] <= _ALIKE * sizes[0]:
+        axes.plot(x, mean, "k", ls=LINES[1], lw=1.2, label="mean of the other")
 
 
 def _recordings(kept: Kept, port: dict[str, Any], runs: Sequence[Kept]) -> list[Plot]:
@@ -158,12 +191,14 @@ def _recordings(kept: Kept, port: dict[str, Any], runs: Sequence[Kept]) -> list[
         )
         with drawing(plot, pixels=len(names) > _MANY) as figure:
             axes = figure.subplots()
+            mark: Any = {"marker": "."} if len(x) == 1 else {}
             for i, curve in enumerate(curves):
                 if i not in prominent:
-                    axes.plot(x, curve, color="#B5B5B5", lw=0.7)
+                    axes.plot(x, curve, color="#B5B5B5", lw=0.7, **mark)
             for i, c in prominent.items():
-                axes.plot(x, curves[i], color=COLOURS[c], lw=1.1, label=literal(names[i]))
-            axes.set(xlabel=what, ylabel=ylabel, title=title)
+                label_ = literal(names[i])
+                axes.plot(x, curves[i], color=COLOURS[c], lw=1.1, label=label_, **mark)
+            axes.set(xlabel=what, ylabel=ylabel, title=f"{title}{label(kept, runs)}")
             if name == "shifts":
                 axes.axhline(0, color=GREY, lw=0.8)
         plots.append(plot)

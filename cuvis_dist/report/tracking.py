@@ -32,6 +32,7 @@ def track(output: OutputFolder, kept: Kept) -> str:
     Settings become parameters, epochs and evaluations metrics; the report, ``run.json`` and the
     saved pipeline are its artefacts. Raises whatever MLflow does.
     """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # it tells its makers otherwise
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Param
 

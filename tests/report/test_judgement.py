@@ -11,7 +11,8 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from cuvis_dist.archive import Frame
 from cuvis_dist.evaluation.seen import Counts, Look, Seen, colour_bands
 from cuvis_dist.nodes.shown import Judged
-from cuvis_dist.report.judgement import Scored, after, areas, before, chi_squared, curves
+from cuvis_dist.report.judgement import Scored, after, before, chi_squared
+from cuvis_dist.report.rates import areas, curves
 
 JUDGED = Judged(("rx", "scores"), ("head", "logits"), ("decider", "decisions"), ("data", "mask"), 5)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from archives import edit
+from archives import edit, real_scene
 from browser import look, needs_browser
 from markup import Page
 from settings import scaling_of
@@ -17,8 +17,9 @@ from stores import s3_server
 
 from cuvis_dist.archive import open_archive
 from cuvis_dist.cli import main
+from cuvis_dist.demo import DemoSettings, write_demo
 from cuvis_dist.evaluation.seen import Look
-from cuvis_dist.report import noting
+from cuvis_dist.report import noting, page
 from cuvis_dist.report.kept import PARTS, read_parts
 from cuvis_dist.report.writing import report_on
 from cuvis_dist.runs.record import RunRecord
@@ -35,6 +36,14 @@ def silent(event) -> None:
     pass
 
 
+def kill_a_band(archive: Path) -> None:
+    for path in archive.glob("*.npz"):
+        with np.load(path) as content:
+            values = dict(content)
+        values["cube"][..., DEAD] = 0.25
+        np.savez(path, **values)
+
+
 @pytest.fixture(scope="module")
 def trained(demo_trainrun, tmp_path_factory) -> Path:
     """Return the output folder of a run of both phases."""
@@ -49,11 +58,7 @@ def initialized(demo_trainrun, tmp_path_factory) -> Path:
     """Return the folder of `init` on recordings with a dead band, names that are markup, no val."""
     folder = tmp_path_factory.mktemp("init") / "demo"
     shutil.copytree(demo_trainrun.parent, folder)
-    for path in (folder / "archive").glob("*.npz"):
-        with np.load(path) as content:
-            values = dict(content)
-        values["cube"][..., DEAD] = 0.25
-        np.savez(path, **values)
+    kill_a_band(folder / "archive")
     path = folder / "trainrun.yaml"
     universe = folder / "archive" / "universe.csv"
 
@@ -67,6 +72,57 @@ def initialized(demo_trainrun, tmp_path_factory) -> Path:
     edit(path, change)
     universe.write_text(universe.read_text().replace("recording_00.cu3s", "<i>&$a$.cu3s"))
     run = load_trainrun(path, output_dir=folder / "results").initialization_only()
+    run_trainrun(run, HERE, silent)
+    return folder / "results"
+
+
+@pytest.fixture(scope="module")
+def init(demo_trainrun, tmp_path_factory) -> Path:
+    """Return the folder of `init` alone, on frames in which all is well."""
+    out = tmp_path_factory.mktemp("alone") / "results"
+    run_trainrun(load_trainrun(demo_trainrun, output_dir=out).initialization_only(), HERE, silent)
+    return out
+
+
+@pytest.fixture(scope="module")
+def dead(demo_trainrun, tmp_path_factory) -> Path:
+    """Return the folder of a run of both phases on recordings with a dead band."""
+    return both_phases(demo_trainrun, tmp_path_factory.mktemp("dead") / "demo", spoil=True)
+
+
+@pytest.fixture(scope="module")
+def lhdata(demo_trainrun, tmp_path_factory) -> Path:
+    """Return the folder of a run of both phases on a real scene of 186 bands."""
+    folder = tmp_path_factory.mktemp("lhdata") / "scene"
+    folder.mkdir()
+    real_scene("lhdata", folder / "archive")
+    return both_phases(demo_trainrun, folder, bands=186)
+
+
+def both_phases(demo: Path, folder: Path, spoil: bool = False, bands: int | None = None) -> Path:
+    """Run the demo on a copy of its archive in which a band is dead, or on another archive."""
+    shutil.copytree(
+        demo.parent, folder, dirs_exist_ok=True,
+        ignore=shutil.ignore_patterns("archive") if bands else None,
+    )  # fmt: skip
+    if spoil:
+        kill_a_band(folder / "archive")
+
+    def on(run):
+        run["data"]["params"]["universe_csv"] = str(folder / "archive" / "universe.csv")
+        if bands:
+            run["data"]["splits"] = {key: [{"kind": "all"}] for key in ("train", "val", "test")}
+
+    def of(pipeline):
+        for node in pipeline["nodes"]:
+            for name in (
+                {"input_channels", "num_channels"} & node["hparams"].keys() if bands else ()
+            ):
+                node["hparams"][name] = bands
+
+    edit(folder / "trainrun.yaml", on)
+    edit(folder / "pipeline.yaml", of)
+    run = load_trainrun(folder / "trainrun.yaml", output_dir=folder / "results")
     run_trainrun(run, HERE, silent)
     return folder / "results"
 
@@ -129,13 +185,27 @@ def test_init_of_a_dead_band_says_so_beside_the_plot(initialized):
     assert finding in section(initialized, "correlation").text
     assert finding in section(initialized, "selection").text
     shown = section(initialized, "spectra")
-    assert "1 bands are constant" in shown.alts[0]
+    assert "1 band is constant, marked" in shown.alts[0]
     assert "Constant over the train split: band 4 (" in shown.text
     assert "There was no gradient training" in section(initialized, "learning").text
     for anchor in ("scores", "rates", "frames"):
         assert "there is no val or test split" in section(initialized, anchor).text.lower() or (
             "There is no split" in section(initialized, anchor).text
         )
+
+
+def test_a_run_with_a_dead_band_says_so_too(dead):
+    assert "2 things to look at" in page_of(dead).text
+    assert "Constant over the train split: band 4 (" in section(dead, "spectra").text
+    assert "training moved" in section(dead, "selection").text
+
+
+def test_the_page_of_a_real_scene(lhdata):
+    page = page_of(lhdata)
+    assert "This section could not be made" not in page.text
+    assert "186, 390 to 856 nm" in page.text
+    assert "Frame lhdata.cu3s#" in "".join(page.alts)
+    assert "pass 1: normalizer, selector, rx_detector" in "".join(page.alts)
 
 
 def test_names_are_text_and_no_markup(initialized):
@@ -235,6 +305,39 @@ def test_a_report_that_fails_is_a_warning(tmp_path, warnings):
     assert any("no report was written" in message for message in warnings)
 
 
+def test_a_run_whose_report_fails_ends_as_it_would(demo_trainrun, tmp_path, monkeypatch, capsys):
+    def broken(*arguments):
+        raise MemoryError("no room for a page")
+
+    monkeypatch.setattr(page, "render", broken)
+    options = ["--output-dir", str(tmp_path), "--workers", "0"]
+    assert main(["init", str(demo_trainrun), *options]) == 0
+    assert "no report was written: MemoryError: no room for a page" in capsys.readouterr().err
+    record = RunRecord.load(tmp_path)
+    assert (record.status, record.report) == ("done", None)
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("odd", ["one band", "not a number", "in another script"])
+def test_an_odd_archive_has_a_page(odd, tmp_path):
+    settings = DemoSettings(
+        frames=12, height=16, width=20, recordings=2, bands=1 if odd == "one band" else 12
+    )
+    path = write_demo(tmp_path / "aufnahme ä 中文", settings)
+    if odd == "not a number":
+        for frame in (path.parent / "archive").glob("recording_0?_00[45].npz"):  # of test
+            with np.load(frame) as content:
+                values = dict(content)
+            values["cube"][3, 4, 2] = np.nan
+            np.savez(frame, **values)
+    run = load_trainrun(path).initialization_only()
+    found = page_of(Path(run_trainrun(run, HERE, silent).output_dir))
+    assert "This section could not be made" not in found.text
+    assert "aufnahme ä 中文" in found.text
+    assert ("4 pixels of test have no finite score" in found.text) == (odd == "not a number")
+    assert "Mean spectrum of data.cube over wavelength in nm" in found.alts[0]
+
+
 def test_a_result_does_not_depend_on_what_is_seen(trained, demo_trainrun, tmp_path, monkeypatch):
     def broken(*arguments):
         raise RuntimeError("nothing can be seen")
@@ -273,13 +376,14 @@ def recordings_of(out: Path) -> dict:
     return port["recordings"]
 
 
-@pytest.fixture(params=["trained", "initialized"])
+@pytest.fixture(params=["trained", "init", "lhdata", "dead", "initialized"])
 def folder(request) -> Path:
     return request.getfixturevalue(request.param)
 
 
 @needs_browser
 def test_a_browser_shows_all_of_it(folder, tmp_path):
+    """Of the demo, of `init`, of 186 bands of real data, of a dead band, and without val."""
     for looked in look(folder / "report.html", tmp_path):
         assert looked.images == len(page_of(folder).of("img"))
         assert (looked.missing, looked.requests, looked.dangling) == (0, [], [])
