@@ -71,7 +71,7 @@ sdk: $(INSTALLED)
 # those tests are skipped.
 browser:
 	@for name in chromium google-chrome chrome; do command -v $$name && exit 0; done; \
-	  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq \
+	  { timeout 60 apt-get update -qq && DEBIAN_FRONTEND=noninteractive timeout 240 apt-get install -y -qq \
 	    --no-install-recommends chromium fonts-dejavu-core; } >/dev/null \
 	  || echo "no Chromium to be had here: tests in a browser will be skipped"
 
