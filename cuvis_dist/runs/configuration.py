@@ -114,6 +114,8 @@ def _found(place: str | Path, what: str) -> Path:
         there = path.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, NUL
         raise InputError(f"{what} {place} cannot be read: {one_line(error)}") from error
+    if path.is_dir():
+        raise InputError(f"{what} {path} is a folder: name the file")
     if not there:
         raise InputError(f"{what} not found: {path}")
     return path

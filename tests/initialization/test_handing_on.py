@@ -309,3 +309,26 @@ def test_plan_says_what_is_fitted_in_order_and_on_which_batches(demo_trainrun, t
     assert "fits rx by streaming its inputs, in order: running changes with every frame" in printed
     shuffled = "rx: batches of 3 frames in canonical order (upstream would shuffle them)"
     assert shuffled in printed
+
+
+def test_bounds_of_frames_are_said_where_upstream_has_those_of_batches(
+    demo_trainrun, tmp_path, capsys
+):
+    nodes = [
+        ("data", "data.LentilsAnomalyDataNode", {"normal_class_ids": [0]}),
+        (
+            "bounds",
+            "normalization.PercentileNormalizer",
+            {"n_channels": 12, "norm_mode": "statistical"},
+        ),
+    ]
+    edges = [("data.outputs.cube", "bounds.inputs.data")]
+    universe = demo_trainrun.parent / "archive" / "universe.csv"
+    for size in (1, 3):
+        statistical_trainrun(tmp_path, universe, nodes, edges, batch_size=size)
+        assert main(["plan", str(tmp_path / "trainrun.yaml")]) == 0
+        printed = capsys.readouterr().out
+        line = f"bounds: frame by frame (upstream: batches of {size} frames)"
+        assert (line in printed) == (size > 1)
+    assert main(["init", str(tmp_path / "trainrun.yaml")]) == 0
+    assert "bounds: fitted frame by frame, as with batch_size: 1" in capsys.readouterr().err
