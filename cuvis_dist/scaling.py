@@ -44,7 +44,8 @@ class Resources(_Settings):
     starts on this machine, more than 8 for each of its CPUs are refused, in either phase."""
 
     cpus_per_worker: float = Field(default=1, gt=0, le=_MOST)
-    """CPUs of each worker, of either phase."""
+    """CPUs of each worker, of either phase, and how many threads it computes on. So does the
+    process of the command or script, where it does a worker's work."""
 
     train_workers: int = Field(default=1, ge=0, le=_MOST)
     """DDP processes of phase 2. ``batch_size`` of a trainrun stays the global batch size: a step's

@@ -68,9 +68,21 @@ def add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo", help="generate a labelled archive and run the two-phase example on it"
     )
-    demo.add_argument("--folder", type=Path, default=Path("outputs/demo"), metavar="DIR")
+    demo.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("outputs/demo"),
+        metavar="DIR",
+        help="where archive, pipeline and trainrun are written; default: %(default)s",
+    )
     for name, default in _demo_defaults().items():
-        demo.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, metavar="N")
+        demo.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=int,
+            default=default,
+            metavar="N",
+            help="default: %(default)s",
+        )
     add_scaling_options(demo)
     add_restart(demo)
     demo.set_defaults(command=_demo)

@@ -66,12 +66,19 @@ def add(commands: Any) -> None:
                 help="measure a few frames of its train split again, and compare",
             )
             parser.add_argument("--frames", type=int, default=_FRAMES, metavar="N", help="how many")
-            parser.add_argument("--plugins-dir", action="append", default=[], metavar="DIR")
             for option, dest, form in (
+                ("--plugins-dir", "plugins_dir", "DIR"),
                 ("--override", "override", "KEY=VALUE"),
                 ("--set", "settings", "PART.NAME=VALUE"),
             ):
-                parser.add_argument(option, dest=dest, action="append", default=[], metavar=form)
+                parser.add_argument(
+                    option,
+                    dest=dest,
+                    action="append",
+                    default=[],
+                    metavar=form,
+                    help="as for measure, when these frames were measured; repeatable",
+                )
         if name == "prune":
             parser.add_argument(
                 "--dry-run", action="store_true", help="only say what would be removed"
