@@ -246,7 +246,7 @@ class Scaling(_Settings):
                 values[part] |= names or {}
                 origins |= {(part, name): where for name in names or {}}
         try:
-            return cls.model_validate(values)
+            scaling = cls.model_validate(values)
         except ValidationError as error:
             problems = []
             for item in error.errors():
@@ -254,6 +254,9 @@ class Scaling(_Settings):
                 where = f"{origin}: " if (origin := origins[part, name]) else ""
                 problems.append(f"{where}{part}.{name} is {item['input']!r}: {item['msg']}")
             raise InputError("; ".join(problems)) from error
+        if scaling.measuring.robust is not None and scaling.measuring.store is None:
+            raise InputError("measuring.robust looks into a store: name one (--store FOLDER)")
+        return scaling
 
     @classmethod
     def known(cls) -> dict[str, list[str]]:

@@ -161,6 +161,8 @@ def _verify(arguments: argparse.Namespace, lines: Lines) -> int:
     for each in wrong:
         print(f"damaged  {each}")
     if arguments.trainrun:
+        if arguments.frames < 1:
+            raise InputError(f"--frames is {arguments.frames}; the least is 1")
         lines.wait(f"reading {arguments.trainrun}")
         from cuvis_dist.runs.measure import differing
         from cuvis_dist.runs.trainrun import load_trainrun

@@ -235,6 +235,9 @@ def build_trainrun(
 ) -> TrainRun:
     """Build the pipeline that a trainrun names; raises InputError as :func:`load_trainrun` does."""
     path, config = configuration.path, configuration.config
+    for folder in plugins_dirs:
+        if not Path(folder).is_dir():
+            raise InputError(f"--plugins-dir {folder} is no folder: {Path(folder).absolute()}")
     dirs = upstream.discover_plugins_dirs(path, [*plugins_dirs, *installed_plugins_dirs()])
     if configuration.pipeline is None:
         assert configuration.saved is not None

@@ -60,6 +60,8 @@ def test_a_dry_run_refuses_what_the_run_would(demo, capsys):
     ):
         assert main(["run", str(demo), "--dry-run", "--override", override]) == 2
         assert words in capsys.readouterr().err
+    assert main(["run", str(demo), "--dry-run", "--plugins-dir", "none"]) == 2
+    assert "--plugins-dir none is no folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
