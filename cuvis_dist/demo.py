@@ -45,23 +45,16 @@ def write_demo(folder: Path, settings: DemoSettings) -> Path:
 
     Every other frame has anomalies. Of each recording's frames the first half trains, the next
     quarter validates, the rest tests.
-
-    Raises
-    ------
-    InputError, ClusterError
-        If the folder cannot be written, or the disk is full.
     """
-    from cuvis_dist.storage import writing_to  # takes long, and each command knows the settings
-
     folder = folder.resolve()
+    rows = _write_archive(folder / "archive", settings)
+    (folder / "pipeline.yaml").write_text(
+        yaml.safe_dump(_pipeline(settings), sort_keys=False), encoding="utf-8"
+    )
     trainrun = folder / "trainrun.yaml"
-    with writing_to(folder):
-        rows = _write_archive(folder / "archive", settings)
-        for file, content in (
-            (folder / "pipeline.yaml", _pipeline(settings)),
-            (trainrun, _trainrun(folder, rows, settings)),
-        ):
-            file.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    trainrun.write_text(
+        yaml.safe_dump(_trainrun(folder, rows, settings), sort_keys=False), encoding="utf-8"
+    )
     return trainrun
 
 

@@ -177,10 +177,13 @@ def _demo_defaults() -> dict[str, int]:
 
 def _demo(arguments: argparse.Namespace, lines: Lines) -> int:
     from cuvis_dist.demo import DemoSettings, write_demo
+    from cuvis_dist.storage import writing_to
 
     settings = DemoSettings(**{name: getattr(arguments, name) for name in _demo_defaults()})
     lines.wait(f"writing an archive to {arguments.folder}")
-    trainrun = write_demo(arguments.folder, settings)
+    folder = arguments.folder.resolve()
+    with writing_to(folder):
+        trainrun = write_demo(folder, settings)
     lines.settle()
     size = f"{settings.height} x {settings.width} x {settings.bands}"
     print(f"archive  {settings.frames} frames of {size} in {trainrun.parent / 'archive'}")
