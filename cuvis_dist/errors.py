@@ -52,7 +52,8 @@ def one_line(error: BaseException) -> str:
     message = str(error)
     if (end := without_traceback(message)) != message:
         return end
-    message = " ".join(message.split())
+    # NumPy says of what is no array that it may be loaded unsafely.
+    message = " ".join(message.split()).partition(" If you trust the file")[0]
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 

@@ -44,7 +44,8 @@ class Resources(_Settings):
     starts on this machine, more than 8 for each of its CPUs are refused, in either phase."""
 
     cpus_per_worker: float = Field(default=1, gt=0, le=_MOST)
-    """CPUs of each worker, of either phase."""
+    """CPUs of each worker, of either phase, and how many threads it computes on. So does the
+    process of the command or script, where it does a worker's work."""
 
     train_workers: int = Field(default=1, ge=0, le=_MOST)
     """DDP processes of phase 2. ``batch_size`` of a trainrun stays the global batch size: a step's
@@ -246,7 +247,7 @@ class Scaling(_Settings):
                 values[part] |= names or {}
                 origins |= {(part, name): where for name in names or {}}
         try:
-            return cls.model_validate(values)
+            scaling = cls.model_validate(values)
         except ValidationError as error:
             problems = []
             for item in error.errors():
@@ -254,6 +255,9 @@ class Scaling(_Settings):
                 where = f"{origin}: " if (origin := origins[part, name]) else ""
                 problems.append(f"{where}{part}.{name} is {item['input']!r}: {item['msg']}")
             raise InputError("; ".join(problems)) from error
+        if scaling.measuring.robust is not None and scaling.measuring.store is None:
+            raise InputError("measuring.robust looks into a store: name one (--store FOLDER)")
+        return scaling
 
     @classmethod
     def known(cls) -> dict[str, list[str]]:

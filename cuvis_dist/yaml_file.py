@@ -48,12 +48,17 @@ def read_yaml(path: str | Path, what: str) -> Any:
             return loader.construct_document(node)
         finally:
             loader.dispose()
+    except FileNotFoundError as error:
+        raise InputError(f"{what} not found: {Path(path).absolute()}") from error
     except RecursionError as error:
         raise InputError(f"{where} cannot be read: it is nested too deep") from error
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{where} cannot be read: {one_line(error)}") from error
+        said = one_line(error).replace('in "<unicode string>", ', "in ")
+        if "'\\t'" in said:
+            said += " (YAML is indented with spaces, not with tabs)"
+        raise InputError(f"{where} cannot be read: {said}") from error
 
 
 def _count(node: yaml.Node, known: dict[int, int], where: str) -> int:

@@ -172,6 +172,23 @@ class AugmentedModule(TroubledModule):
         return DataLoader(Augmented(loader.dataset), 3, shuffle=True, collate_fn=loader.collate_fn)
 
 
+class TransferredModule(TroubledModule):
+    """A module that halves the cubes of training batches once they are on the device.
+
+    In evaluation it leaves them; its trainer tells which it is.
+    """
+
+    def __init__(self, module):
+        pl.LightningDataModule.__init__(self)
+        self.module = module
+
+    def train_dataloader(self):
+        return self.module.train_dataloader()
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch | {"cube": batch["cube"] / 2} if self.trainer.training else batch
+
+
 class Unseeded(Sampler):
     """Another order in every process and epoch, from a generator that nobody seeds."""
 

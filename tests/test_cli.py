@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from loguru import logger
 
 from cuvis_dist.archive import Contents
 from cuvis_dist.cli import main
+from cuvis_dist.errors import one_line
 from cuvis_dist.runs.lines import Lines
 from cuvis_dist.store import Entry, Key, Store
 from cuvis_dist.store.pixels import to_table
@@ -196,3 +198,25 @@ def test_a_demo_of_no_size_is_refused(option, capsys, tmp_path):
     name, _, value = option.partition("=")
     assert f"cuvis-dist: {name} is {value}; the least is" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["report", "{file}"], "has no run.json"),
+        (["demo", "--folder", "{file}"], "a folder lies where a file belongs"),
+        (["demo", "--folder", "/proc/none"], "/proc/none cannot be written"),
+    ],
+)
+def test_a_place_where_nothing_can_be_is_told(arguments, words, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main([part.format(file=tmp_path / "file") for part in arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_nobody_is_advised_to_load_a_file_unsafely(tmp_path):
+    (tmp_path / "cube.npz").write_text("no array")
+    with pytest.raises(ValueError, match="load it unsafely") as caught:
+        np.load(tmp_path / "cube.npz")
+    said = "ValueError: This file contains pickled (object) data."
+    assert one_line(caught.value) == said

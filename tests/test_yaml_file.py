@@ -62,6 +62,8 @@ def test_a_part_within_itself_is_refused(tmp_path):
         (b"[" * 5000, "nested too deep"),
         (b"a: !!python/object/apply:os.getcwd []", "could not determine a constructor"),
         (b"[{}]: 1\n{a: 1}: 2", "unhashable"),
+        (b"a:\n\tb: 1", "token in line 2, column 1"),
+        (b"a:\n\tb: 1", "indented with spaces, not with tabs"),
     ],
 )
 def test_what_is_no_yaml_is_refused(tmp_path, content, words):
@@ -69,5 +71,5 @@ def test_what_is_no_yaml_is_refused(tmp_path, content, words):
     with pytest.raises(InputError, match=r"settings .*file.yaml cannot be read: ") as refused:
         read_yaml(tmp_path / "file.yaml", "settings")
     assert words in str(refused.value)
-    with pytest.raises(InputError, match=r"none.yaml cannot be read: FileNotFoundError"):
+    with pytest.raises(InputError, match=r"settings not found: /.*none.yaml$"):
         read_yaml(tmp_path / "none.yaml", "settings")

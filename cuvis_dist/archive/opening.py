@@ -115,10 +115,10 @@ def setup_error(datamodule: Any, split: str, error: BaseException) -> InputError
             ". Reading .cu3s needs the CUVIS SDK on every machine of the cluster: install it, "
             "set the environment variable CUVIS to its folder, and install cuvis-dist[cu3s]"
         )
-    elif "is not built" in str(error):
-        hint = f". The {split} split of the trainrun selects no frames"
-    message = f"{name}{where} cannot set up the {split} split: {one_line(error)}{hint}"
-    return InputError(with_uris(message))
+    why = one_line(error).removesuffix(".") + hint
+    if "is not built" in str(error):  # upstream's advice is for its own developers
+        why = "it selects no frames (data.splits of a trainrun says which)"
+    return InputError(with_uris(f"{name}{where} cannot set up the {split} split: {why}"))
 
 
 def _sources(datamodule: Any) -> dict[str, str]:

@@ -79,10 +79,21 @@ def add_scaling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scaling", metavar="FILE", help="YAML file of settings: resources, measuring, reading"
     )
-    parser.add_argument("--address", metavar="A", help="Ray cluster; default: start Ray here")
-    parser.add_argument("--workers", type=int, metavar="N", help="workers of phase 1")
-    parser.add_argument("--train-workers", type=int, metavar="M", help="DDP workers of phase 2")
-    parser.add_argument("--train-gpus", type=float, metavar="G", help="GPUs of each of them")
+    parser.add_argument(
+        "--address", metavar="A", help="Ray cluster to join; default: RAY_ADDRESS, or none"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="workers that measure, evaluate and score; 0: this process; default: what is sooner",
+    )
+    parser.add_argument(
+        "--train-workers", type=int, metavar="M", help="DDP workers of phase 2; 0: this process"
+    )
+    parser.add_argument(
+        "--train-gpus", type=float, metavar="G", help="GPUs of each DDP worker; default: 0"
+    )
     parser.add_argument(
         "--fold",
         action=argparse.BooleanOptionalAction,

@@ -71,9 +71,19 @@ def _plan(arguments: argparse.Namespace, lines: Lines) -> int:
 
 
 def dry_run(trainrun: TrainRun, scaling: Scaling, lines: Lines) -> int:
-    """Print what a run of a trainrun would do; returns the exit code."""
-    from cuvis_dist.execution.asked import trains_here
+    """Print what a run of a trainrun would do; returns the exit code.
 
+    Raises
+    ------
+    InputError
+        If the run would be refused before it reads frames.
+    """
+    from cuvis_dist.execution.asked import trains_here
+    from cuvis_dist.runs.two_phase import check_phase_2, check_splits
+
+    if (training := trainrun.config.training) is not None:
+        check_phase_2(trainrun, training, scaling)
+        check_splits(trainrun.datamodule(scaling), training)
     each = f"{scaling.resources.cpus_per_worker:g} CPUs each"
     if trainrun.weights is None:
         scaling = print_plan(trainrun, scaling, lines)
@@ -123,6 +133,8 @@ def print_plan(
         for fit in cost.step.fits:
             again = f" (read again: {fit.again})" if fit.again else ""
             print(f"  {fit.node.name}: {fit}{again}")
+        for name in cost.step.of_frames if plan.batch_frames > 1 else []:
+            print(f"  {name}: frame by frame (upstream: batches of {plan.batch_frames} frames)")
         for fit in (fit for level in cost.step.later for fit in level.fits):
             pixels = scaling.measuring.sample_pixels
             print(f"  {fit.node.name}: {fit}, on a sample of at most {pixels} pixels")

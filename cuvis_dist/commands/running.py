@@ -68,9 +68,21 @@ def add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo", help="generate a labelled archive and run the two-phase example on it"
     )
-    demo.add_argument("--folder", type=Path, default=Path("outputs/demo"), metavar="DIR")
+    demo.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("outputs/demo"),
+        metavar="DIR",
+        help="where archive, pipeline and trainrun are written; default: %(default)s",
+    )
     for name, default in _demo_defaults().items():
-        demo.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, metavar="N")
+        demo.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=int,
+            default=default,
+            metavar="N",
+            help="default: %(default)s",
+        )
     add_scaling_options(demo)
     add_restart(demo)
     demo.set_defaults(command=_demo)
@@ -165,10 +177,13 @@ def _demo_defaults() -> dict[str, int]:
 
 def _demo(arguments: argparse.Namespace, lines: Lines) -> int:
     from cuvis_dist.demo import DemoSettings, write_demo
+    from cuvis_dist.storage import writing_to
 
     settings = DemoSettings(**{name: getattr(arguments, name) for name in _demo_defaults()})
     lines.wait(f"writing an archive to {arguments.folder}")
-    trainrun = write_demo(arguments.folder, settings)
+    folder = arguments.folder.resolve()
+    with writing_to(folder):
+        trainrun = write_demo(folder, settings)
     lines.settle()
     size = f"{settings.height} x {settings.width} x {settings.bands}"
     print(f"archive  {settings.frames} frames of {size} in {trainrun.parent / 'archive'}")

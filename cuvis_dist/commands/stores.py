@@ -66,12 +66,19 @@ def add(commands: Any) -> None:
                 help="measure a few frames of its train split again, and compare",
             )
             parser.add_argument("--frames", type=int, default=_FRAMES, metavar="N", help="how many")
-            parser.add_argument("--plugins-dir", action="append", default=[], metavar="DIR")
             for option, dest, form in (
+                ("--plugins-dir", "plugins_dir", "DIR"),
                 ("--override", "override", "KEY=VALUE"),
                 ("--set", "settings", "PART.NAME=VALUE"),
             ):
-                parser.add_argument(option, dest=dest, action="append", default=[], metavar=form)
+                parser.add_argument(
+                    option,
+                    dest=dest,
+                    action="append",
+                    default=[],
+                    metavar=form,
+                    help="as for measure, when these frames were measured; repeatable",
+                )
         if name == "prune":
             parser.add_argument(
                 "--dry-run", action="store_true", help="only say what would be removed"
@@ -154,6 +161,8 @@ def _verify(arguments: argparse.Namespace, lines: Lines) -> int:
     for each in wrong:
         print(f"damaged  {each}")
     if arguments.trainrun:
+        if arguments.frames < 1:
+            raise InputError(f"--frames is {arguments.frames}; the least is 1")
         lines.wait(f"reading {arguments.trainrun}")
         from cuvis_dist.runs.measure import differing
         from cuvis_dist.runs.trainrun import load_trainrun

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
+import time
 from typing import Any
 
 import ray
@@ -60,6 +62,8 @@ def connect(scaling: Scaling, verbose: bool = False) -> bool:
             "num_cpus": max(os.cpu_count() or 1, cpus_here(scaling)),
         }
     announce(f"joining the Ray cluster at {address}" if address else "starting Ray here")
+    if address:
+        require_answer(address)
     try:
         if address:
             forget_token()
@@ -76,6 +80,38 @@ def connect(scaling: Scaling, verbose: bool = False) -> bool:
         ) from error
     listen()
     return True
+
+
+def require_answer(address: str, seconds: float = 30.0) -> None:
+    """Find out whether anything listens at a cluster's address; Ray itself asks for minutes.
+
+    Parameters
+    ----------
+    address : str
+        ``host:port`` or ``ray://host:port``; others, such as ``auto``, are left to Ray.
+    seconds : float
+        How long to wait for a cluster that is about to start.
+
+    Raises
+    ------
+    ClusterError
+        If nothing does.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or "://" in host or not port.isdigit() or not 0 < int(port) < 2**16:
+        return
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
+            return
+        except OSError as error:
+            if time.monotonic() + 1 > end:
+                raise ClusterError(
+                    f"nothing answers at {address}: {one_line(error)}. Check the address "
+                    "(--address, RAY_ADDRESS), and whether the cluster runs and can be reached"
+                ) from error
+        time.sleep(1)
 
 
 def beside_driver() -> NodeAffinitySchedulingStrategy:

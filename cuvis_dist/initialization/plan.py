@@ -115,6 +115,11 @@ class Pass:
             return [self.streamed]
         return [fit.node for fit in self.fits] + [n for level in self.later for n in level.nodes]
 
+    @property
+    def of_frames(self) -> list[str]:
+        """The nodes that this pass fits frame by frame, where upstream does batch by batch."""
+        return [fit.node.name for fit in self.fits if fit.recipe.statistic.whole_frame]
+
     def by_key(self) -> dict[str, tuple[str, Recipe]]:
         """Return the measurements by key: the name of the node, and its recipe."""
         return {m.key: (m.node.name, m.recipe) for m in self.measurements}

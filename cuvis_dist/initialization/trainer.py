@@ -261,6 +261,11 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         Returns passes that turned out to be needed before the next one of the plan.
         """
         logger.debug(f"Pass over {len(archive)} frames {this_pass}")
+        if this_pass.of_frames and archive.batch_size > 1:
+            logger.warning(
+                f"{', '.join(this_pass.of_frames)}: fitted frame by frame, as with batch_size: 1; "
+                f"upstream's bounds would be those of batches of {archive.batch_size} frames"
+            )
 
         def progress(hook: TrainHook, done: int) -> None:
             self._raise_if_cancelled()

@@ -57,6 +57,15 @@ def manifests_counted_once(installed: Collection[Path]) -> Iterator[None]:
         restore._build_catalog = theirs
 
 
+def data_modules(folders: Collection[Path], installed: Collection[Path]) -> list[str]:
+    """Return the names of the data modules that manifests declare."""
+    with manifests_counted_once(installed):
+        catalog = restore._build_catalog([*folders])
+    declared = [entry for plugin in catalog.values() for entry in plugin.capabilities]
+    names = {getattr(entry, "data_module_name", None) for entry in declared}
+    return sorted(filter(None, names))
+
+
 #: What was read from folders of manifests, by folder and the files' sizes and times of change.
 _catalogs: dict[Any, dict[str, Any]] = {}
 

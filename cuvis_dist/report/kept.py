@@ -101,7 +101,7 @@ def read_kept(output: OutputFolder) -> Kept:
     """
     try:
         record = json.loads(output.read("run.json"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{output} has no run.json: give the output folder of a run, init or train"
         ) from None

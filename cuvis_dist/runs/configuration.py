@@ -77,6 +77,8 @@ def read_configuration(
         If a file is missing or invalid, or a place or number cannot be used.
     """
     path = _found(path, "trainrun")
+    if output_dir is not None and not str(output_dir).strip():
+        raise InputError("--output-dir is empty: name a folder, or a URI such as s3://bucket/run")
     overrides = [*overrides, *([f"output_dir={output_dir}"] if output_dir else [])]
     try:
         config = _read(path, overrides)
@@ -114,6 +116,8 @@ def _found(place: str | Path, what: str) -> Path:
         there = path.is_file()
     except (OSError, RuntimeError, ValueError) as error:  # too long, no such user, NUL
         raise InputError(f"{what} {place} cannot be read: {one_line(error)}") from error
+    if path.is_dir():
+        raise InputError(f"{what} {path} is a folder: name the file")
     if not there:
         raise InputError(f"{what} not found: {path}")
     return path

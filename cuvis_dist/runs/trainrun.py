@@ -21,7 +21,7 @@ from cuvis_dist.initialization.place import find
 from cuvis_dist.initialization.saved import load_initialization
 from cuvis_dist.nodes import upstream
 from cuvis_dist.nodes.building import build_pipeline, load_pipeline
-from cuvis_dist.nodes.manifests import manifests_counted_once
+from cuvis_dist.nodes.manifests import data_modules, manifests_counted_once
 from cuvis_dist.plain import NotPlainError
 from cuvis_dist.runs.configuration import Configuration, read_configuration
 from cuvis_dist.runs.destinations import check_places
@@ -190,6 +190,13 @@ class TrainRun:
         except CuvisDistError:
             raise
         except (Exception, SystemExit) as error:  # importing cuvis can exit
+            if "provides data module" in str(error):
+                known = data_modules(self.plugins_dirs, installed_plugins_dirs())
+                raise InputError(
+                    f"data.data_module of trainrun {self.path} is {data.data_module!r}, which no "
+                    f"plugin provides; there are: {', '.join(known)}. --plugins-dir names a folder "
+                    "with manifests of others"
+                ) from error
             params = ", ".join(f"{key}={value}" for key, value in data.params.items())
             raise setup_error(f"{data.data_module} ({params})", "train", error) from error
 
@@ -228,6 +235,9 @@ def build_trainrun(
 ) -> TrainRun:
     """Build the pipeline that a trainrun names; raises InputError as :func:`load_trainrun` does."""
     path, config = configuration.path, configuration.config
+    for folder in plugins_dirs:
+        if not Path(folder).is_dir():
+            raise InputError(f"--plugins-dir {folder} is no folder: {Path(folder).absolute()}")
     dirs = upstream.discover_plugins_dirs(path, [*plugins_dirs, *installed_plugins_dirs()])
     if configuration.pipeline is None:
         assert configuration.saved is not None

@@ -44,7 +44,7 @@ from cuvis_dist.runs.resume import Resume
 from cuvis_dist.runs.room import require_room_for_copies, require_room_for_run
 from cuvis_dist.runs.trainrun import TrainRun
 from cuvis_dist.scaling import Scaling
-from cuvis_dist.training.configuration import check_training
+from cuvis_dist.training.configuration import check_batches, check_training
 from cuvis_dist.training.monitoring import check_monitored
 from cuvis_dist.training.trainer import GradientTrainer
 from cuvis_dist.waiting import announce
@@ -106,11 +106,11 @@ def run_trainrun(
     with job(record, scaling, verbose, locked=trainrun.output) as entered:
         training = trainrun.config.training
         if training is not None:
-            _check_training(trainrun, training, scaling)
+            check_phase_2(trainrun, training, scaling)
         announce("setting up the data")
         datamodule = trainrun.datamodule(scaling)
         if training is not None:
-            _check_splits(datamodule, training)
+            check_splits(datamodule, training)
         resume = Resume(trainrun.output_dir, depends_on(trainrun, datamodule, scaling), restart)
         if finished := resume.finished():
             logger.warning(
@@ -135,18 +135,18 @@ def run_trainrun(
     return record
 
 
-def _check_training(trainrun: TrainRun, training: TrainingConfig, scaling: Scaling) -> None:
+def check_phase_2(trainrun: TrainRun, training: TrainingConfig, scaling: Scaling) -> None:
     """Raise InputError for what phase 2 cannot work with, before phase 1 takes its time."""
     trainrun.check_trainable()
     check_training(training, scaling)
     check_monitored(training, trainrun.config.loss_nodes, trainrun.config.metric_nodes)
 
 
-def _check_splits(datamodule: pl.LightningDataModule, training: TrainingConfig) -> None:
-    """Raise InputError for a split that phase 2 needs and does not get, before phase 1."""
+def check_splits(datamodule: pl.LightningDataModule, training: TrainingConfig) -> None:
+    """Raise InputError for a split that phase 2 cannot use, or does not get, before phase 1."""
     with isolate_rng():
         for split in ("train", "val") if training.limit_val_batches != 0 else ("train",):
-            open_split(datamodule, split)
+            check_batches(training, split, len(open_split(datamodule, split)[0]))
 
 
 def work_of(trainrun: TrainRun, datamodule: pl.LightningDataModule, scaling: Scaling) -> Work:

@@ -53,6 +53,11 @@ def writing_to(folder: object) -> Iterator[None]:
                 "this user write there, or choose another folder; the same command then goes on"
             ) from error
         below = str(getattr(error, "filename", None)).startswith(str(folder))
+        if below and isinstance(error, FileNotFoundError):
+            raise InputError(
+                f"{folder} cannot be written on {socket.gethostname()}: {one_line(error)}. Choose "
+                "another folder, or put it back; the same command then goes on"
+            ) from error
         if below and isinstance(error, IsADirectoryError | NotADirectoryError | FileExistsError):
             raise InputError(
                 f"in {folder}, a folder lies where a file belongs, or the other way round: "

@@ -44,6 +44,7 @@ def check_training(config: TrainingConfig, scaling: Scaling) -> None:
         _devices(config, scaling),
         _accelerator(config, scaling),
         _precision(config, scaling),
+        _nothing(config, scaling),
         _save_on_exception(config, scaling),
     ):
         if problem:
@@ -63,6 +64,41 @@ def check_training(config: TrainingConfig, scaling: Scaling) -> None:
             pl.Trainer(**kwargs, accelerator="cpu", devices=1, logger=False, callbacks=callbacks)
     except Exception as error:
         raise InputError(f"the training configuration cannot be used: {one_line(error)}") from error
+
+
+def check_batches(config: TrainingConfig, split: str, batches: int) -> None:
+    """Refuse limits and intervals that do not fit a split of so many batches.
+
+    Parameters
+    ----------
+    config : TrainingConfig
+        The ``training`` block of a trainrun.
+    split : str
+        ``train`` or ``val``.
+    batches : int
+        How many batches the data module's own loader makes of it.
+
+    Raises
+    ------
+    InputError
+        Naming the setting, and how many batches there are.
+    """
+    limit = getattr(config, f"limit_{split}_batches")
+    count = batches if limit is None else min(batches, limit)
+    if isinstance(limit, float):
+        count = int(batches * limit)
+    if limit and not count:
+        raise InputError(
+            f"training.limit_{split}_batches is {limit}, which leaves none of the {batches} "
+            f"batches of the {split} split"
+        )
+    every, validates = config.val_check_interval, config.limit_val_batches != 0
+    if split == "train" and validates and type(every) is int and every > count:
+        # Upstream does not tell Lightning that check_val_every_n_epoch is null.
+        raise InputError(
+            f"training.val_check_interval is {every}, but an epoch has {count} batches: give at "
+            "most that many, or a part of an epoch such as 0.5"
+        )
 
 
 @contextmanager
@@ -126,6 +162,17 @@ def _precision(config: TrainingConfig, scaling: Scaling) -> str | None:
             f"precision is {config.precision!r}, which CPUs do not have. Use bf16-mixed or "
             "32-true, or train on GPUs (--train-gpus)"
         )
+    return None
+
+
+def _nothing(config: TrainingConfig, scaling: Scaling) -> str | None:
+    if config.limit_train_batches == 0:
+        return (
+            "limit_train_batches is 0, so that nothing would be trained: remove it, or carry out "
+            "phase 1 alone (cuvis-dist init)"
+        )
+    if type(config.val_check_interval) is int and not config.val_check_interval:
+        return "val_check_interval is 0 batches: give a number of batches, or a part of an epoch"
     return None
 
 

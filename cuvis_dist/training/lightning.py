@@ -42,5 +42,6 @@ class RankConfig(TrainingConfig):
         """Return upstream's keywords and this worker's; batches are limited when dealt."""
         kwargs = super().to_lightning_kwargs() | self._extra
         for name in ("limit_train_batches", "limit_val_batches"):
-            kwargs.pop(name, None)
+            if kwargs.get(name):  # by 0 Lightning knows that nothing is validated
+                del kwargs[name]
         return kwargs

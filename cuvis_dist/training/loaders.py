@@ -19,6 +19,7 @@ from cuvis_dist.archive import Frame, NamedFrames, NamingCollate, Numbered, open
 from cuvis_dist.errors import InputError
 from cuvis_dist.training.agreement import Head
 from cuvis_dist.training.assignment import Assignment, Seat
+from cuvis_dist.training.configuration import check_batches
 from cuvis_dist.training.dealing import (
     Batches,
     Dealing,
@@ -74,7 +75,22 @@ class DealtDataModule(pl.LightningDataModule):
         self._frames: DeviceFrames | None = None
 
     def setup(self, stage: str | None = None) -> None:
-        """Do nothing: :func:`~cuvis_dist.archive.open_split` sets the module up per split."""
+        """Show the module its trainer; :func:`~cuvis_dist.archive.open_split` sets it up."""
+        self.module.trainer = self.trainer
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Do with a batch what the user's module does before it is on the device."""
+        return self.module.on_before_batch_transfer(batch, dataloader_idx)
+
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
+        """Take a batch to the device as the user's module does."""
+        return self.module.transfer_batch_to_device(batch, device, dataloader_idx)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Do with a batch what the user's module does once it is on the device."""
+        return self.module.on_after_batch_transfer(batch, dataloader_idx)
 
     def _loader(self, split: str, limit: int | float | None = None) -> DataLoader:
         """Return this rank's loader of a split, of so many or such a part of its batches.
@@ -106,11 +122,8 @@ class DealtDataModule(pl.LightningDataModule):
             )
         if self.trainer is not None:  # a fit that goes on asks for its epoch before it says so
             batches.set_epoch(self.trainer.current_epoch)
-        if limit and not len(batches):
-            raise InputError(
-                f"training.limit_{split}_batches is {limit}, which leaves none of the "
-                f"{len(loader)} batches of the {split} split"
-            )
+        if split != "test":
+            check_batches(self.config, split, len(loader))
         reading = self.scaling.reading
         named = self._named(split, loader, frames)
         watched: Dataset = named

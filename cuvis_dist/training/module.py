@@ -19,8 +19,10 @@ from cuvis_ai_core.training import GradientTrainer as UpstreamGradientTrainer
 from cuvis_ai_core.training.evaluation import batch_frames
 from cuvis_ai_core.training.post_fit import PostFitCallback
 from cuvis_ai_schemas.enums import ExecutionStage
+from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from cuvis_dist.errors import InputError
 from cuvis_dist.nodes.survey import NodePlan
 from cuvis_dist.training.agreement import agree_on_order, agree_on_training
 from cuvis_dist.training.assignment import TrainerParts
@@ -81,6 +83,8 @@ class RankTrainer(UpstreamGradientTrainer):
         if parts.monitors:  # every rank reduces for them
             told = parts.monitors if datamodule.rank == 0 else []
             self.monitors = [StepMonitor(self._of_all_frames, told)]
+        #: Which parameters were to be trained when DDP was told of them.
+        self._trained: frozenset[str] = frozenset()
         #: The weight of this rank's values: in evaluation, its batch's share in the split.
         self._share = 1.0
         #: What a training step logs, until its gradients have met.
@@ -145,6 +149,38 @@ class RankTrainer(UpstreamGradientTrainer):
         if trainer.testing:
             loader = trainer.test_dataloaders
         return loader.batch_sampler
+
+    # ---- parameters ----------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Optimizer | dict:
+        """Return upstream's optimizer and scheduler, which Lightning asks for as it sets up DDP."""
+        self._trained = self._unfrozen()
+        return super().configure_optimizers()
+
+    def on_train_epoch_start(self) -> None:
+        """Refuse to train what DDP does not know of; callbacks have been at it by now.
+
+        Raises
+        ------
+        InputError
+            If a callback has unfrozen parameters since: each rank would train its own.
+        """
+        super().on_train_epoch_start()
+        new = self._unfrozen() - self._trained
+        if new and self.datamodule.world_size > 1:
+            raise InputError(
+                f"{', '.join(sorted(new))} became trainable after training had begun on "
+                f"{self.datamodule.world_size} workers, which would not train it together: leave "
+                "it unfrozen from the start, or train by one worker (--train-workers 0)"
+            )
+
+    def _unfrozen(self) -> frozenset[str]:
+        return frozenset(
+            f"{node.name}.{name}"
+            for node in self.pipeline.nodes()
+            for name, parameter in node.named_parameters()
+            if parameter.requires_grad
+        )
 
     # ---- steps ---------------------------------------------------------------------------
 

@@ -59,6 +59,7 @@ def monitored(config: TrainingConfig) -> dict[str, str]:
         for number, stopping in enumerate(callbacks.early_stopping):
             if stopping.strict:
                 keys[f"callbacks.early_stopping[{number}].monitor"] = stopping.monitor
-    if config.scheduler is not None and "plateau" in config.scheduler.name:
-        keys["scheduler.monitor"] = config.scheduler.monitor or "val_loss"
+    scheduler = config.scheduler
+    if scheduler is not None and "plateau" in (scheduler.name or "").lower():
+        keys["scheduler.monitor"] = scheduler.monitor or "val_loss"
     return keys

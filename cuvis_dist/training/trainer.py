@@ -50,7 +50,8 @@ class GradientTrainer(UpstreamGradientTrainer):
     Parameters
     ----------
     pipeline, datamodule, loss_nodes, metric_nodes, training_config, monitors, callbacks
-        These are upstream's. Callbacks run on the workers and come back with their state; a
+        These are upstream's. Copies of callbacks and monitors run on the workers: what a
+        callback's ``state_dict`` has comes back, other attributes of either do not. A
         ``PostFitCallback`` among them gives its ``emit`` and ``metric_nodes`` to the post-fit
         steps, which follow after the training workers have ended.
     emit : callable, optional

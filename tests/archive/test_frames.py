@@ -163,7 +163,7 @@ def test_a_streaming_dataset_is_refused():
 
 def test_a_missing_split_is_named(demo_trainrun):
     module = load_trainrun(demo_trainrun, ["data.splits.test=[]"]).datamodule()
-    with pytest.raises(InputError, match="test split of the trainrun selects no frames"):
+    with pytest.raises(InputError, match="test split: it selects no frames"):
         open_archive(module, "test")
 
 

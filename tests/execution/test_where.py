@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from settings import scaling_of
 from cuvis_dist.archive import Archive, open_archive
 from cuvis_dist.errors import ClusterError, DataError, InputError
 from cuvis_dist.execution.asked import trains_here
-from cuvis_dist.execution.session import cpus_here
+from cuvis_dist.execution.session import cpus_here, require_answer
 from cuvis_dist.execution.where import START_SECONDS, Work, choose, work_on
 from cuvis_dist.scaling import Scaling
 
@@ -145,3 +146,16 @@ def test_that_is_told_before_ray_starts(demo_trainrun):
     assert done.returncode == 4, done.stderr
     assert TOO_MANY in done.stderr.splitlines()[-1]
     assert "building the pipeline" not in done.stderr
+
+
+def test_an_address_at_which_nothing_answers_is_told_soon():
+    with socket.socket() as taken:  # bound, and not listening
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        for place in (address, f"ray://{address}"):
+            with pytest.raises(ClusterError, match=f"nothing answers at {place}.*refused"):
+                require_answer(place, seconds=0.1)
+        taken.listen()
+        require_answer(address, seconds=0.1)
+    for unchecked in ("auto", "local", "http://nowhere:1", "nowhere"):
+        require_answer(unchecked, seconds=0.1)

@@ -309,3 +309,31 @@ def test_plan_says_what_is_fitted_in_order_and_on_which_batches(demo_trainrun, t
     assert "fits rx by streaming its inputs, in order: running changes with every frame" in printed
     shuffled = "rx: batches of 3 frames in canonical order (upstream would shuffle them)"
     assert shuffled in printed
+
+
+def bounds_of_batches(demo_trainrun, folder, size):
+    """A trainrun whose percentile bounds upstream takes of batches of so many frames."""
+    bounds = {"n_channels": 12, "norm_mode": "statistical"}
+    nodes = [
+        ("data", "data.LentilsAnomalyDataNode", {"normal_class_ids": [0]}),
+        ("bounds", "normalization.PercentileNormalizer", bounds),
+    ]
+    edges = [("data.outputs.cube", "bounds.inputs.data")]
+    universe = demo_trainrun.parent / "archive" / "universe.csv"
+    return statistical_trainrun(folder, universe, nodes, edges, batch_size=size)
+
+
+def test_a_fit_says_that_bounds_are_those_of_frames(demo_trainrun, tmp_path, warnings):
+    for size in (1, 3):
+        trainrun = bounds_of_batches(demo_trainrun, tmp_path, size)
+        scaling = scaling_of(workers=0)
+        StatisticalTrainer(trainrun.pipeline, trainrun.datamodule(), scaling=scaling).fit()
+        said = [line for line in warnings if "bounds: fitted frame by frame" in line]
+        assert len(said) == (size > 1)
+
+
+def test_a_plan_says_that_bounds_are_those_of_frames(demo_trainrun, tmp_path, capsys):
+    bounds_of_batches(demo_trainrun, tmp_path, 3)
+    assert main(["plan", str(tmp_path / "trainrun.yaml")]) == 0
+    line = "bounds: frame by frame (upstream: batches of 3 frames)"
+    assert line in capsys.readouterr().out

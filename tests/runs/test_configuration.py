@@ -45,6 +45,9 @@ def wrong_commands(demo: Path) -> dict[str, tuple[list[str], str]]:
         "setting": ([*run, "--set", "measuring.pixel=all"], "did you mean measuring.pixels?"),
         "workers": ([*run, "--workers", str(10**9)], "resources.workers is 1000000000"),
         "no trainrun": (["run", f"{demo}.none"], "trainrun not found"),
+        "no output folder": ([*run, "--output-dir", ""], "--output-dir is empty"),
+        "robust": ([*run, "--robust", "0.9"], "looks into a store: name one"),
+        "a folder": (["run", str(demo.parent)], f"{demo.parent} is a folder: name the file"),
         "no yaml": (written("a.yaml", "a: [1,\nb: }"), "line 2"),
         "a list": (written("b.yaml", "- 1"), "is no mapping of settings: name, "),
         "key": (

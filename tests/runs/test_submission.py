@@ -52,6 +52,18 @@ def test_a_dry_run_tells_plan_and_resources_and_reads_one_frame(demo):
     assert not (demo.parent / "results").exists()
 
 
+def test_a_dry_run_refuses_what_the_run_would(demo, capsys):
+    for override, words in (
+        ("training.optimizer.name=lion", "Unsupported optimizer: lion"),
+        ("training.val_check_interval=99", "an epoch has 5 batches"),
+        ("data.splits.val=[]", "the val split: it selects no frames"),
+    ):
+        assert main(["run", str(demo), "--dry-run", "--override", override]) == 2
+        assert words in capsys.readouterr().err
+    assert main(["run", str(demo), "--dry-run", "--plugins-dir", "none"]) == 2
+    assert "--plugins-dir none is no folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -353,6 +353,11 @@ BAD = {
         2,
         ["hdf5"],
     ),
+    "unknown data module": (
+        lambda demo: edit(demo, lambda run: run["data"].update(data_module="npz")),
+        2,
+        ["data.data_module", "trainrun.yaml is 'npz'", "npz_multi, tiff_paired"],
+    ),
     "universe that is not there": (
         lambda demo: (demo.parent / "archive" / "universe.csv").unlink(),
         2,
@@ -361,12 +366,12 @@ BAD = {
     "empty train split": (
         lambda demo: edit(demo, lambda run: run["data"]["splits"].update(train=[])),
         2,
-        ["train split", "selects no frames"],
+        ["the train split: it selects no frames", "data.splits"],
     ),
     "empty val split": (
         lambda demo: edit(demo, lambda run: run["data"]["splits"].update(val=[])),
         2,
-        ["val split", "selects no frames"],
+        ["the val split: it selects no frames"],
     ),
     "monitor that nothing logs": (
         lambda demo: edit(

@@ -16,7 +16,7 @@ from loguru import logger
 from settings import scaling_of
 
 from cuvis_dist.errors import InputError
-from cuvis_dist.training.configuration import check_training, say_devices
+from cuvis_dist.training.configuration import check_batches, check_training, say_devices
 
 #: Trained on workers and compared with one process: tests/training/test_trainer.py.
 EQUAL = "equal to one process"
@@ -135,6 +135,8 @@ REFUSALS = {
         {"callbacks": {"early_stopping": [{"monitor": "val_loss", "mode": "least"}]}}, {}, "least",
     ),
     "more than an epoch": ({"val_check_interval": 1.5}, {}, "val_check_interval"),
+    "every 0 batches": ({"val_check_interval": 0}, {}, "val_check_interval is 0 batches"),
+    "no training": ({"limit_train_batches": 0}, {}, "limit_train_batches is 0.*cuvis-dist init"),
 }  # fmt: skip
 
 
@@ -162,6 +164,28 @@ def test_what_cannot_work_is_refused(case):
 )
 def test_what_works_is_not_refused(config, scaling):
     check_training(TrainingConfig.model_validate(config), scaling_of(**scaling))
+
+
+@pytest.mark.parametrize(
+    ("config", "split", "message"),
+    [
+        ({"limit_train_batches": 0.1}, "train", "is 0.1, which leaves none of the 5 batches"),
+        ({"limit_val_batches": 0.1}, "val", "limit_val_batches is 0.1.* of the val split"),
+        ({"val_check_interval": 6}, "train", "is 6, but an epoch has 5 batches"),
+        ({"val_check_interval": 3, "limit_train_batches": 0.4}, "train", "is 3, .* has 2 batches"),
+        ({"val_check_interval": 5}, "train", None),
+        ({"val_check_interval": 6, "limit_val_batches": 0}, "train", None),
+        ({"val_check_interval": 6}, "val", None),
+        ({"val_check_interval": 0.01}, "train", None),
+        ({"limit_val_batches": 9}, "val", None),
+    ],
+)
+def test_what_does_not_fit_five_batches_is_refused(config, split, message):
+    training = TrainingConfig.model_validate(config)
+    if message is None:
+        return check_batches(training, split, 5)
+    with pytest.raises(InputError, match=message):
+        check_batches(training, split, 5)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import importlib
 import inspect
 import math
 import pkgutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import cuvis_ai.node
 import pytest
@@ -16,6 +18,7 @@ import torch
 from cases import CASES
 from cuvis_ai.node.losses import LossNode
 from cuvis_ai_core.node import Node
+from cuvis_ai_core.training.config import TrainingConfig
 from cuvis_ai_schemas.enums import ExecutionStage
 from ranks import Ranks
 from steps import (
@@ -31,10 +34,13 @@ from steps import (
     steps_on_ranks,
 )
 
+from cuvis_dist.errors import InputError
 from cuvis_dist.nodes.batching import is_always_joint, is_classed
 from cuvis_dist.nodes.probing import random_states
 from cuvis_dist.nodes.survey import evolving_nodes, training_survey
 from cuvis_dist.nodes.treatment import Treatment
+from cuvis_dist.training.assignment import TrainerParts
+from cuvis_dist.training.module import RankTrainer
 
 
 def catalog():
@@ -216,3 +222,25 @@ def test_a_survey_leaves_nodes_and_random_states_as_they_are():
 def test_nodes_that_change_in_validation_are_found(name, evolving):
     pipeline, _ = CASES[name]()
     assert evolving_nodes(pipeline, lambda: frames(2), ExecutionStage.VAL) == evolving
+
+
+def test_what_is_unfrozen_after_ddp_was_set_up_is_refused():
+    """Its gradients would not meet: each rank would go its own way."""
+    pipeline, losses = CASES["dice-3"]()
+    (mixer,) = (node for node in pipeline.nodes() if node.name == "mixer")
+    _, *later = mixer.parameters()
+    names = [losses[0].name]
+    parts = TrainerParts(pipeline, None, names, [], TrainingConfig(), [], [])
+    for world_size in (1, 2):
+        for parameter in later:
+            parameter.requires_grad_(False)
+        module = RankTrainer(
+            parts, SimpleNamespace(rank=0, world_size=world_size), TrainingConfig(), None
+        )
+        module.configure_optimizers()
+        module.on_train_epoch_start()
+        later[0].requires_grad_(True)
+        said = r"mixer\..* after training had begun on 2 workers"
+        refused = pytest.raises(InputError, match=said) if world_size > 1 else nullcontext()
+        with refused:
+            module.on_train_epoch_start()

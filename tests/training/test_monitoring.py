@@ -53,3 +53,10 @@ def test_what_nothing_logs_is_refused_with_what_is_meant(training, setting, mean
 def test_a_value_that_need_not_be_there_is_accepted():
     check(callbacks={"checkpoint": {"monitor": "unknown", "save_top_k": 0}})
     check(callbacks={"early_stopping": [{"monitor": "unknown", "strict": False}]})
+
+
+def test_schedulers_are_named_as_upstream_takes_them():
+    check(scheduler={"name": None})
+    check(scheduler={"name": "none", "monitor": "unknown"})
+    with pytest.raises(InputError, match=r"scheduler\.monitor is 'unknown'"):
+        check(scheduler={"name": "Plateau", "monitor": "unknown"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from archives import assert_same_state, buffers_sha256, edit
 from cuvis_ai_core.training.evaluation import evaluate_split
 from cuvis_ai_core.training.post_fit import TrainHook
 from cuvis_ai_schemas.enums import ExecutionStage
+from faults import TransferredModule
 from gradients import initialized, train, train_upstream
 from pytorch_lightning.callbacks import ModelCheckpoint
 from readings import count_readings, counted
@@ -145,6 +147,16 @@ def test_equals_one_process_of_upstream(
         (row,) = trainer.test()
         for name, value in summary.metrics.items():
             assert row[name] == pytest.approx(value, abs=1e-6)
+
+
+def test_a_module_may_change_batches_on_the_device(demo_trainrun, tmp_path):
+    """By Lightning's hooks of data modules, which ask its trainer what it is doing."""
+    states = []
+    for name, fit in (("one", train_upstream), ("ours", partial(train, workers=0))):
+        trainrun = initialized(demo_trainrun, tmp_path / name, "training.max_epochs=2")
+        fit(trainrun, module=TransferredModule(trainrun.datamodule()))
+        states.append(buffers_sha256(trainrun.pipeline))
+    assert states[0] == states[1]
 
 
 @pytest.mark.kernels
