@@ -29,13 +29,17 @@ def live_bands(groups: Sequence[Group]) -> np.ndarray:
     return varies.mean(axis=0) > 0.5
 
 
-def constant_bands(group: Group, others: Sequence[Group], live: np.ndarray) -> np.ndarray:
-    """Return ``[C]`` bool: the bands that are constant here and vary in the others."""
+def usual_variance(groups: Sequence[Group]) -> np.ndarray | None:
+    """Return ``[C]`` the median variance of each band; None where there is no group."""
+    return np.median(np.stack([g.variance for g in groups]), axis=0) if groups else None
+
+
+def constant_bands(group: Group, usual: np.ndarray | None, live: np.ndarray) -> np.ndarray:
+    """Return ``[C]`` bool: the bands that are constant here and usually vary."""
     if group.n < 3 or not live.any():
         return np.zeros(len(live), dtype=bool)
     still = group.variance <= (1e-9 * np.abs(group.mean)) ** 2
-    if len(others):
-        usual = np.median(np.stack([g.variance for g in others]), axis=0)
+    if usual is not None:
         with np.errstate(all="ignore"):
             ratio = np.where(live & (usual > 0), group.variance / usual, np.nan)
             still = still | (ratio < _DEAD * np.nanmedian(ratio))

@@ -10,8 +10,9 @@ import numpy as np
 from cuvis_dist.audit import models
 from cuvis_dist.audit.bands import exchanged, saturated_shares
 from cuvis_dist.audit.compared import Cause, Compared
-from cuvis_dist.audit.features import OUTSIDE, Features
+from cuvis_dist.audit.features import OUTSIDE, Features, relative_covariance
 from cuvis_dist.audit.groups import Group
+from cuvis_dist.audit.reference import Reference
 from cuvis_dist.statistics.spread import LEAST_OTHERS
 
 #: The weight of what is wrong whatever the others are like, in units of the limit.
@@ -226,12 +227,17 @@ def _varying(compared: Compared, features: Features, what: str) -> str:
     way = reference.whitened(reference.mean if what == "gain" else np.ones(len(reference.mean)))
     length = float(np.linalg.norm(way))
     more = float(features.relative[-1] - np.median(features.relative))
-    if not length or (features.direction @ way / length) ** 2 < _ALONG:
+    if not length or (_widest(compared, reference) @ way / length) ** 2 < _ALONG:
         return ""
     return (
         f"{'a gain' if what == 'gain' else 'an offset'} that varies from pixel to pixel by "
         f"{np.sqrt(more) / length:.3g}: stripes, or some frames"
     )
+
+
+def _widest(compared: Compared, reference: Reference) -> np.ndarray:
+    """Return ``[B]`` the direction in which pixels spread most, relative to the usual."""
+    return np.linalg.eigh(relative_covariance(compared.group, reference))[1][:, -1]
 
 
 def _few(compared: Compared, features: Features) -> str:
@@ -242,7 +248,7 @@ def _few(compared: Compared, features: Features) -> str:
     """
     assert compared.reference is not None
     shift = features.mean * compared.reference.units(compared.group.n)
-    along = float(shift @ features.direction)
+    along = float(shift @ _widest(compared, compared.reference))
     if along**2 < _ALONG * float(shift @ shift) or features.relative[-1] < 2:
         return ""
     part = along**2 / (along**2 + float(features.relative[-1]) - 1)

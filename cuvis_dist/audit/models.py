@@ -79,7 +79,8 @@ def atoms(features: Features, mean: np.ndarray, axis: np.ndarray) -> dict[str, n
     heard = np.isfinite(features.level) / _spreads(features)
 
     def atom(spectrum: np.ndarray, level: float = 0, tilt: float = 0) -> np.ndarray:
-        return np.concatenate([spectrum @ features.atoms, np.array([level, tilt]) * heard])
+        mean = spectrum @ features.reference.atoms / features.units
+        return np.concatenate([mean, np.array([level, tilt]) * heard])
 
     return {
         "gain": atom(mean, level=1),

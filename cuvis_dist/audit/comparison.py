@@ -1,0 +1,133 @@
+"""What is found when each group is compared with the usual others?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from cuvis_dist.audit import bands as facts
+from cuvis_dist.audit import models
+from cuvis_dist.audit.causes import causes_of, facts_of
+from cuvis_dist.audit.compared import Cause, Compared
+from cuvis_dist.audit.features import Outside, bulk_of, condition_of, features_of
+from cuvis_dist.audit.groups import FrameStatistics, Group, group_of
+from cuvis_dist.audit.judging import ALONE, Judge
+from cuvis_dist.audit.noise import Noise, noise
+from cuvis_dist.audit.parts import unusual_frames
+from cuvis_dist.audit.reference import axis_of, reference_of
+
+#: Others whose noise is looked at, spread over all.
+_MOST_NOISES = 40
+
+
+class Comparison:
+    """All groups, and what was computed of them for one set of bands or another."""
+
+    def __init__(self, groups: Sequence[Group], wavelengths: np.ndarray | None) -> None:
+        self.groups, self.wavelengths = groups, wavelengths
+        self.live = facts.live_bands(groups)
+        self._kept: dict[Hashable, Any] = {}  # of single groups
+        self._shared: dict[Hashable, Any] = {}  # of the usual ones of this round
+
+    def judge(self, usual: np.ndarray) -> Judge:
+        """Compare every group with the others, given which of them say what is usual."""
+        self._shared = {}
+        self.compared = [self._compare(i, usual) for i in range(len(self.groups))]
+        known = [c.features for c in self.compared if c.features]
+        squares = [(f.trace, float((f.mean**2).mean())) for f in known] or [(1.0, 1.0)]
+        trace, deviation = map(float, np.median(np.array(squares), axis=0))
+        return Judge([c.measures() for c in self.compared], usual, (trace, deviation))
+
+    def standing(self, i: int, judge: Judge) -> float:
+        """Return how far a group is off, in units of the limit.
+
+        A fact stands out as such, and more than any estimate that is not above the limit.
+        """
+        compared, away = self.compared[i], judge.away(i)
+        known = compared.facts if judge.judged else self._all(compared, away, judge)
+        return max([*away.values(), *(cause.weight for cause in known)])
+
+    def causes(self, i: int, judge: Judge) -> list[Cause]:
+        """Return what is likely the matter with a group, the first one first."""
+        compared = self.compared[i]
+        causes = self._all(compared, judge.away(i), judge)
+        if causes:
+            causes = self._of_some_frames(i, compared, judge) or causes
+        return sorted(causes, key=lambda cause: -cause.weight)
+
+    def _all(self, compared: Compared, away: dict[str, float], judge: Judge) -> list[Cause]:
+        return compared.facts + causes_of(compared, away, judge.context, self.wavelengths)
+
+    def _compare(self, i: int, usual: np.ndarray, group: Group | None = None) -> Compared:
+        """Compare a group, or some of its frames, with the other usual groups."""
+        whole = group is None
+        group = self.groups[i] if group is None else group
+        alone = len(self.groups) <= ALONE or not usual[i]
+        others = tuple(j for j in map(int, np.flatnonzero(usual)) if j != i or not alone)
+        bands, found = self._bands(group, others)
+        if not others or not len(bands):
+            return Compared(group, found)
+        key = others, bands.tobytes()
+        reference = self._once(key, "reference", lambda: reference_of(self._of(others), bands))
+        bulk = self._once(key, "bulk", lambda: bulk_of(self._of(others), reference))
+        axis = axis_of(bands, self.wavelengths, len(group.mean))
+        some = others[:: -(-len(others) // _MOST_NOISES)]
+        noises = [self._of_group(j, bands, noise) for j in some if j != i]
+        own = self._of_group(i, bands, noise) if whole else noise(group, bands)
+        features = features_of(
+            group,
+            reference,
+            Noise(own, noises, axis, reference.n),
+            Outside.of(group, reference, bulk),
+            self._of_group(i, bands, condition_of) if whole else condition_of(group, bands),
+        )
+        known = models.atoms(features, reference.mean, axis)
+        return Compared(group, found, reference, axis, features, known)
+
+    def _of(self, which: Sequence[int]) -> list[Group]:
+        return [self.groups[j] for j in which]
+
+    def _bands(self, group: Group, others: tuple[int, ...]) -> tuple[np.ndarray, list[Cause]]:
+        """Return the bands that can be compared, and what is wrong with the others."""
+        key = (others,)
+        usual = self._once(key, "variance", lambda: facts.usual_variance(self._of(others)))
+        constant = facts.constant_bands(group, usual, self.live)
+        full = facts.saturated_bands(group, self._of(others), self.live)
+        bands = np.flatnonzero(self.live & ~constant & ~full)
+        return bands, facts_of(group, constant, full, self.wavelengths)
+
+    def _once(self, key: Hashable, what: str, make: Callable[[], Any]) -> Any:
+        """Compute something of several groups, which the next one may need as well."""
+        if len(self.groups) <= ALONE:
+            return make()
+        if (key, what) not in self._shared:
+            self._shared[key, what] = make()
+        return self._shared[key, what]
+
+    def _of_group(self, j: int, bands: np.ndarray, make: Callable[[Group, np.ndarray], Any]) -> Any:
+        """Compute something of one group, which does not depend on the others."""
+        key = j, make, bands.tobytes()
+        if key not in self._kept:
+            self._kept[key] = make(self.groups[j], bands)
+        return self._kept[key]
+
+    def _of_some_frames(self, i: int, compared: Compared, judge: Judge) -> list[Cause]:
+        """Return the causes of those frames that stand out, if they are not all of the group's."""
+        if compared.reference is None:
+            return []
+        others = [g for j, g in enumerate(self.groups) if judge.usual[j] and j != i]
+        those = unusual_frames(compared.group, others, compared.reference)
+        rest = [frame for frame in compared.group.frames if not any(frame is f for f in those)]
+        if not those or self._of_frames(i, rest, judge):  # the others have it, less plainly
+            return []
+        found = self._of_frames(i, those, judge)
+        where = f"in {len(those)} of {len(compared.group.frames)} frames"
+        return [replace(cause, words=f"{where}: {cause.words}") for cause in found]
+
+    def _of_frames(self, i: int, frames: Sequence[FrameStatistics], judge: Judge) -> list[Cause]:
+        """Return the causes of some frames of a group, as if they were all of it."""
+        part = self._compare(i, judge.usual, group_of(self.groups[i].name, frames))
+        return self._all(part, judge.away(i, part.measures()), judge)
