@@ -115,6 +115,8 @@ def audit(
     usual = np.ones(len(groups), dtype=bool)
     for _ in range(_ROUNDS):
         judge = comparison.judge(usual)
+        if comparison.take_out_extremes(judge):
+            judge = comparison.judge(usual)
         standing = np.array([comparison.standing(i, judge) for i in range(len(groups))])
         still = standing <= 1
         if still.sum() < max(len(groups) / 2, 1):  # no majority says what is usual
@@ -122,15 +124,14 @@ def audit(
         if np.array_equal(still, usual):
             break
         usual = still
-    rows = [_row(comparison, i, judge) for i in range(len(groups))]
+    rows = [_row(comparison, i, judge, group) for i, group in enumerate(groups)]
     rows.sort(key=lambda row: -row.standing_out)
     remarks = tuple(_remarks(groups, comparison, by, wavelengths))
     return Audit(by, tuple(rows), remarks, judge.limits())
 
 
-def _row(comparison: Comparison, i: int, judge: Judge) -> Row:
-    compared = comparison.compared[i]
-    causes, group = comparison.causes(i, judge), compared.group
+def _row(comparison: Comparison, i: int, judge: Judge, group: Group) -> Row:
+    compared, causes = comparison.compared[i], comparison.causes(i, judge)
     return Row(
         group.name,
         len(group.frames),

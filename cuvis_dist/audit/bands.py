@@ -14,7 +14,7 @@ from cuvis_dist.statistics.spread import centre_and_spread
 _DEAD = 1e-4
 #: A band is saturated where so large a part of the pixels, and so many, have the largest value:
 #: more than so many times as many as have any of so many values below it.
-_SATURATED, _LEAST_PIXELS, _PILE, _BELOW = 0.005, 15, 3, 5
+_SATURATED, _LEAST_PIXELS, _PILE, _BELOW = 0.005, 15, 3, 20
 #: In spreads: the saturation of one recording beside that of the others.
 _FAR = 10
 #: What exchanging or shifting bands must bring back of what is unusual about the correlations.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cuvis_dist.audit import models
-from cuvis_dist.audit.features import OUTSIDE, Features
+from cuvis_dist.audit.features import Features
 from cuvis_dist.audit.groups import Group
 from cuvis_dist.audit.reference import Reference
 
@@ -81,7 +81,8 @@ class Compared:
             # The distance of covariances of few pixels is large by itself.
             "covariance": (_log(f.affine_invariant) if comparable else np.nan, 0.05),
             "stripes": (_log(f.striped), 2 * np.sqrt(2 / max(1, n))),
-            "foreign": (f.outside, np.sqrt(OUTSIDE / max(1, sampled))),
+            # The root of a share is spread alike wherever it lies.
+            "foreign": (float(np.sqrt(f.outside)), 0.5 / np.sqrt(max(1, sampled))),
         }
 
     def figures(self) -> dict[str, float]:

@@ -12,24 +12,32 @@ from cuvis_dist.audit import bands as facts
 from cuvis_dist.audit import models
 from cuvis_dist.audit.causes import causes_of, facts_of
 from cuvis_dist.audit.compared import Cause, Compared
+from cuvis_dist.audit.extremes import without_extremes
 from cuvis_dist.audit.features import Outside, bulk_of, condition_of, features_of
 from cuvis_dist.audit.groups import FrameStatistics, Group, group_of
 from cuvis_dist.audit.judging import ALONE, Judge
 from cuvis_dist.audit.noise import Noise, noise
-from cuvis_dist.audit.parts import unusual_frames
+from cuvis_dist.audit.parts import beyond, unusual_frames
 from cuvis_dist.audit.reference import axis_of, reference_of
 
 #: Others whose noise is looked at, spread over all.
 _MOST_NOISES = 40
+#: What stands out in less than one of so many frames may be content.
+_FEW_FRAMES = 3
+#: Frames are no content if they are so many times as far off as the farthest of other groups.
+_BEYOND = 1.5
+#: What is no fault stands out by less than the limit.
+NOT_QUITE = 0.99
 
 
 class Comparison:
     """All groups, and what was computed of them for one set of bands or another."""
 
     def __init__(self, groups: Sequence[Group], wavelengths: np.ndarray | None) -> None:
-        self.groups, self.wavelengths = groups, wavelengths
+        self.groups, self.wavelengths = list(groups), wavelengths
+        self._extreme: dict[int, int] = {}
         self.live = facts.live_bands(groups)
-        self._kept: dict[Hashable, Any] = {}  # of single groups
+        self._kept: dict[tuple[Any, ...], Any] = {}  # of single groups
         self._shared: dict[Hashable, Any] = {}  # of the usual ones of this round
 
     def judge(self, usual: np.ndarray) -> Judge:
@@ -48,7 +56,12 @@ class Comparison:
         """
         compared, away = self.compared[i], judge.away(i)
         known = compared.facts if judge.judged else self._all(compared, away, judge)
-        return max([*away.values(), *(cause.weight for cause in known)])
+        far = max(away.values())
+        if far > 1 and self._is_rare_content(i, judge):
+            far = NOT_QUITE
+        if i in self._extreme:
+            far = max(far, NOT_QUITE)
+        return max([far, *(cause.weight for cause in known)])
 
     def causes(self, i: int, judge: Judge) -> list[Cause]:
         """Return what is likely the matter with a group, the first one first."""
@@ -56,6 +69,10 @@ class Comparison:
         causes = self._all(compared, judge.away(i), judge)
         if causes:
             causes = self._of_some_frames(i, compared, judge) or causes
+        if max(judge.away(i).values()) > 1 and self._is_rare_content(i, judge):
+            causes = [replace(c, words=f"perhaps {c.words}", weight=NOT_QUITE) for c in causes]
+        if i in self._extreme:
+            causes.append(_extreme(self._extreme[i], self.groups[i].n + self._extreme[i]))
         return sorted(causes, key=lambda cause: -cause.weight)
 
     def _all(self, compared: Compared, away: dict[str, float], judge: Judge) -> list[Cause]:
@@ -86,6 +103,40 @@ class Comparison:
         )
         known = models.atoms(features, reference.mean, axis)
         return Compared(group, found, reference, axis, features, known)
+
+    def take_out_extremes(self, judge: Judge) -> bool:
+        """Go on without the few extreme pixels of groups that stand out; return if there are any.
+
+        Otherwise a single pixel would hide a fault, and be called one.
+        """
+        found = False
+        for i, compared in enumerate(self.compared):
+            if compared.reference is None or i in self._extreme or self.standing(i, judge) <= 1:
+                continue
+            group, count = without_extremes(self.groups[i], compared.reference)
+            if count:
+                found = True
+                self.groups[i], self._extreme[i] = group, count
+                self._kept = {key: kept for key, kept in self._kept.items() if key[0] != i}
+        return found
+
+    def _is_rare_content(self, i: int, judge: Judge) -> bool:
+        """Whether a group stands out in few frames only, and others have frames that do as much."""
+        compared, group = self.compared[i], self.groups[i]
+        if i not in judge.rare:
+            judge.rare[i] = False
+            if compared.reference is not None and judge.judged:
+                others = [g for j, g in enumerate(self.groups) if j != i]
+                usual = [g for j, g in enumerate(self.groups) if j != i and judge.usual[j]]
+                those = unusual_frames(group, usual, compared.reference)
+                if 0 < len(those) <= max(1, len(group.frames) // _FEW_FRAMES):
+                    rest = [f for f in group.frames if not any(f is each for each in those)]
+                    part = self._compare(i, judge.usual, group_of(group.name, rest))
+                    judge.rare[i] = (
+                        max(judge.away(i, part.measures()).values()) <= 1
+                        and beyond(those, others, compared.reference) <= _BEYOND
+                    )
+        return judge.rare[i]
 
     def _of(self, which: Sequence[int]) -> list[Group]:
         return [self.groups[j] for j in which]
@@ -131,3 +182,8 @@ class Comparison:
         """Return the causes of some frames of a group, as if they were all of it."""
         part = self._compare(i, judge.usual, group_of(self.groups[i].name, frames))
         return self._all(part, judge.away(i, part.measures()), judge)
+
+
+def _extreme(count: int, n: int) -> Cause:
+    words = "1 pixel is" if count == 1 else f"{count} pixels are"
+    return Cause("extreme", f"{words} extreme, of {n:,}; judged without", NOT_QUITE)

@@ -19,7 +19,7 @@ ALONE = 50
 _FIGURES: dict[str, tuple[str, Callable[[float], float]]] = {
     "mean_shift": ("mean", lambda value: math.exp(value / 2)),
     "affine_invariant": ("covariance", math.exp),
-    "outside": ("foreign", float),
+    "outside": ("foreign", lambda value: value**2),
 }
 
 
@@ -40,6 +40,7 @@ class Judge:
         self, measured: Sequence[Measured], usual: np.ndarray, squares: tuple[float, float]
     ) -> None:
         self.measured, self.usual = measured, usual
+        self.rare: dict[int, bool] = {}  # groups of which it was asked whether it is content
         others = int(usual.sum()) - 1
         self.context = others, *squares
         self.judged = others >= LEAST_OTHERS
