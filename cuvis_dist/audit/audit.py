@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cuvis_dist.audit.causes import named
 from cuvis_dist.audit.compared import Cause
 from cuvis_dist.audit.comparison import Comparison
+from cuvis_dist.audit.facts import named
 from cuvis_dist.audit.groups import FrameStatistics, Group, grouped
 from cuvis_dist.audit.judging import Judge
+from cuvis_dist.audit.visible import said
 from cuvis_dist.statistics.spread import LEAST_OTHERS
 
 #: How often the usual groups are chosen again.
@@ -79,12 +80,16 @@ class Audit:
         What is to be said of the whole archive.
     limits : dict of str to float
         By name of a figure, the value above which a group stands out; NaN with too few groups.
+    could_see : dict of str to float
+        By fault the size from which on it stands out here, see
+        :func:`~cuvis_dist.audit.visible.visible`; empty with too few groups.
     """
 
     by: str
     rows: tuple[Row, ...]
     remarks: tuple[str, ...]
     limits: dict[str, float] = field(default_factory=dict)
+    could_see: dict[str, float] = field(default_factory=dict)
 
 
 def audit(
@@ -126,8 +131,11 @@ def audit(
         usual = still
     rows = [_row(comparison, i, judge, group) for i, group in enumerate(groups)]
     rows.sort(key=lambda row: -row.standing_out)
-    remarks = tuple(_remarks(groups, comparison, by, wavelengths))
-    return Audit(by, tuple(rows), remarks, judge.limits())
+    remarks = _remarks(groups, comparison, by, wavelengths)
+    sizes = comparison.visible(judge)
+    if sizes:
+        remarks.append(said(sizes))
+    return Audit(by, tuple(rows), tuple(remarks), judge.limits(), sizes)
 
 
 def _row(comparison: Comparison, i: int, judge: Judge, group: Group) -> Row:

@@ -19,6 +19,8 @@ _SATURATED, _LEAST_PIXELS, _PILE, _BELOW = 0.005, 15, 3, 20
 _FAR = 10
 #: What exchanging or shifting bands must bring back of what is unusual about the correlations.
 _EXPLAINED = 0.7
+#: What is left beside what would be left otherwise, for the simpler of two explanations.
+_SIMPLER = 1.2
 
 
 def live_bands(groups: Sequence[Group]) -> np.ndarray:
@@ -79,8 +81,8 @@ def saturated_bands(group: Group, others: Sequence[Group], live: np.ndarray) -> 
 
 def exchanged(
     covariance: np.ndarray, mean: np.ndarray, reference: Reference, usual: float
-) -> tuple[float, tuple[int, int] | None, int]:
-    """Return what is left when two bands are exchanged, or all shifted, if that mends the group.
+) -> tuple[str, tuple[int, ...]]:
+    """Return how bands have changed places, if changing them back mends the group.
 
     The mean square of whitened pixels around the usual mean is that of their second moments:
     ``tr(Σ⁻¹ S) / B``. With ``v = e_i - e_j``, exchanging bands i and j turns S into
@@ -97,29 +99,35 @@ def exchanged(
 
     Returns
     -------
-    tuple of (float, (int, int) or None, int)
-        The mean square that is left, the pair, and the shift in bands (0: none).
+    tuple of (str, tuple of int)
+        ``swapped`` and the pair, ``shifted`` and by how many bands, ``reversed``, or nothing.
     """
     apart = mean - reference.mean
     S, P = covariance + np.outer(apart, apart), reference.inverse
     size = len(mean)
     before = float(np.sum(P * S)) / size
-    best, pair, shift = before, None, 0
-    if size > 1:
-        after = _pairs(covariance, P, apart, mean) / size
-        i, j = np.unravel_index(int(np.argmin(after)), after.shape)
-        best, pair = float(after[i, j]), (int(min(i, j)), int(max(i, j)))
+    if size < 2 or before <= usual:
+        return "", ()
+    after = _pairs(covariance, P, apart, mean) / size
+    i, j = np.unravel_index(int(np.argmin(after)), after.shape)
+    found: dict[tuple[str, tuple[int, ...]], float] = {
+        ("swapped", (int(min(i, j)), int(max(i, j)))): float(after[i, j])
+    }
+    back = mean[::-1] - reference.mean
+    S = covariance[::-1, ::-1] + np.outer(back, back)
+    found["reversed", ()] = float(np.sum(P * S)) / size / 0.95
     for by in (1, 2, 3):
-        if size < 4 * by:
-            break
-        for sign in (1, -1):
+        for sign in (1, -1) if size >= 4 * by else ():
             left = _shifted(covariance, mean, reference, by * sign)
-            if left < 0.95 * best:
-                best, pair, shift = left, None, by * sign
+            found["shifted", (by * sign,)] = left / 0.95
+    what, best = min(found.items(), key=lambda item: item[1])
+    # Shifting the values of one band is simpler than changing places.
+    Pa = P @ apart
+    one_band = before - float((Pa**2 / P.diagonal()).max()) / size
     need = _EXPLAINED * np.log(max(before, RIDGE) / max(usual, RIDGE))
-    if before <= usual or np.log(before / max(best, RIDGE)) < need:
-        return before, None, 0
-    return best, pair, shift
+    if np.log(before / max(best, RIDGE)) < need or one_band < _SIMPLER * best:
+        return "", ()
+    return what
 
 
 def _pairs(C: np.ndarray, P: np.ndarray, apart: np.ndarray, mean: np.ndarray) -> np.ndarray:

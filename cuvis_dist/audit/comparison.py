@@ -8,17 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from cuvis_dist.audit import bands as facts
+from cuvis_dist.audit import bands as of_bands
 from cuvis_dist.audit import models
-from cuvis_dist.audit.causes import causes_of, facts_of
+from cuvis_dist.audit.causes import causes_of
 from cuvis_dist.audit.compared import Cause, Compared
 from cuvis_dist.audit.extremes import without_extremes
+from cuvis_dist.audit.facts import facts_of, plain_facts
 from cuvis_dist.audit.features import Outside, bulk_of, condition_of, features_of
 from cuvis_dist.audit.groups import FrameStatistics, Group, group_of
 from cuvis_dist.audit.judging import ALONE, Judge
 from cuvis_dist.audit.noise import Noise, noise
 from cuvis_dist.audit.parts import beyond, unusual_frames
 from cuvis_dist.audit.reference import axis_of, reference_of
+from cuvis_dist.audit.visible import visible
 
 #: Others whose noise is looked at, spread over all.
 _MOST_NOISES = 40
@@ -36,9 +38,12 @@ class Comparison:
     def __init__(self, groups: Sequence[Group], wavelengths: np.ndarray | None) -> None:
         self.groups, self.wavelengths = list(groups), wavelengths
         self._extreme: dict[int, int] = {}
-        self.live = facts.live_bands(groups)
+        self.live = of_bands.live_bands(groups)
+        self._facts = plain_facts(groups, self.live)
         self._kept: dict[tuple[Any, ...], Any] = {}  # of single groups
-        self._shared: dict[Hashable, Any] = {}  # of the usual ones of this round
+        self._shared: dict[
+            tuple[tuple[Hashable, ...], str], Any
+        ] = {}  # of the usual ones of this round
 
     def judge(self, usual: np.ndarray) -> Judge:
         """Compare every group with the others, given which of them say what is usual."""
@@ -55,7 +60,9 @@ class Comparison:
         A fact stands out as such, and more than any estimate that is not above the limit.
         """
         compared, away = self.compared[i], judge.away(i)
-        known = compared.facts if judge.judged else self._all(compared, away, judge)
+        known = self._facts.get(i, []) + (
+            compared.facts if judge.judged else self._all(compared, away, judge)
+        )
         far = max(away.values())
         if far > 1 and self._is_rare_content(i, judge):
             far = NOT_QUITE
@@ -71,6 +78,8 @@ class Comparison:
             causes = self._of_some_frames(i, compared, judge) or causes
         if max(judge.away(i).values()) > 1 and self._is_rare_content(i, judge):
             causes = [replace(c, words=f"perhaps {c.words}", weight=NOT_QUITE) for c in causes]
+        said = {cause.words for cause in causes}
+        causes += [fact for fact in self._facts.get(i, []) if fact.words not in said]
         if i in self._extreme:
             causes.append(_extreme(self._extreme[i], self.groups[i].n + self._extreme[i]))
         return sorted(causes, key=lambda cause: -cause.weight)
@@ -103,6 +112,21 @@ class Comparison:
         )
         known = models.atoms(features, reference.mean, axis)
         return Compared(group, found, reference, axis, features, known)
+
+    def visible(self, judge: Judge) -> dict[str, float]:
+        """Return how small a fault would stand out: see :mod:`~cuvis_dist.audit.visible`."""
+        usual = [int(i) for i in np.flatnonzero(judge.usual)]
+        usual = [i for i in usual if self.compared[i].features is not None]
+        if not judge.judged or not usual:
+            return {}
+
+        def away(k: int, group: Group) -> float:
+            found = self._compare(usual[k], judge.usual, group)
+            return max(judge.away(usual[k], found.measures()).values())
+
+        size = len(self.live)
+        axis = axis_of(np.arange(size), self.wavelengths, size)
+        return visible(self._of(usual), away, axis)
 
     def take_out_extremes(self, judge: Judge) -> bool:
         """Go on without the few extreme pixels of groups that stand out; return if there are any.
@@ -144,16 +168,16 @@ class Comparison:
     def _bands(self, group: Group, others: tuple[int, ...]) -> tuple[np.ndarray, list[Cause]]:
         """Return the bands that can be compared, and what is wrong with the others."""
         key = (others,)
-        usual = self._once(key, "variance", lambda: facts.usual_variance(self._of(others)))
-        constant = facts.constant_bands(group, usual, self.live)
-        full = facts.saturated_bands(group, self._of(others), self.live)
+        usual = self._once(key, "variance", lambda: of_bands.usual_variance(self._of(others)))
+        constant = of_bands.constant_bands(group, usual, self.live)
+        full = of_bands.saturated_bands(group, self._of(others), self.live)
         bands = np.flatnonzero(self.live & ~constant & ~full)
         return bands, facts_of(group, constant, full, self.wavelengths)
 
-    def _once(self, key: Hashable, what: str, make: Callable[[], Any]) -> Any:
+    def _once(self, key: tuple[Hashable, ...], what: str, make: Callable[[], Any]) -> Any:
         """Compute something of several groups, which the next one may need as well."""
-        if len(self.groups) <= ALONE:
-            return make()
+        if len(self.groups) <= ALONE:  # another one for each group
+            self._shared = {k: kept for k, kept in self._shared.items() if k[0][0] == key[0]}
         if (key, what) not in self._shared:
             self._shared[key, what] = make()
         return self._shared[key, what]

@@ -118,6 +118,7 @@ def as_json(audit: Audit, drifts: Sequence[NodeDrift] = ()) -> dict[str, Any]:
             for row in audit.rows
         ],
         "remarks": [*audit.remarks],
+        "could_see": known(audit.could_see),
         "drift": [
             {
                 "node": each.node,
