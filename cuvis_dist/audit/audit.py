@@ -80,8 +80,8 @@ class Audit:
         What is to be said of the whole archive.
     limits : dict of str to float
         By name of a figure, the value above which a group stands out; NaN with too few groups.
-    could_see : dict of str to float
-        By fault the size from which on it stands out here, see
+    could_see : dict of str to (float, float)
+        By fault the size from which on it stands out, in one group and in all, see
         :func:`~cuvis_dist.audit.visible.visible`; empty with too few groups.
     """
 
@@ -89,7 +89,7 @@ class Audit:
     rows: tuple[Row, ...]
     remarks: tuple[str, ...]
     limits: dict[str, float] = field(default_factory=dict)
-    could_see: dict[str, float] = field(default_factory=dict)
+    could_see: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def audit(

@@ -19,8 +19,8 @@ _SATURATED, _LEAST_PIXELS, _PILE, _BELOW = 0.005, 15, 3, 20
 _FAR = 10
 #: What exchanging or shifting bands must bring back of what is unusual about the correlations.
 _EXPLAINED = 0.7
-#: What is left beside what would be left otherwise, for the simpler of two explanations.
-_SIMPLER = 1.2
+#: The simpler of two explanations is taken if it explains so large a part of what the other does.
+_SIMPLER = 0.8
 
 
 def live_bands(groups: Sequence[Group]) -> np.ndarray:
@@ -69,6 +69,10 @@ def saturated_shares(group: Group) -> np.ndarray:
     return shares
 
 
+def _largest_pile(values: np.ndarray) -> float:
+    return float(np.unique(values, return_counts=True)[1].max()) / len(values)
+
+
 def saturated_bands(group: Group, others: Sequence[Group], live: np.ndarray) -> np.ndarray:
     """Return ``[C]`` bool: the bands where far more pixels than elsewhere are saturated."""
     shares = saturated_shares(group)
@@ -76,7 +80,11 @@ def saturated_bands(group: Group, others: Sequence[Group], live: np.ndarray) -> 
         return np.zeros(len(live), dtype=bool)
     usual = [saturated_shares(g)[shares > 0].max() for g in others]
     centre, spread = centre_and_spread(np.array(usual))
-    return live & (shares > max(_SATURATED, float(centre + _FAR * spread)))
+    full = live & (shares > max(_SATURATED, float(centre + _FAR * spread)))
+    for band in np.flatnonzero(full):  # where values lie in steps, all pile up everywhere
+        piles = [_largest_pile(g.pixels[:, band]) for g in others if len(g.pixels)]
+        full[band] = not piles or shares[band] > 2 * np.median(piles)
+    return full
 
 
 def exchanged(
@@ -124,8 +132,9 @@ def exchanged(
     # Shifting the values of one band is simpler than changing places.
     Pa = P @ apart
     one_band = before - float((Pa**2 / P.diagonal()).max()) / size
-    need = _EXPLAINED * np.log(max(before, RIDGE) / max(usual, RIDGE))
-    if np.log(before / max(best, RIDGE)) < need or one_band < _SIMPLER * best:
+    explained = np.log(before / max(best, RIDGE))
+    simpler = np.log(before / max(one_band, RIDGE)) > _SIMPLER * explained
+    if explained < _EXPLAINED * np.log(max(before, RIDGE) / max(usual, RIDGE)) or simpler:
         return "", ()
     return what
 

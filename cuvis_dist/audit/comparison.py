@@ -113,7 +113,7 @@ class Comparison:
         known = models.atoms(features, reference.mean, axis)
         return Compared(group, found, reference, axis, features, known)
 
-    def visible(self, judge: Judge) -> dict[str, float]:
+    def visible(self, judge: Judge) -> dict[str, tuple[float, float]]:
         """Return how small a fault would stand out: see :mod:`~cuvis_dist.audit.visible`."""
         usual = [int(i) for i in np.flatnonzero(judge.usual)]
         usual = [i for i in usual if self.compared[i].features is not None]

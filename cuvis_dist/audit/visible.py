@@ -15,15 +15,15 @@ import numpy as np
 from cuvis_dist.audit.groups import Group
 
 #: Groups that are looked at, steps of the search, and how near the limit it ends.
-_GROUPS, _STEPS, _NEAR = 5, 8, 0.03
+_GROUPS, _STEPS, _NEAR = 3, 6, 0.08
 #: Where the search begins and ends; of an offset it is the part of the mean.
 _FIRST, _LEAST, _MOST = 0.02, 1e-6, 0.5
 
 
 def visible(
     groups: Sequence[Group], away: Callable[[int, Group], float], axis: np.ndarray
-) -> dict[str, float]:
-    """Return by fault the size from which on it stands out, in every group that was tried.
+) -> dict[str, tuple[float, float]]:
+    """Return by fault the size from which on it stands out, in one of the groups and in all.
 
     Parameters
     ----------
@@ -36,10 +36,10 @@ def visible(
 
     Returns
     -------
-    dict of str to float
+    dict of str to (float, float)
         ``gain`` (minus 1), ``offset`` in the data's units, ``slope`` (at the ends of the spectrum)
-        and ``foreign`` (share of pixels with the mean spectrum in reverse); NaN where half as much
-        again as the values themselves would not be seen.
+        and ``foreign`` (share of pixels with the mean spectrum in reverse); infinite where half of
+        the values themselves would not be seen. In between it depends on the content.
     """
     which = np.unique(np.linspace(0, len(groups) - 1, _GROUPS).astype(int))
     level = float(np.mean([np.abs(g.mean).mean() for g in groups])) or 1.0
@@ -60,22 +60,24 @@ def visible(
                     return away(i, spoilt(groups[i], fault, sign * by))
 
                 of_groups.append(_smallest(far))
-    found = {fault: float(np.max(each)) for fault, each in sizes.items()}
-    return found | {"offset": found["offset"] * level}
+    found = {fault: (float(min(each)), max(each)) for fault, each in sizes.items()}
+    low, high = found["offset"]
+    return found | {"offset": (low * level, high * level)}
 
 
-def said(sizes: dict[str, float]) -> str:
-    """Return in words what could have been seen."""
-    words = {
-        "gain": f"a gain of {1 + sizes['gain']:.3g}",
-        "offset": f"an offset of {sizes['offset']:.2g}",
-        "slope": f"a slope of ±{100 * sizes['slope']:.2g} %",
-        "foreign": f"foreign pixels from {100 * sizes['foreign']:.2g} %",
-    }
-    seen = [words[name] for name, size in sizes.items() if np.isfinite(size)]
-    unseen = [name for name, size in sizes.items() if not np.isfinite(size)]
-    text = "could see here: " + (", ".join(seen) or "nothing")
-    return text + (f"; hidden by content: {', '.join(unseen)}" if unseen else "")
+def said(sizes: dict[str, tuple[float, float]]) -> str:
+    """Return in words what would have been seen in any group."""
+    seen = []
+    for fault, (_, size) in sizes.items():
+        percent = f"{100 * size:.2g} %"
+        words = {
+            "gain": f"a gain of {1 + size:.3g}",
+            "offset": f"an offset of {size:.2g}",
+            "slope": f"a slope of ±{percent}",
+            "foreign": f"{percent} foreign pixels",
+        }
+        seen.append(words[fault] if np.isfinite(size) else f"no {fault} for sure")
+    return f"could see here: {', '.join(seen)}; what is less may be hidden by content"
 
 
 def _smallest(away: Callable[[float], float]) -> float:
@@ -90,7 +92,7 @@ def _smallest(away: Callable[[float], float]) -> float:
         size = step if low < step < high else (low + min(high, 4 * low)) / 2
         size = min(max(size, _LEAST), _MOST)
         if low >= _MOST:
-            return np.nan
+            return np.inf
     return size
 
 

@@ -1,0 +1,177 @@
+"""Is content told from faults, are unforeseen faults named, and is it said what is hidden?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from archives import real_scene
+from audit import scenes
+
+from cuvis_dist.audit.audit import Audit, audit
+from cuvis_dist.audit.table import as_json, as_text
+
+WHICH = "recording_04.cu3s"
+BANDS = 40
+
+
+@pytest.fixture(scope="module")
+def clean():
+    recordings = scenes.made(0)
+    return recordings, scenes.statistics(recordings)
+
+
+def spoilt(clean, fault) -> Audit:
+    """Audit the made archive with a fault in one recording, the only one that is measured again."""
+    recordings, frames = clean
+    bad = scenes.faulty(recordings, 4, fault)[4]
+    mine = [
+        replace(f, uid=f.uid.replace("_00", "_04"), recording=WHICH)
+        for f in scenes.statistics([bad], seed=1)
+    ]
+    return audit([f for f in frames if f.recording != WHICH] + mine)
+
+
+def bands(change):
+    """A fault of the bands: ``change`` maps ``[..., C]`` and their places in [0, 1]."""
+    return lambda cubes, rng: change(cubes, np.linspace(0, 1, cubes.shape[-1]))
+
+
+def one_frame(value):
+    def spoil(cubes, rng):
+        cubes = cubes.copy()
+        cubes[1] = cubes[0] if value is None else value
+        return cubes
+
+    return spoil
+
+
+def dead_row(cubes, rng):
+    cubes = cubes.copy()
+    cubes[:, 20] = 0
+    return cubes
+
+
+def hot_pixel(cubes, rng):
+    cubes = cubes.copy()
+    cubes[2, 7, 9] = 3 * cubes.max()
+    return cubes
+
+
+def copied_band(cubes, rng):
+    cubes = cubes.copy()
+    cubes[..., 20] = cubes[..., 19]
+    return cubes
+
+
+#: Faults that are not in the documentation's table, and what is to be said of them.
+HELD_OUT = {
+    "half of the bands darker": (bands(lambda x, at: x * np.where(at < 0.5, 0.95, 1)), "gain 0.9"),
+    "some bands brighter": (
+        bands(lambda x, at: x + 90.0 * (at > 0.6)),
+        " in bands 24 to 39",
+    ),
+    "bands in reverse": (bands(lambda x, at: x[..., ::-1]), "bands in reversed order"),
+    "smoothed": (
+        bands(lambda x, at: (x + np.roll(x, 1, -1) + np.roll(x, -1, -1)) / 3),
+        "smoothed, or another bandwidth?",
+    ),
+    "other units": (bands(lambda x, at: x * 10), "gain 10 over all bands"),
+    "noise of the blue": (
+        lambda x, rng: x + rng.normal(size=x.shape) * 60 * (np.arange(BANDS) < 10),
+        "noisy: ",
+    ),
+    "white reference": (
+        lambda x, rng: x * (1 + 0.01 * rng.normal(size=BANDS)),
+        "each in its own way: another calibration?",
+    ),
+    "one frame empty": (one_frame(0), "in 1 of 4 frames: all bands constant"),
+    "one frame twice": (one_frame(None), f"frame {WHICH}:0 is the same as {WHICH}:1"),
+    "a dead row": (dead_row, "of the pixels are empty: one value in all bands"),
+    "8 bits": (
+        lambda x, rng: np.round(x / 24) * 24,
+        "values in steps of 24, usually 1: fewer bits",
+    ),
+    "negative": (lambda x, rng: x - 4000.0, "offset -4"),
+    "a band copied": (copied_band, "bands 19 and 20"),
+}
+
+
+@pytest.mark.parametrize("name", HELD_OUT)
+def test_faults_that_nobody_foresaw_come_first(clean, name):
+    fault, words = HELD_OUT[name]
+    recordings, frames = clean
+    if name == "negative":  # counts cannot be
+        recordings = [cubes.astype(np.float32) for cubes in recordings]
+    found = spoilt((recordings, frames), fault)
+    assert found.rows[0].name == WHICH
+    assert [row.name for row in found.rows if row.unusual] == [WHICH]
+    assert any(words in str(cause) for cause in found.rows[0].causes), found.rows[0].causes
+
+
+def test_a_single_extreme_pixel_is_named_and_no_reason_to_stand_out(clean):
+    found = spoilt(clean, hot_pixel)
+    assert found.rows[0].name == WHICH
+    assert str(found.rows[0].causes[-1]) == "1 pixel is extreme, of 6,400; judged without"
+    assert not any(row.unusual for row in found.rows)
+
+
+def test_a_single_extreme_pixel_hides_no_fault(clean):
+    found = spoilt(clean, lambda x, rng: hot_pixel(1.02 * x, rng))
+    assert [row.name for row in found.rows if row.unusual] == [WHICH]
+    assert str(found.rows[0].causes[0]) == "gain 1.02 over all bands"
+
+
+def blocks(name: str, seed: int, folder) -> list[np.ndarray]:
+    """Deal the blocks of a real scene to recordings."""
+    universe = real_scene(name, folder, frames=1)
+    with np.load(next(universe.parent.glob("*.npz"))) as frame:
+        return scenes.dealt(frame["cube"], seed)
+
+
+@pytest.mark.parametrize(
+    ("scene", "seed"), [("lhdata", 16), ("abu-beach-2", 17), ("salinas-a", 0), ("salinas-a", 1)]
+)
+def test_blocks_of_a_real_scene_are_usual(scene, seed, tmp_path):
+    """Before: a few blocks of rare content, two single pixels, and a pile of equal values."""
+    found = audit(scenes.statistics(blocks(scene, seed, tmp_path)))
+    assert [(row.name, row.causes) for row in found.rows if row.unusual] == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("scene", ["lhdata", "abu-beach-2", "salinas-a"])
+def test_hardly_any_dealing_of_blocks_stands_out(scene, tmp_path):
+    found = [audit(scenes.statistics(blocks(scene, seed, tmp_path))) for seed in range(20)]
+    assert sum(any(row.unusual for row in each.rows) for each in found) <= 1
+
+
+# ---- what could be seen ------------------------------------------------------------------
+
+FAULTS = {
+    "gain": lambda size: scenes.gain(1 + size),
+    "offset": scenes.offset,
+    "slope": scenes.slope,
+    "foreign": scenes.foreign,
+}
+
+
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_what_could_be_seen_is_seen(clean, tmp_path, real):
+    if real:
+        recordings = blocks("lhdata", 0, tmp_path)
+        clean = recordings, scenes.statistics(recordings)
+    for fault, (in_one, in_all) in audit(clean[1]).could_see.items():
+        found = spoilt(clean, FAULTS[fault](1.4 * in_all))
+        assert found.rows[0].name == WHICH
+        assert found.rows[0].unusual
+        assert not any(row.unusual for row in spoilt(clean, FAULTS[fault](0.4 * in_one)).rows)
+
+
+def test_what_could_be_seen_is_printed(clean):
+    found = audit(clean[1])
+    (said,) = found.remarks
+    assert said.startswith("could see here: a gain of 1.0")
+    assert said in as_text(found)
+    assert as_json(found)["could_see"]["gain"]["in_all"] == found.could_see["gain"][1]
+    assert audit(clean[1][:8]).could_see == {}  # two recordings
