@@ -25,6 +25,8 @@ _MODELS = (
 )
 #: What a further parameter must explain: in squared spreads, and as a part of the whole.
 _PENALTY, _PART = 20.0, 0.05
+#: A little more noise is more often that of a gain than noise alone: in squared spreads.
+_UNLIKELY = 9.0
 #: A rough deviation: how much of it lies in narrow directions, and how alike neighbours are.
 _ROUGH, _SMOOTH = 0.7, 0.6
 
@@ -126,7 +128,7 @@ def fit(features: Features, known: dict[str, np.ndarray], usual: float) -> Fit:
         values = np.linalg.lstsq(design, y, rcond=None)[0]
         rest = y - design @ values
         left = float(rest @ rest)
-        cost = left + len(names) * (_PENALTY + _PART * more)
+        cost = left + len(names) * (_PENALTY + _PART * more) + _UNLIKELY * (names == ("noise",))
         if best is None or cost < best[0] - 1e-9 * total:
             found = Fit(
                 dict(zip(names, map(float, values), strict=True)),

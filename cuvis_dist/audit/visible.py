@@ -71,7 +71,7 @@ def said(sizes: dict[str, tuple[float, float]]) -> str:
     for fault, (_, size) in sizes.items():
         percent = f"{100 * size:.2g} %"
         words = {
-            "gain": f"a gain of {1 + size:.3g}",
+            "gain": f"a gain of {1 + size:.4g}",
             "offset": f"an offset of {size:.2g}",
             "slope": f"a slope of ±{percent}",
             "foreign": f"{percent} foreign pixels",
