@@ -19,6 +19,8 @@ from cuvis_dist.statistics.spread import LEAST_OTHERS
 _EXPLAINS, _SURE, _PLAINLY = 0.5, 0.8, 2.0
 #: What is so many times as bright or dark is in other units, and so much less noise is smoothed.
 _UNITS, _SMOOTHED = 20.0, -0.3
+#: Two bands have so little noise, beside the usual, where one predicts the other.
+_ALIKE = 0.05
 #: With too few others, exchanged bands are named where pixels are so much farther off than usual.
 _PLAIN = 5.0
 #: Below this part of the usual brightness a recording is called dark.
@@ -192,6 +194,9 @@ def _noisy(
     where = named(compared.reference.bands[some], wavelengths)
     most = left[some][np.abs(left[some]).argmax()] if some.any() else 0.0
     what = "noisy" if most > 0 else "with little noise"
+    pair = np.flatnonzero(some)
+    if len(pair) == 2 and np.exp(most) < _ALIKE:
+        return Cause("noisy", f"{where} nearly the same: one is a copy?", largest)
     return Cause("noisy", f"{where} {what}: {np.exp(most):.2g} times the usual noise", largest)
 
 

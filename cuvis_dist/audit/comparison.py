@@ -24,8 +24,10 @@ from cuvis_dist.audit.visible import visible
 
 #: Others whose noise is looked at, spread over all.
 _MOST_NOISES = 40
-#: What stands out in less than one of so many frames may be content.
-_FEW_FRAMES = 3
+#: What stands out in one of so many frames, or fewer, may be content.
+_FEW_FRAMES = 4
+#: How far the other frames are then off, at most.
+_REST = 0.75
 #: Frames are no content if they are so many times as far off as the farthest of other groups.
 _BEYOND = 1.5
 #: What is no fault stands out by less than the limit.
@@ -74,7 +76,7 @@ class Comparison:
         """Return what is likely the matter with a group, the first one first."""
         compared = self.compared[i]
         causes = self._all(compared, judge.away(i), judge)
-        if causes:
+        if causes and i not in self._extreme:  # frames still have the pixels
             causes = self._of_some_frames(i, compared, judge) or causes
         if max(judge.away(i).values()) > 1 and self._is_rare_content(i, judge):
             causes = [replace(c, words=f"perhaps {c.words}", weight=NOT_QUITE) for c in causes]
@@ -157,7 +159,7 @@ class Comparison:
                     rest = [f for f in group.frames if not any(f is each for each in those)]
                     part = self._compare(i, judge.usual, group_of(group.name, rest))
                     judge.rare[i] = (
-                        max(judge.away(i, part.measures()).values()) <= 1
+                        max(judge.away(i, part.measures()).values()) <= _REST
                         and beyond(those, others, compared.reference) <= _BEYOND
                     )
         return judge.rare[i]

@@ -45,14 +45,19 @@ def _without_one(group: Group, reference: Reference) -> Group | None:
     # In bands: the direction, as long as one pixel would have to be to make all that is unusual.
     way = np.linalg.solve(reference.whiten.T, vectors[:, -1]) * reference.scale
     way = way * np.sqrt((values[-1] - usual) * (group.n - 1))
-    shift = reference.whitened(group.mean[bands]) - reference.centre
-    if shift @ vectors[:, -1] < 0:
-        way = -way
     up, down = group.maximum[bands] - group.mean[bands], group.mean[bands] - group.minimum[bands]
     seen = np.abs(way) > _PLAIN * np.sqrt(group.variance[bands])
-    reach = np.where(way > 0, up, down)
-    if not seen.any() or not _REACHES[0] < np.median((np.abs(way) / reach)[seen]) < _REACHES[1]:
+    if not seen.any():
         return None
+    for sign in (1, -1):
+        reach = np.maximum(np.where(sign * way > 0, up, down), 1e-300)
+        if _REACHES[0] < float(np.median((np.abs(way) / reach)[seen])) < _REACHES[1]:
+            return _taken_out(group, bands, sign * way)
+    return None
+
+
+def _taken_out(group: Group, bands: np.ndarray, way: np.ndarray) -> Group:
+    """Return a group without the pixel that is so far from the mean."""
     mean, M2 = group.mean.copy(), group.M2.copy()
     mean[bands] -= way / (group.n - 1)
     M2[np.ix_(bands, bands)] -= np.outer(way, way)
