@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from cuvis_dist.audit import models
@@ -64,7 +62,7 @@ def causes_of(
     if _PERHAPS < largest <= 1:
         as_unusual = {name: value * 1.001 / largest for name, value in away.items()}
         return [
-            replace(cause, words=f"perhaps {cause.words}", weight=largest)
+            cause.guessed(largest)
             for cause in causes_of(compared, as_unusual, context, wavelengths)
         ]
     others, usual_trace, usual = context

@@ -39,6 +39,11 @@ class Cause:
     def __str__(self) -> str:
         return self.words
 
+    def guessed(self, weight: float) -> Cause:
+        """Return it as a guess of such a weight."""
+        words = self.words if "perhaps " in self.words else f"perhaps {self.words}"
+        return Cause(self.kind, words, weight)
+
 
 @dataclass(frozen=True)
 class Compared:

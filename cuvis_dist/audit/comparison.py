@@ -43,9 +43,8 @@ class Comparison:
         self.live = of_bands.live_bands(groups)
         self._facts = plain_facts(groups, self.live)
         self._kept: dict[tuple[Any, ...], Any] = {}  # of single groups
-        self._shared: dict[
-            tuple[tuple[Hashable, ...], str], Any
-        ] = {}  # of the usual ones of this round
+        # Of the usual ones of this round:
+        self._shared: dict[tuple[tuple[Hashable, ...], str], Any] = {}
 
     def judge(self, usual: np.ndarray) -> Judge:
         """Compare every group with the others, given which of them say what is usual."""
@@ -79,7 +78,7 @@ class Comparison:
         if causes and i not in self._extreme:  # frames still have the pixels
             causes = self._of_some_frames(i, compared, judge) or causes
         if max(judge.away(i).values()) > 1 and self._is_rare_content(i, judge):
-            causes = [replace(c, words=f"perhaps {c.words}", weight=NOT_QUITE) for c in causes]
+            causes = [cause.guessed(NOT_QUITE) for cause in causes]
         said = {cause.words for cause in causes}
         causes += [fact for fact in self._facts.get(i, []) if fact.words not in said]
         if i in self._extreme:
@@ -148,21 +147,24 @@ class Comparison:
 
     def _is_rare_content(self, i: int, judge: Judge) -> bool:
         """Whether a group stands out in few frames only, and others have frames that do as much."""
-        compared, group = self.compared[i], self.groups[i]
         if i not in judge.rare:
-            judge.rare[i] = False
-            if compared.reference is not None and judge.judged:
-                others = [g for j, g in enumerate(self.groups) if j != i]
-                usual = [g for j, g in enumerate(self.groups) if j != i and judge.usual[j]]
-                those = unusual_frames(group, usual, compared.reference)
-                if 0 < len(those) <= max(1, len(group.frames) // _FEW_FRAMES):
-                    rest = [f for f in group.frames if not any(f is each for each in those)]
-                    part = self._compare(i, judge.usual, group_of(group.name, rest))
-                    judge.rare[i] = (
-                        max(judge.away(i, part.measures()).values()) <= _REST
-                        and beyond(those, others, compared.reference) <= _BEYOND
-                    )
+            judge.rare[i] = judge.judged and self._looks_like_content(i, judge)
         return judge.rare[i]
+
+    def _looks_like_content(self, i: int, judge: Judge) -> bool:
+        reference, group = self.compared[i].reference, self.groups[i]
+        if reference is None:
+            return False
+        others = [j for j in range(len(self.groups)) if j != i]
+        usual = self._of([j for j in others if judge.usual[j]])
+        those = unusual_frames(group, usual, reference)
+        if not those or len(those) > max(1, len(group.frames) // _FEW_FRAMES):
+            return False
+        rest = [f for f in group.frames if not any(f is each for each in those)]
+        part = self._compare(i, judge.usual, group_of(group.name, rest))
+        if max(judge.away(i, part.measures()).values()) > _REST:
+            return False
+        return beyond(those, self._of(others), reference) <= _BEYOND
 
     def _of(self, which: Sequence[int]) -> list[Group]:
         return [self.groups[j] for j in which]

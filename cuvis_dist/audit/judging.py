@@ -15,6 +15,8 @@ Measured = dict[str, tuple[float, float]]
 
 #: With more groups than this, one of them changes nothing about what is usual.
 ALONE = 50
+#: Content has longer tails than normal deviations: with more others the limit falls no further.
+_TAILS = 25
 #: Figures that are measures as well, and what makes one of the other.
 _FIGURES: dict[str, tuple[str, Callable[[float], float]]] = {
     "mean_shift": ("mean", lambda value: math.exp(value / 2)),
@@ -45,7 +47,8 @@ class Judge:
         self.context = others, *squares
         self.judged = others >= LEAST_OTHERS
         tests = len(measured) * len(MEASURES)
-        self.bounds = {name: limit(others, tests, name in IN_SPREADS) for name in MEASURES}
+        bound = min(others, _TAILS)
+        self.bounds = {name: limit(bound, tests, name in IN_SPREADS) for name in MEASURES}
         self._values = np.array([[m[name][0] for name in MEASURES] for m in measured])
         self._known = self._usual_of(usual) if len(measured) > ALONE else None
 

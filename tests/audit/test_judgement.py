@@ -10,6 +10,7 @@ from archives import real_scene
 from audit import scenes
 
 from cuvis_dist.audit.audit import Audit, audit
+from cuvis_dist.audit.noise import lines
 from cuvis_dist.audit.table import as_json, as_text
 
 WHICH = "recording_04.cu3s"
@@ -175,3 +176,27 @@ def test_what_could_be_seen_is_printed(clean):
     assert said in as_text(found)
     assert as_json(found)["could_see"]["gain"]["in_all"] == found.could_see["gain"][1]
     assert audit(clean[1][:8]).could_see == {}  # two recordings
+
+
+# ---- many groups ---------------------------------------------------------------------------
+
+
+def test_one_of_many_recordings_is_found():
+    """Beyond 50 groups they share what is usual."""
+    made = scenes.made(0, recordings=60, frames=1, side=24, bands=12)
+    made = scenes.faulty(made, 4, scenes.gain(1.3))
+    found = audit(scenes.statistics(made))
+    assert [row.name for row in found.rows if row.unusual] == [WHICH]
+    assert str(found.rows[0].causes[0]) == "gain 1.3 over all bands"
+
+
+def test_lines_that_few_bands_do_not_bend():
+    axis = np.linspace(-1, 1, 31)
+    values = np.stack([0.3 - 0.2 * axis, np.full(31, 0.1), np.full(31, np.nan), 0.5 * axis])
+    values[0, 4] = 40
+    values[3, 7:] = np.nan
+    values[3, 3:7] = np.nan  # three bands are no line
+    found = lines(values, axis)
+    np.testing.assert_allclose(found[:2], [[0.3, -0.2], [0.1, 0]], atol=1e-3)
+    assert np.isnan(found[2]).all()
+    np.testing.assert_allclose(found[3], [0.5 * axis[1], 0])
