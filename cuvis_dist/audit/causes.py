@@ -15,6 +15,8 @@ from cuvis_dist.statistics.spread import LEAST_OTHERS
 #: A model that explains less of what is unusual is no explanation, or a guess where the latter
 #: is so many times the limit that noise makes no difference.
 _EXPLAINS, _SURE, _PLAINLY = 0.5, 0.8, 2.0
+#: Foreign pixels that explain enough are preferred to a model that explains no more than this.
+_WHOLLY = 0.9
 #: What is so many times as bright or dark is in other units, and so much less noise is smoothed.
 _UNITS, _SMOOTHED = 20.0, -0.3
 #: Two bands have so little noise, beside the usual, where one predicts the other.
@@ -100,7 +102,8 @@ def _likeliest(
         return _noisy(compared, features, largest, wavelengths)
     if away["noise"] > 1 and _is_local(features) and not explained:
         return _noisy(compared, features, largest, wavelengths)
-    if foreign is not None and (in_mean <= 1 or foreign >= max(_EXPLAINS, fit.explained - 0.1)):
+    plain = max(_EXPLAINS, fit.explained - 0.1 if fit.explained > _WHOLLY else 0)
+    if foreign is not None and (in_mean <= 1 or foreign >= plain):
         share = features.outside - OUTSIDE
         return Cause("foreign", f"{_percent(share)} foreign pixels", largest)
     if away["noise"] > 1 and (in_mean <= 1 or max(fit.explained, of_band) < _EXPLAINS):
@@ -146,10 +149,13 @@ def _likeliest(
 
 def _foreign(features: Features, away: dict[str, float], usual: float) -> float | None:
     """Return what foreign pixels explain of the mean's deviation; None if there are none."""
-    if away["foreign"] <= _HINT or features.cleaned is None or not 0.5 < features.bulk < 2:
+    if features.cleaned is None or not 0.5 < features.bulk < 2:
         return None
     before, after = models.stacked(features), models.stacked(features, features.cleaned)
-    return min(1.0, float(before @ before - after @ after) / models.excess(features, usual))
+    part = min(1.0, float(before @ before - after @ after) / models.excess(features, usual))
+    # Where content makes more pixels foreign here and there, they must explain the more.
+    seen = away["foreign"] > _HINT or (features.outside > 2 * OUTSIDE and part > _SURE)
+    return part if seen else None
 
 
 def _places(

@@ -39,7 +39,9 @@ def _without_one(group: Group, reference: Reference) -> Group | None:
         return None
     bands = reference.bands
     values, vectors = np.linalg.eigh(relative_covariance(group, reference))
-    usual = max(float(values[-min(4, len(values))]), 1e-300)
+    # Of few pixels, sampling alone makes some eigenvalues large (Marchenko and Pastur 1967).
+    sampled = (1 + np.sqrt(len(bands) / group.n)) ** 2
+    usual = max(float(values[-min(4, len(values))]), sampled)
     if values[-1] < _ISOLATED * usual:
         return None
     # In bands: the direction, as long as one pixel would have to be to make all that is unusual.

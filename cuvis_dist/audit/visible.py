@@ -62,7 +62,9 @@ def visible(
                 of_groups.append(_smallest(far))
     found = {fault: (float(min(each)), max(each)) for fault, each in sizes.items()}
     low, high = found["offset"]
-    return found | {"offset": (low * level, high * level)}
+    one = 1 / max(1, min(g.n for g in groups))
+    few = max(found["foreign"][0], one), max(found["foreign"][1], one)
+    return found | {"offset": (low * level, high * level), "foreign": few}
 
 
 def said(sizes: dict[str, tuple[float, float]]) -> str:
