@@ -16,6 +16,7 @@ from cuvis_dist.audit.comparison import Comparison
 from cuvis_dist.audit.facts import named
 from cuvis_dist.audit.groups import FrameStatistics, Group, grouped
 from cuvis_dist.audit.judging import Judge
+from cuvis_dist.audit.kinds import kind_of
 from cuvis_dist.audit.visible import said
 from cuvis_dist.statistics.spread import LEAST_OTHERS
 
@@ -116,6 +117,25 @@ def audit(
     groups = grouped(frames, by)
     if wavelengths is not None and len(wavelengths) != len(groups[0].mean):
         wavelengths = None
+    comparison, judge = _judged(groups, wavelengths)
+    rows = _rows(comparison, judge, groups)
+    remarks = _remarks(groups, comparison, by, wavelengths)
+    kind = kind_of(comparison.shifts(judge), np.stack([group.mean for group in groups]))
+    if kind:
+        remarks.append(_alike([rows[groups[i].name] for i in kind]))
+        for part in kind, [i for i in range(len(groups)) if i not in kind]:
+            some = [groups[i] for i in part]
+            comparison, judge = _judged(some, wavelengths)
+            rows |= _rows(comparison, judge, some)
+    sizes = comparison.visible(judge)
+    if sizes:
+        remarks.append(said(sizes))
+    ordered = sorted(rows.values(), key=lambda row: -row.standing_out)
+    return Audit(by, tuple(ordered), tuple(remarks), judge.limits(), sizes)
+
+
+def _judged(groups: Sequence[Group], wavelengths: np.ndarray | None) -> tuple[Comparison, Judge]:
+    """Compare groups, again and again without those that stand out."""
     comparison = Comparison(groups, wavelengths)
     usual = np.ones(len(groups), dtype=bool)
     for _ in range(_ROUNDS):
@@ -129,13 +149,25 @@ def audit(
         if np.array_equal(still, usual):
             break
         usual = still
+    return comparison, judge
+
+
+def _rows(comparison: Comparison, judge: Judge, groups: Sequence[Group]) -> dict[str, Row]:
     rows = [_row(comparison, i, judge, group) for i, group in enumerate(groups)]
-    rows.sort(key=lambda row: -row.standing_out)
-    remarks = _remarks(groups, comparison, by, wavelengths)
-    sizes = comparison.visible(judge)
-    if sizes:
-        remarks.append(said(sizes))
-    return Audit(by, tuple(rows), tuple(remarks), judge.limits(), sizes)
+    return {row.name: row for row in rows}
+
+
+def _alike(rows: Sequence[Row]) -> str:
+    """Say that some groups are a kind of their own."""
+    rows = sorted(rows, key=lambda row: -row.standing_out)
+    names = ", ".join(row.name for row in rows[:3])
+    if len(rows) > 3:
+        names += f" and {len(rows) - 3} more"
+    cause = f" ({rows[0].causes[0]})" if rows[0].causes else ""
+    return (
+        f"{len(rows)} groups are unlike the others and alike{cause}: {names}; they are taken for "
+        "another kind, and judged among themselves"
+    )
 
 
 def _row(comparison: Comparison, i: int, judge: Judge, group: Group) -> Row:

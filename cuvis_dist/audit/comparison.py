@@ -114,6 +114,14 @@ class Comparison:
         known = models.atoms(features, reference.mean, axis)
         return Compared(group, found, reference, axis, features, known)
 
+    def shifts(self, judge: Judge) -> dict[int, np.ndarray]:
+        """Return the shift of the mean of each group that stands out, in spreads."""
+        return {
+            i: compared.features.mean
+            for i, compared in enumerate(self.compared)
+            if compared.features is not None and max(judge.away(i).values()) > 1
+        }
+
     def visible(self, judge: Judge) -> dict[str, tuple[float, float]]:
         """Return how small a fault would stand out: see :mod:`~cuvis_dist.audit.visible`."""
         usual = [int(i) for i in np.flatnonzero(judge.usual)]

@@ -178,6 +178,33 @@ def test_what_could_be_seen_is_printed(clean):
     assert audit(clean[1][:8]).could_see == {}  # two recordings
 
 
+def two_kinds(fault=None) -> Audit:
+    """Audit an archive every other recording of which was taken under another lamp."""
+    made = [
+        np.rint(cubes * (np.linspace(0.42, 0.78, BANDS) if r % 2 else 1)).astype(np.uint16)
+        for r, cubes in enumerate(scenes.made(1))
+    ]
+    return audit(scenes.statistics(scenes.faulty(made, 3, fault) if fault else made))
+
+
+def test_two_kinds_of_recordings_are_judged_apart():
+    """Before: one half stood out from the other."""
+    found = two_kinds()
+    assert not any(row.unusual for row in found.rows)
+    assert "6 groups are unlike the others and alike" in found.remarks[0]
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [(scenes.offset(60), "offset +"), (scenes.constant(7), "band 7 constant")],
+    ids=["offset", "constant"],
+)
+def test_a_fault_is_found_among_its_kind(fault, words):
+    found = two_kinds(fault)
+    assert [row.name for row in found.rows if row.unusual] == ["recording_03.cu3s"]
+    assert words in str(found.rows[0].causes[0])
+
+
 # ---- many groups ---------------------------------------------------------------------------
 
 
