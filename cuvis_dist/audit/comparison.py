@@ -93,7 +93,8 @@ class Comparison:
         whole = group is None
         group = self.groups[i] if group is None else group
         alone = len(self.groups) <= ALONE or not usual[i]
-        others = tuple(j for j in map(int, np.flatnonzero(usual)) if j != i or not alone)
+        rest = np.flatnonzero(usual)
+        others = tuple((rest[rest != i] if alone else rest).tolist())
         bands, found = self._bands(group, others)
         if not others or not len(bands):
             return Compared(group, found)
