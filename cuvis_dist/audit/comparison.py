@@ -30,6 +30,8 @@ _FEW_FRAMES = 4
 _REST = 0.75
 #: Frames are no content if they are so many times as far off as the farthest of other groups.
 _BEYOND = 1.5
+#: Of what extreme pixels make, so much may be left when they are taken out.
+_LEFT = 0.15
 #: What is no fault stands out by less than the limit.
 NOT_QUITE = 0.99
 
@@ -39,7 +41,7 @@ class Comparison:
 
     def __init__(self, groups: Sequence[Group], wavelengths: np.ndarray | None) -> None:
         self.groups, self.wavelengths = list(groups), wavelengths
-        self._extreme: dict[int, int] = {}
+        self._extreme: dict[int, tuple[int, float]] = {}
         self.live = of_bands.live_bands(groups)
         self._facts = plain_facts(groups, self.live)
         self._kept: dict[tuple[Any, ...], Any] = {}  # of single groups
@@ -64,12 +66,16 @@ class Comparison:
         known = self._facts.get(i, []) + (
             compared.facts if judge.judged else self._all(compared, away, judge)
         )
-        far = max(away.values())
+        return max([self._far(i, judge), *(cause.weight for cause in known)])
+
+    def _far(self, i: int, judge: Judge) -> float:
+        """Return how far a group is off, below the limit where that is content or a few pixels."""
+        far = max(judge.away(i).values())
         if far > 1 and self._is_rare_content(i, judge):
-            far = NOT_QUITE
-        if i in self._extreme:
-            far = max(far, NOT_QUITE)
-        return max([far, *(cause.weight for cause in known)])
+            return NOT_QUITE
+        if i in self._extreme:  # a little of the pixels may be left
+            return far if far > max(1, _LEFT * self._extreme[i][1]) else NOT_QUITE
+        return far
 
     def causes(self, i: int, judge: Judge) -> list[Cause]:
         """Return what is likely the matter with a group, the first one first."""
@@ -77,12 +83,13 @@ class Comparison:
         causes = self._all(compared, judge.away(i), judge)
         if causes and i not in self._extreme:  # frames still have the pixels
             causes = self._of_some_frames(i, compared, judge) or causes
-        if max(judge.away(i).values()) > 1 and self._is_rare_content(i, judge):
+        if max(judge.away(i).values()) > 1 >= self._far(i, judge):
             causes = [cause.guessed(NOT_QUITE) for cause in causes]
         said = {cause.words for cause in causes}
         causes += [fact for fact in self._facts.get(i, []) if fact.words not in said]
         if i in self._extreme:
-            causes.append(_extreme(self._extreme[i], self.groups[i].n + self._extreme[i]))
+            count = self._extreme[i][0]
+            causes.append(_extreme(count, self.groups[i].n + count))
         return sorted(causes, key=lambda cause: -cause.weight)
 
     def _all(self, compared: Compared, away: dict[str, float], judge: Judge) -> list[Cause]:
@@ -150,7 +157,8 @@ class Comparison:
             group, count = without_extremes(self.groups[i], compared.reference)
             if count:
                 found = True
-                self.groups[i], self._extreme[i] = group, count
+                self.groups[i] = group
+                self._extreme[i] = count, max(judge.away(i).values())
                 self._kept = {key: kept for key, kept in self._kept.items() if key[0] != i}
         return found
 
