@@ -17,6 +17,8 @@ Measured = dict[str, tuple[float, float]]
 ALONE = 50
 #: Content has longer tails than normal deviations: with more others the limit falls no further.
 _TAILS = 25
+#: Of normal deviations such a part is nearer than so many standard deviations.
+_TAIL = (0.95, 1.96)
 #: Figures that are measures as well, and what makes one of the other.
 _FIGURES: dict[str, tuple[str, Callable[[float], float]]] = {
     "mean_shift": ("mean", lambda value: math.exp(value / 2)),
@@ -50,12 +52,27 @@ class Judge:
         bound = min(others, _TAILS)
         self.bounds = {name: limit(bound, tests, name in IN_SPREADS) for name in MEASURES}
         self._values = np.array([[m[name][0] for name in MEASURES] for m in measured])
-        self._known = self._usual_of(usual) if len(measured) > ALONE else None
+        self._known = self._with_tails(usual) if len(measured) > ALONE else None
 
     def _usual_of(self, which: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return centre, spread and number of the values of some groups, by measure."""
         values = self._values[which]
         return *centre_and_spread(values), np.isfinite(values).sum(axis=0)
+
+    def _with_tails(self, which: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the same of many groups, with what is seen of long tails, as content has them.
+
+        The spread is that of a normal distribution with the same 95 % of what is below the limit.
+        """
+        centres, spreads, counts = self._usual_of(which)
+        bounds = np.array([self.bounds[name] for name in MEASURES])
+        with np.errstate(all="ignore"):
+            far = np.abs(self._values[which] - centres) / spreads
+        for k, bound in enumerate(bounds):
+            below = far[:, k][far[:, k] <= bound]
+            if len(below):
+                spreads[k] *= max(1.0, float(np.quantile(below, _TAIL[0])) / _TAIL[1])
+        return centres, spreads, counts
 
     def away(self, i: int, own: Measured | None = None) -> dict[str, float]:
         """Return by measure how far a group is off, or one with other measures in its place."""

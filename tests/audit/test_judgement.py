@@ -221,6 +221,12 @@ def test_one_of_many_recordings_is_found():
     assert str(found.rows[0].causes[0]) == "gain 1.3 over all bands"
 
 
+def test_content_with_long_tails_is_usual():
+    """Before: three frames with fewer pixels than bands, whose brightness alone tells of a gain."""
+    made = scenes.made(0, recordings=60, frames=1, side=12, bands=150)
+    assert not any(row.unusual for row in audit(scenes.statistics(made)).rows)
+
+
 def test_lines_that_few_bands_do_not_bend():
     axis = np.linspace(-1, 1, 31)
     values = np.stack([0.3 - 0.2 * axis, np.full(31, 0.1), np.full(31, np.nan), 0.5 * axis])
