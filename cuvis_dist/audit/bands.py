@@ -14,11 +14,13 @@ from cuvis_dist.statistics.spread import centre_and_spread
 _DEAD = 1e-4
 #: A band is saturated where so large a part of the pixels, and so many, have the largest value:
 #: more than so many times as many as have any of so many values below it.
-_SATURATED, _LEAST_PIXELS, _PILE, _BELOW = 0.005, 15, 3, 5
+_SATURATED, _LEAST_PIXELS, _PILE, _BELOW = 0.005, 15, 3, 20
 #: In spreads: the saturation of one recording beside that of the others.
 _FAR = 10
 #: What exchanging or shifting bands must bring back of what is unusual about the correlations.
 _EXPLAINED = 0.7
+#: The simpler of two explanations is taken if it explains so large a part of what the other does.
+_SIMPLER = 0.8
 
 
 def live_bands(groups: Sequence[Group]) -> np.ndarray:
@@ -29,13 +31,17 @@ def live_bands(groups: Sequence[Group]) -> np.ndarray:
     return varies.mean(axis=0) > 0.5
 
 
-def constant_bands(group: Group, others: Sequence[Group], live: np.ndarray) -> np.ndarray:
-    """Return ``[C]`` bool: the bands that are constant here and vary in the others."""
+def usual_variance(groups: Sequence[Group]) -> np.ndarray | None:
+    """Return ``[C]`` the median variance of each band; None where there is no group."""
+    return np.median(np.stack([g.variance for g in groups]), axis=0) if groups else None
+
+
+def constant_bands(group: Group, usual: np.ndarray | None, live: np.ndarray) -> np.ndarray:
+    """Return ``[C]`` bool: the bands that are constant here and usually vary."""
     if group.n < 3 or not live.any():
         return np.zeros(len(live), dtype=bool)
     still = group.variance <= (1e-9 * np.abs(group.mean)) ** 2
-    if len(others):
-        usual = np.median(np.stack([g.variance for g in others]), axis=0)
+    if usual is not None:
         with np.errstate(all="ignore"):
             ratio = np.where(live & (usual > 0), group.variance / usual, np.nan)
             still = still | (ratio < _DEAD * np.nanmedian(ratio))
@@ -63,6 +69,10 @@ def saturated_shares(group: Group) -> np.ndarray:
     return shares
 
 
+def _largest_pile(values: np.ndarray) -> float:
+    return float(np.unique(values, return_counts=True)[1].max()) / len(values)
+
+
 def saturated_bands(group: Group, others: Sequence[Group], live: np.ndarray) -> np.ndarray:
     """Return ``[C]`` bool: the bands where far more pixels than elsewhere are saturated."""
     shares = saturated_shares(group)
@@ -70,13 +80,17 @@ def saturated_bands(group: Group, others: Sequence[Group], live: np.ndarray) -> 
         return np.zeros(len(live), dtype=bool)
     usual = [saturated_shares(g)[shares > 0].max() for g in others]
     centre, spread = centre_and_spread(np.array(usual))
-    return live & (shares > max(_SATURATED, float(centre + _FAR * spread)))
+    full = live & (shares > max(_SATURATED, float(centre + _FAR * spread)))
+    for band in np.flatnonzero(full):  # where values lie in steps, all pile up everywhere
+        piles = [_largest_pile(g.pixels[:, band]) for g in others if len(g.pixels)]
+        full[band] = not piles or shares[band] > 2 * np.median(piles)
+    return full
 
 
 def exchanged(
     covariance: np.ndarray, mean: np.ndarray, reference: Reference, usual: float
-) -> tuple[float, tuple[int, int] | None, int]:
-    """Return what is left when two bands are exchanged, or all shifted, if that mends the group.
+) -> tuple[str, tuple[int, ...]]:
+    """Return how bands have changed places, if changing them back mends the group.
 
     The mean square of whitened pixels around the usual mean is that of their second moments:
     ``tr(Σ⁻¹ S) / B``. With ``v = e_i - e_j``, exchanging bands i and j turns S into
@@ -93,29 +107,36 @@ def exchanged(
 
     Returns
     -------
-    tuple of (float, (int, int) or None, int)
-        The mean square that is left, the pair, and the shift in bands (0: none).
+    tuple of (str, tuple of int)
+        ``swapped`` and the pair, ``shifted`` and by how many bands, ``reversed``, or nothing.
     """
     apart = mean - reference.mean
     S, P = covariance + np.outer(apart, apart), reference.inverse
     size = len(mean)
     before = float(np.sum(P * S)) / size
-    best, pair, shift = before, None, 0
-    if size > 1:
-        after = _pairs(covariance, P, apart, mean) / size
-        i, j = np.unravel_index(int(np.argmin(after)), after.shape)
-        best, pair = float(after[i, j]), (int(min(i, j)), int(max(i, j)))
+    if size < 2 or before <= usual:
+        return "", ()
+    after = _pairs(covariance, P, apart, mean) / size
+    i, j = np.unravel_index(int(np.argmin(after)), after.shape)
+    found: dict[tuple[str, tuple[int, ...]], float] = {
+        ("swapped", (int(min(i, j)), int(max(i, j)))): float(after[i, j])
+    }
+    back = mean[::-1] - reference.mean
+    S = covariance[::-1, ::-1] + np.outer(back, back)
+    found["reversed", ()] = float(np.sum(P * S)) / size / 0.95
     for by in (1, 2, 3):
-        if size < 4 * by:
-            break
-        for sign in (1, -1):
+        for sign in (1, -1) if size >= 4 * by else ():
             left = _shifted(covariance, mean, reference, by * sign)
-            if left < 0.95 * best:
-                best, pair, shift = left, None, by * sign
-    need = _EXPLAINED * np.log(max(before, RIDGE) / max(usual, RIDGE))
-    if before <= usual or np.log(before / max(best, RIDGE)) < need:
-        return before, None, 0
-    return best, pair, shift
+            found["shifted", (by * sign,)] = left / 0.95
+    what, best = min(found.items(), key=lambda item: item[1])
+    # Shifting the values of one band is simpler than changing places.
+    Pa = P @ apart
+    one_band = before - float((Pa**2 / P.diagonal()).max()) / size
+    explained = np.log(before / max(best, RIDGE))
+    simpler = np.log(before / max(one_band, RIDGE)) > _SIMPLER * explained
+    if explained < _EXPLAINED * np.log(max(before, RIDGE) / max(usual, RIDGE)) or simpler:
+        return "", ()
+    return what
 
 
 def _pairs(C: np.ndarray, P: np.ndarray, apart: np.ndarray, mean: np.ndarray) -> np.ndarray:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-
 import numpy as np
 
 from cuvis_dist.audit import models
-from cuvis_dist.audit.bands import exchanged, saturated_shares
+from cuvis_dist.audit.bands import exchanged
 from cuvis_dist.audit.compared import Cause, Compared
-from cuvis_dist.audit.features import OUTSIDE, Features
-from cuvis_dist.audit.groups import Group
+from cuvis_dist.audit.facts import FACT, named
+from cuvis_dist.audit.features import OUTSIDE, Features, relative_covariance
+from cuvis_dist.audit.reference import Reference
 from cuvis_dist.statistics.spread import LEAST_OTHERS
 
-#: The weight of what is wrong whatever the others are like, in units of the limit.
-_FACT = 10.0
-#: A model that explains less of what is unusual is no explanation.
-_EXPLAINS = 0.5
+#: A model that explains less of what is unusual is no explanation, or a guess where the latter
+#: is so many times the limit that noise makes no difference.
+_EXPLAINS, _SURE, _PLAINLY = 0.5, 0.8, 2.0
+#: Foreign pixels that explain enough are preferred to a model that explains no more than this.
+_WHOLLY = 0.9
+#: What is so many times as bright or dark is in other units, and so much less noise is smoothed.
+_UNITS, _SMOOTHED = 20.0, -0.3
+#: Two bands have so little noise, beside the usual, where one predicts the other.
+_ALIKE = 0.05
 #: With too few others, exchanged bands are named where pixels are so much farther off than usual.
 _PLAIN = 5.0
 #: Below this part of the usual brightness a recording is called dark.
@@ -32,48 +35,6 @@ _HINT = 0.5
 _AS_MUCH = 0.8
 #: From here on a cause is given, as a guess.
 _PERHAPS = 0.8
-#: Bands that one message lists.
-_LISTED = 5
-
-
-def facts_of(
-    group: Group, constant: np.ndarray, full: np.ndarray, wavelengths: np.ndarray | None
-) -> list[Cause]:
-    """Return what is wrong with single bands, given which are constant and which saturated."""
-    causes = []
-    if constant.any():
-        still = np.flatnonzero(constant)
-        words = f"{named(still, wavelengths)} constant"
-        if constant.all() or (group.variance == 0).all():
-            words = "all bands constant"
-        causes.append(Cause("constant", words, _FACT * (1 + len(still) / len(constant))))
-    if full.any():
-        bands = np.flatnonzero(full)
-        share = float(saturated_shares(group)[bands].max())
-        top = float(
-            (group.maximum if group.maximum is not None else group.pixels.max(axis=0))[bands].max()
-        )
-        words = f"{named(bands, wavelengths)} saturated: up to {share:.0%} of pixels at {top:g}"
-        causes.append(Cause("saturated", words, 1 + (_FACT - 1) * min(1, 10 * share)))
-    return causes
-
-
-def named(bands: Sequence[int] | np.ndarray, wavelengths: np.ndarray | None) -> str:
-    """Return ``band 3 (462 nm)``, ``bands 3 and 5``, or the range of many."""
-
-    def one(band: int) -> str:
-        return f"{band}" + (
-            f" ({float(wavelengths[band]):.4g} nm)" if wavelengths is not None else ""
-        )
-
-    listed = [int(band) for band in bands]
-    if len(listed) == 1:
-        return f"band {one(listed[0])}"
-    if len(listed) <= _LISTED:
-        return f"bands {', '.join(map(one, listed[:-1]))} and {one(listed[-1])}"
-    if listed == list(range(listed[0], listed[-1] + 1)):
-        return f"bands {one(listed[0])} to {one(listed[-1])}"
-    return f"{len(listed)} bands from {one(listed[0])} to {one(listed[-1])}"
 
 
 def causes_of(
@@ -103,24 +64,19 @@ def causes_of(
     if _PERHAPS < largest <= 1:
         as_unusual = {name: value * 1.001 / largest for name, value in away.items()}
         return [
-            replace(cause, words=f"perhaps {cause.words}", weight=largest)
+            cause.guessed(largest)
             for cause in causes_of(compared, as_unusual, context, wavelengths)
         ]
     others, usual_trace, usual = context
     few = others < LEAST_OTHERS
     if largest > 1 or (few and features.trace > _PLAIN * max(1.0, usual_trace)):
         block = np.ix_(reference.bands, reference.bands)
-        _, pair, shift = exchanged(
+        what, places = exchanged(
             group.covariance[block], group.mean[reference.bands], reference, max(1.0, usual_trace)
         )
-        weight = largest if largest > 1 else _FACT
-        if pair:
-            both = reference.bands[list(pair)]
-            return [Cause("swapped", f"{named(both, wavelengths)} swapped", weight)]
-        if shift:
-            words = f"spectrum shifted by {abs(shift)} band{'s' * (abs(shift) > 1)} "
-            words += "towards the last" if shift > 0 else "towards the first"
-            return [Cause("spectral shift", words, weight)]
+        if what:
+            weight = largest if largest > 1 else FACT
+            return [_places(what, reference.bands, places, weight, wavelengths)]
     if largest <= 1:
         return []
     return [_likeliest(compared, features, away, usual, wavelengths)]
@@ -141,9 +97,13 @@ def _likeliest(
     foreign = _foreign(features, away, usual)
     in_mean = max(away[name] for name in ("gain", "offset", "slope", "mean", "level"))
     explained = max(fit.explained, of_band) >= _EXPLAINS and away["noise"] < in_mean
+    lone = away["mean"] <= 1 and away["offset"] <= 1
+    if lone and max(away["noise"], away["level"]) > 1 and _some_noisy(features).any():
+        return _noisy(compared, features, largest, wavelengths)
     if away["noise"] > 1 and _is_local(features) and not explained:
         return _noisy(compared, features, largest, wavelengths)
-    if foreign is not None and (in_mean <= 1 or foreign >= max(_EXPLAINS, fit.explained - 0.1)):
+    plain = max(_EXPLAINS, fit.explained - 0.1 if fit.explained > _WHOLLY else 0)
+    if foreign is not None and (in_mean <= 1 or foreign >= plain):
         share = features.outside - OUTSIDE
         return Cause("foreign", f"{_percent(share)} foreign pixels", largest)
     if away["noise"] > 1 and (in_mean <= 1 or max(fit.explained, of_band) < _EXPLAINS):
@@ -151,12 +111,25 @@ def _likeliest(
     if away["stripes"] > _HINT and (stripes := _varying(compared, features, "offset")):
         return Cause("varying", stripes, largest)
     if in_mean > 1:
+        best = max(fit.explained, of_band)
+        some = models.some_bands(features, compared.reference.mean, usual)
+        size = some.bands.stop - some.bands.start
+        if 1 < size < len(features.mean) and some.explained > max(_SURE, best + 0.1):
+            where = named(compared.reference.bands[some.bands], wavelengths)
+            change = f"{1 + some.value:.3g}" if some.what == "gain" else f"{some.value:+.3g}"
+            return Cause("band", f"{some.what} {change} in {where}", largest)
         if of_band > max(_EXPLAINS, fit.explained + 0.05):
             return Cause("band", f"{place} shifted by {by:+.4g}", largest)
         if fit.explained > _EXPLAINS:
-            return Cause("+".join(fit.values), _words(compared, fit), largest)
+            words = _words(compared, fit)
+            if fit.explained < _SURE and largest > _PLAINLY:
+                words = f"perhaps {words}"
+            return Cause("+".join(fit.values), words, largest)
     if features.relative[-1] > 2 and (contrast := _varying(compared, features, "gain")):
         return Cause("varying", contrast, largest)
+    if away["mean"] > 1 and (size := models.rough(features, compared.reference.mean)):
+        words = f"bands differ by {100 * size:.2g} %, each in its own way: another calibration?"
+        return Cause("calibration", words, largest)
     if found := _few(compared, features):
         return Cause("foreign", found, largest)
     simple = ("gain", "offset", "slope")  # the first of those that stand out about as much
@@ -176,23 +149,59 @@ def _likeliest(
 
 def _foreign(features: Features, away: dict[str, float], usual: float) -> float | None:
     """Return what foreign pixels explain of the mean's deviation; None if there are none."""
-    if away["foreign"] <= _HINT or features.cleaned is None or not 0.5 < features.bulk < 2:
+    if features.cleaned is None or not 0.5 < features.bulk < 2:
         return None
     before, after = models.stacked(features), models.stacked(features, features.cleaned)
-    return min(1.0, float(before @ before - after @ after) / models.excess(features, usual))
+    part = min(1.0, float(before @ before - after @ after) / models.excess(features, usual))
+    # Where content makes more pixels foreign here and there, they must explain the more.
+    seen = away["foreign"] > _HINT or (features.outside > 2 * OUTSIDE and part > _SURE)
+    return part if seen else None
+
+
+def _places(
+    what: str,
+    bands: np.ndarray,
+    places: tuple[int, ...],
+    weight: float,
+    wavelengths: np.ndarray | None,
+) -> Cause:
+    """Say how bands have changed places."""
+    if what == "swapped":
+        return Cause("swapped", f"{named(bands[list(places)], wavelengths)} swapped", weight)
+    if what == "reversed":
+        return Cause("spectral shift", "bands in reversed order", weight)
+    by = places[0]
+    words = f"spectrum shifted by {abs(by)} band{'s' * (abs(by) > 1)} "
+    words += "towards the last" if by > 0 else "towards the first"
+    return Cause("spectral shift", words, weight)
+
+
+def _some_noisy(features: Features) -> np.ndarray:
+    """Return ``[B]`` bool: the bands with unusual noise, if most have the usual; else none."""
+    apart = np.nan_to_num(np.abs(features.noise / features.bands_spread))
+    unusual = apart > max(apart.max() / 2, 3)
+    if unusual.mean() > 0.5 or np.median(apart) > apart.max() / _LOCAL:
+        return np.zeros_like(unusual)
+    return unusual
 
 
 def _noisy(
     compared: Compared, features: Features, largest: float, wavelengths: np.ndarray | None
 ) -> Cause:
     assert compared.reference is not None
-    worst = np.abs(features.bands_noise)
-    bands = np.flatnonzero(worst > max(worst.max() / 2, 1))
-    where = named(compared.reference.bands[bands], wavelengths)
-    left = features.noise - features.level - features.tilt * compared.axis
-    times = float(np.exp(left[int(worst.argmax())]))
-    what = "noisy" if times > 1 else "with little noise"
-    return Cause("noisy", f"{where} {what}: {times:.2g} times the usual noise", largest)
+    some = _some_noisy(features)
+    left = features.noise
+    if not some.any():
+        worst = np.abs(features.bands_noise)
+        some = worst > max(worst.max() / 2, 1)
+        left = left - features.level - features.tilt * compared.axis
+    where = named(compared.reference.bands[some], wavelengths)
+    most = left[some][np.abs(left[some]).argmax()] if some.any() else 0.0
+    what = "noisy" if most > 0 else "with little noise"
+    pair = np.flatnonzero(some)
+    if len(pair) == 2 and np.exp(most) < _ALIKE:
+        return Cause("noisy", f"{where} nearly the same: one is a copy?", largest)
+    return Cause("noisy", f"{where} {what}: {np.exp(most):.2g} times the usual noise", largest)
 
 
 def _words(compared: Compared, fit: models.Fit) -> str:
@@ -202,8 +211,14 @@ def _words(compared: Compared, fit: models.Fit) -> str:
     values = fit.values
     usual = float(compared.reference.mean.mean())
     here = float(compared.group.mean[compared.reference.bands].mean())
-    if usual > 0 and here < _DARK * usual:
-        return f"dark: {_percent(here / usual)} of the usual brightness"
+    times = here / usual if usual else 1.0
+    assert compared.features is not None
+    if times > 0 and not 1 / _UNITS < times < _UNITS:
+        apart = abs(compared.features.level - np.log(times))
+        if apart < 0.3 * abs(np.log(times)):  # they are those of the noise, too
+            return f"values {times:.2g} times the usual: other units?"
+    if usual > 0 and 0 <= here < _DARK * usual:
+        return f"dark: {_percent(times)} of the usual brightness"
     if "slope" in values:
         middle = 1 + values.get("gain", 0.0)
         ends = [middle + sign * values["slope"] for sign in (-1, 1)]
@@ -212,10 +227,15 @@ def _words(compared: Compared, fit: models.Fit) -> str:
         )
     elif "gain" in values:
         parts.append(f"gain {1 + values['gain']:.3g} over all bands")
-    if "offset" in values:
+    if "ramp" in values:
+        ends = [values["offset"] + sign * values["ramp"] for sign in (-1, 1)]
+        parts.append(f"offset from {ends[0]:+.3g} in the first band to {ends[1]:+.3g} in the last")
+    elif "offset" in values:
         parts.append(f"offset {values['offset']:+.3g} over all bands")
     if "noise" in values:
         parts.append(f"noise {1 + values['noise']:.3g} times the usual in all bands")
+        if values["noise"] < _SMOOTHED:
+            parts[-1] += ": smoothed, or another bandwidth?"
     return ", ".join(parts)
 
 
@@ -226,12 +246,17 @@ def _varying(compared: Compared, features: Features, what: str) -> str:
     way = reference.whitened(reference.mean if what == "gain" else np.ones(len(reference.mean)))
     length = float(np.linalg.norm(way))
     more = float(features.relative[-1] - np.median(features.relative))
-    if not length or (features.direction @ way / length) ** 2 < _ALONG:
+    if not length or (_widest(compared, reference) @ way / length) ** 2 < _ALONG:
         return ""
     return (
         f"{'a gain' if what == 'gain' else 'an offset'} that varies from pixel to pixel by "
         f"{np.sqrt(more) / length:.3g}: stripes, or some frames"
     )
+
+
+def _widest(compared: Compared, reference: Reference) -> np.ndarray:
+    """Return ``[B]`` the direction in which pixels spread most, relative to the usual."""
+    return np.linalg.eigh(relative_covariance(compared.group, reference))[1][:, -1]
 
 
 def _few(compared: Compared, features: Features) -> str:
@@ -242,7 +267,7 @@ def _few(compared: Compared, features: Features) -> str:
     """
     assert compared.reference is not None
     shift = features.mean * compared.reference.units(compared.group.n)
-    along = float(shift @ features.direction)
+    along = float(shift @ _widest(compared, compared.reference))
     if along**2 < _ALONG * float(shift @ shift) or features.relative[-1] < 2:
         return ""
     part = along**2 / (along**2 + float(features.relative[-1]) - 1)

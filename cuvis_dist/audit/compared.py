@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cuvis_dist.audit import models
-from cuvis_dist.audit.features import OUTSIDE, Features
+from cuvis_dist.audit.features import Features
 from cuvis_dist.audit.groups import Group
 from cuvis_dist.audit.reference import Reference
 
@@ -38,6 +38,11 @@ class Cause:
 
     def __str__(self) -> str:
         return self.words
+
+    def guessed(self, weight: float) -> Cause:
+        """Return it as a guess of such a weight."""
+        words = self.words if "perhaps " in self.words else f"perhaps {self.words}"
+        return Cause(self.kind, words, weight)
 
 
 @dataclass(frozen=True)
@@ -79,9 +84,10 @@ class Compared:
             "noise": (_log(np.abs(f.bands_noise).max()), 0.1),
             "pixels": (_log(f.trace), 0.01 + np.sqrt(2 / max(1, n))),
             # The distance of covariances of few pixels is large by itself.
-            "covariance": (_log(f.affine_invariant) if comparable else np.nan, 0.05),
+            "covariance": (_log(_as_of(self)) if comparable else np.nan, 0.05),
             "stripes": (_log(f.striped), 2 * np.sqrt(2 / max(1, n))),
-            "foreign": (f.outside, np.sqrt(OUTSIDE / max(1, sampled))),
+            # The root of a share is spread alike wherever it lies.
+            "foreign": (float(np.sqrt(f.outside)), 0.5 / np.sqrt(max(1, sampled))),
         }
 
     def figures(self) -> dict[str, float]:
@@ -115,6 +121,18 @@ class Compared:
         result = np.full(len(self.group.mean), np.nan)
         result[self.reference.bands] = np.exp(self.features.noise)
         return result
+
+
+def _as_of(compared: Compared) -> float:
+    """Return the affine-invariant distance as if the group had as many pixels as a usual one.
+
+    Sampling n pixels of B bands adds ``B (B + 1) / n`` to its square.
+    """
+    assert compared.features is not None
+    assert compared.reference is not None
+    size, square = len(compared.reference.bands), compared.features.affine_invariant**2
+    fewer = 1 / max(1, compared.group.n) - 1 / max(1.0, compared.reference.n)
+    return float(np.sqrt(max(square - size * (size + 1) * fewer, square / 4)))
 
 
 def _log(value: float) -> float:

@@ -14,17 +14,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from cuvis_dist.audit.groups import Group
-from cuvis_dist.audit.reference import RIDGE, Reference, noise
-from cuvis_dist.statistics.spread import centre_and_spread
+from cuvis_dist.audit.noise import Noise
+from cuvis_dist.audit.reference import RIDGE, Reference
 
 #: Of the others' pixels so many lie outside of the bulk, by definition.
 OUTSIDE = 0.01
 #: Pixels of a group's sample that are looked at, and the fewest that say anything.
 _MOST_PIXELS, LEAST_PIXELS = 2000, 40
-#: Other groups whose noise and pixels are looked at, spread over all.
-_MOST_GROUPS = 40
-#: Bands that are farther off a line, in standard deviations, count less.
-_HUBER = 1.5
+#: Other groups whose pixels are looked at, spread over all, and how many pixels of them.
+_MOST_GROUPS, _ALL_PIXELS = 40, 10_000
 
 
 @dataclass(frozen=True)
@@ -33,10 +31,12 @@ class Features:
 
     Attributes
     ----------
+    reference : Reference
+        The usual others.
+    units : ndarray
+        ``[B]`` how far the whitened mean of such a group usually is off.
     mean : ndarray
         ``[B]`` the whitened mean minus the usual one, in spreads between groups.
-    atoms : ndarray
-        ``[B, B]``: row c is what one unit more in band c adds to ``mean``.
     noise : ndarray
         ``[B]`` the logarithm of each band's noise relative to the usual.
     level, tilt : float
@@ -45,12 +45,12 @@ class Features:
         Those of the others.
     bands_noise : ndarray
         ``[B]`` what is left of ``noise`` without level and tilt, in spreads between groups.
+    bands_spread : ndarray
+        ``[B]`` those spreads.
     trace : float
         Mean square of the whitened pixels around the usual mean: 1 where the group is usual.
     relative : ndarray
         ``[B]`` eigenvalues of the covariance relative to the usual one, ascending.
-    direction : ndarray
-        ``[B]`` whitened direction of the largest of them.
     striped : float
         The variance along an offset of all bands, relative to the usual one and to that along the
         other directions.
@@ -64,17 +64,18 @@ class Features:
         ``mean`` without those pixels.
     """
 
+    reference: Reference
+    units: np.ndarray
     mean: np.ndarray
-    atoms: np.ndarray
     noise: np.ndarray
     level: float
     tilt: float
     level_spread: float
     tilt_spread: float
     bands_noise: np.ndarray
+    bands_spread: np.ndarray
     trace: float
     relative: np.ndarray
-    direction: np.ndarray
     striped: float
     affine_invariant: float
     bhattacharyya: float
@@ -83,13 +84,14 @@ class Features:
     bulk: float
     cleaned: np.ndarray | None
 
+    @property
+    def atoms(self) -> np.ndarray:
+        """``[B, B]``: row c is what one unit more in band c adds to ``mean``."""
+        return self.reference.atoms / self.units
+
 
 def features_of(
-    group: Group,
-    others: Sequence[Group],
-    reference: Reference,
-    axis: np.ndarray,
-    noises: Sequence[np.ndarray],
+    group: Group, reference: Reference, noise: Noise, outside: Outside, condition: float
 ) -> Features:
     """Compare a group with the others.
 
@@ -97,155 +99,120 @@ def features_of(
     ----------
     group : Group
         The one in question.
-    others : sequence of Group
-        The usual ones without it.
     reference : Reference
-        What :func:`~cuvis_dist.audit.reference.reference_of` says of them.
-    axis : ndarray
-        ``[B]``, see :func:`~cuvis_dist.audit.reference.axis_of`.
-    noises : sequence of ndarray
-        The noise of the others in the bands of the reference.
+        What :func:`~cuvis_dist.audit.reference.reference_of` says of the usual others.
+    noise : Noise
+        Its noise beside theirs, in the bands of the reference.
+    outside : Outside
+        Its pixels beside theirs.
+    condition : float
+        See :func:`condition_of`.
     """
-    bands, units = reference.bands, reference.units(group.n)
-    shift = reference.whitened(group.mean[bands]) - reference.centre
-    covariance = _relative(group.covariance, reference)
-    relative, vectors = np.linalg.eigh(covariance)
-    relative = np.maximum(relative, RIDGE)
-    offset = reference.whitened(np.ones(len(bands)))
+    units, size = reference.units(group.n), len(reference.bands)
+    shift = reference.whitened(group.mean[reference.bands]) - reference.centre
+    covariance = relative_covariance(group, reference)
+    relative = np.maximum(np.linalg.eigvalsh(covariance), RIDGE)
+    offset = reference.whitened(np.ones(size))
     striped = float(offset @ covariance @ offset / (offset @ offset) / np.median(relative))
     affine = float(np.sqrt((np.log(relative) ** 2).sum()))
-    between = shift @ vectors
-    bhattacharyya = float(
-        (between**2 / (1 + relative)).sum() / 4
-        + np.log((1 + relative) / 2 / np.sqrt(relative)).sum() / 2
-    )
-    some = slice(None, None, -(-len(others) // _MOST_GROUPS) or 1)
-    outside, bulk, cleaned = _outside(group, others[some], reference)
-    level = _Noise(group, reference, axis, noises[some])
+    apart = shift @ np.linalg.solve(covariance + np.eye(size), shift)
+    bhattacharyya = float(apart / 4 + np.log((1 + relative) / 2 / np.sqrt(relative)).sum() / 2)
+    of_bands, bands_spread = noise.bands(group.n)
     return Features(
+        reference,
+        units,
         shift / units,
-        reference.whiten / reference.scale[:, None] / units,
-        level.apart,
-        *level.line,
-        *level.spreads(group.n),
-        level.bands(group.n),
-        float(relative.sum() + (shift**2).sum()) / len(bands),
+        noise.apart,
+        float(noise.line[0]),
+        float(noise.line[1]),
+        *noise.spreads(group.n),
+        of_bands,
+        bands_spread,
+        float(relative.sum() + (shift**2).sum()) / size,
         relative,
-        vectors[:, -1],
         striped,
         affine,
         bhattacharyya,
-        _condition(group.covariance[np.ix_(bands, bands)]),
-        outside,
-        bulk,
-        None if cleaned is None else cleaned / units,
+        condition,
+        outside.share,
+        outside.bulk,
+        None if outside.step is None else (shift + outside.step) / units,
     )
 
 
-def _relative(covariance: np.ndarray, reference: Reference) -> np.ndarray:
-    """Return ``[B, B]`` the covariance in the whitened directions."""
-    block = covariance[np.ix_(reference.bands, reference.bands)]
+def relative_covariance(group: Group, reference: Reference) -> np.ndarray:
+    """Return ``[B, B]`` the covariance of a group in the directions of a reference."""
+    block = group.covariance[np.ix_(reference.bands, reference.bands)]
     block = block / np.outer(reference.scale, reference.scale)
     block[np.diag_indices_from(block)] += RIDGE
     return reference.whiten.T @ block @ reference.whiten
 
 
-def _condition(covariance: np.ndarray) -> float:
+def condition_of(group: Group, bands: np.ndarray) -> float:
+    """Return the condition number of the correlations of some bands."""
+    covariance = group.covariance[np.ix_(bands, bands)]
     scale = np.sqrt(np.maximum(covariance.diagonal(), np.finfo(float).tiny))
     values = np.linalg.eigvalsh(covariance / np.outer(scale, scale))
     return float(values[-1] / max(values[0], np.finfo(float).eps))
 
 
-class _Noise:
-    """The noise of a group beside that of the others: level, tilt, and what is left."""
-
-    def __init__(
-        self, group: Group, reference: Reference, axis: np.ndarray, noises: Sequence[np.ndarray]
-    ) -> None:
-        known = np.stack(noises) if len(noises) else np.empty((0, len(axis)))
-        self.axis = axis
-        self.usual, _ = centre_and_spread(known)
-        self.known = known - self.usual
-        self.apart = noise(group, reference.bands) - self.usual
-        self.line = self._line(self.apart)
-        self.pixels = reference.n
-
-    def _line(self, apart: np.ndarray) -> tuple[float, float]:
-        """Fit a line over the spectrum that few bands do not bend (Huber 1964); (level, tilt)."""
-        seen = np.isfinite(apart)
-        if not seen.any():
-            return np.nan, np.nan
-        y, x = apart[seen], self.axis[seen]
-        level = float(np.median(y))
-        if len(y) < 4 or not np.ptp(x):
-            return level, 0.0
-        design = np.stack([np.ones_like(x), x], axis=1)
-        line = np.array([level, 0.0])
-        for _ in range(8):
-            size = np.abs(y - design @ line)
-            near = _HUBER * max(1.4826 * float(np.median(size)), 1e-6)
-            weighted = design * np.minimum(1, near / np.maximum(size, 1e-300))[:, None]
-            line = np.linalg.solve(design.T @ weighted, weighted.T @ y)
-        return float(line[0]), float(line[1])
-
-    def spreads(self, n: int) -> tuple[float, float]:
-        """Return the spread of level and tilt from group to group, not below that of sampling."""
-        lines = np.array([self._line(row) for row in self.known]).reshape(-1, 2)
-        _, spread = centre_and_spread(lines)
-        few = np.sqrt(max(1.0, self.pixels / max(1, n)))
-        sampling = 1 / np.sqrt(2 * max(1, n) * max(1, len(self.axis)))
-        level, tilt = np.maximum(spread * few, sampling * np.array([1.0, 1.75]))
-        return float(level), float(tilt)
-
-    def bands(self, n: int) -> np.ndarray:
-        """Return ``[B]`` how far each band is off the line, in spreads."""
-        left = self._left(self.apart)
-        if not len(self.known):
-            return np.zeros_like(left)
-        rest = np.stack([self._left(row) for row in self.known])
-        _, own = centre_and_spread(rest)
-        together = float(np.sqrt(np.median(own**2))) if len(own) else 0.0
-        floor = 1 / np.sqrt(2 * max(1, self.pixels))
-        few = np.sqrt(max(1.0, self.pixels / max(1, n)))
-        return np.nan_to_num(left / few / np.sqrt((own**2 + together**2) / 2 + floor**2))
-
-    def _left(self, apart: np.ndarray) -> np.ndarray:
-        level, tilt = self._line(apart)
-        return apart - level - tilt * self.axis
-
-
-def distances(pixels: np.ndarray, reference: Reference) -> tuple[np.ndarray, np.ndarray]:
-    """Return whitened pixels ``[K, B]`` around their own middle, and their squared lengths."""
-    white = reference.whitened(pixels[:: max(1, len(pixels) // _MOST_PIXELS)][:, reference.bands])
-    white = white - np.median(white, axis=0)
-    return white, np.einsum("kb,kb->k", white, white)
-
-
-def _outside(
-    group: Group, others: Sequence[Group], reference: Reference
-) -> tuple[float, float, np.ndarray | None]:
-    """Return the share of foreign pixels, the size of the bulk, and the whitened mean without them.
+@dataclass(frozen=True)
+class Outside:
+    """The pixels of a group that are outside of the bulk.
 
     Distances are taken from the middle of the group's own sample and in units of their median,
     so that a gain or an offset of all pixels makes none of them foreign.
+
+    Attributes
+    ----------
+    share : float
+        Of the sample's pixels; NaN without a sample.
+    bulk : float
+        The median of the pixels' distances from the group's own middle, in that of the others.
+    step : ndarray or None
+        ``[B]`` by how much the whitened mean would move without those pixels.
     """
-    nothing = np.nan, np.nan, None
-    if len(group.pixels) < LEAST_PIXELS:
-        return nothing
-    rest = [distances(g.pixels, reference)[1] for g in others if len(g.pixels) >= LEAST_PIXELS]
-    if not rest:
-        return nothing
-    middles = [float(np.median(d)) for d in rest]
-    bound = np.quantile(
-        np.concatenate([d / max(m, RIDGE) for d, m in zip(rest, middles, strict=True)]),
-        1 - OUTSIDE,
-    )
-    white, own = distances(group.pixels, reference)
-    middle = float(np.median(own))
-    far = own / max(middle, RIDGE) > bound
-    share = float(far.mean())
-    shift = reference.whitened(group.mean[reference.bands]) - reference.centre
-    cleaned = None
-    if 0 < share < 0.5:
-        cleaned = shift + share / (1 - share) * (white.mean(axis=0) - white[far].mean(axis=0))
-    return share, middle / max(float(np.median(middles)), RIDGE), cleaned
+
+    share: float = np.nan
+    bulk: float = np.nan
+    step: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, group: Group, reference: Reference, bulk: tuple[float, float] | None) -> Outside:
+        """Look at the sample of a group, given the others' :func:`bulk_of`."""
+        if len(group.pixels) < LEAST_PIXELS or bulk is None:
+            return cls()
+        usual, bound = bulk
+        white, own = _distances(group.pixels, reference, _MOST_PIXELS)
+        middle = float(np.median(own))
+        far = own / max(middle, RIDGE) > bound
+        share = float(far.mean())
+        step = None
+        if 0 < share < 0.5:
+            step = share / (1 - share) * (white.mean(axis=0) - white[far].mean(axis=0))
+        return cls(share, middle / max(usual, RIDGE), step)
+
+
+def bulk_of(groups: Sequence[Group], reference: Reference) -> tuple[float, float] | None:
+    """Return the usual median distance of pixels from their middle, and where the bulk ends.
+
+    The latter is in units of the former. None if no group has a sample.
+    """
+    some = [g for g in groups if len(g.pixels) >= LEAST_PIXELS]
+    some = some[:: -(-len(some) // _MOST_GROUPS) or 1]
+    if not some:
+        return None
+    most = max(LEAST_PIXELS, _ALL_PIXELS // len(some))
+    rest = [_distances(g.pixels, reference, most)[1] for g in some]
+    middles = np.array([np.median(d) for d in rest])
+    every = np.concatenate([d / max(m, RIDGE) for d, m in zip(rest, middles, strict=True)])
+    return float(np.median(middles)), float(np.quantile(every, 1 - OUTSIDE))
+
+
+def _distances(
+    pixels: np.ndarray, reference: Reference, most: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return whitened pixels ``[K, B]`` around their own middle, and their squared lengths."""
+    white = reference.whitened(pixels[:: -(-len(pixels) // most)][:, reference.bands])
+    white = white - np.median(np.ascontiguousarray(white.T), axis=1)
+    return white, np.einsum("kb,kb->k", white, white)

@@ -21,9 +21,14 @@ _MODELS = (
     ("gain", "offset"),
     ("gain", "slope"),
     ("offset", "slope"),
+    ("offset", "ramp"),
 )
 #: What a further parameter must explain: in squared spreads, and as a part of the whole.
 _PENALTY, _PART = 20.0, 0.05
+#: A little more noise is more often that of a gain than noise alone: in squared spreads.
+_UNLIKELY = 9.0
+#: A rough deviation: how much of it lies in narrow directions, and how alike neighbours are.
+_ROUGH, _SMOOTH = 0.7, 0.6
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ class Fit:
     ----------
     values : dict of str to float
         ``gain`` minus 1, ``offset`` in the data's units, ``slope``: relative change from the
-        middle to the end of the spectrum, ``noise``: relative change of the noise alone.
+        middle to the end of the spectrum, ``ramp``: change of the offset from there to there,
+        ``noise``: relative change of the noise alone.
     explained : float
         Part of the squared deviation beyond the usual one, in [0, 1].
     left : float
@@ -79,12 +85,14 @@ def atoms(features: Features, mean: np.ndarray, axis: np.ndarray) -> dict[str, n
     heard = np.isfinite(features.level) / _spreads(features)
 
     def atom(spectrum: np.ndarray, level: float = 0, tilt: float = 0) -> np.ndarray:
-        return np.concatenate([spectrum @ features.atoms, np.array([level, tilt]) * heard])
+        mean = spectrum @ features.reference.atoms / features.units
+        return np.concatenate([mean, np.array([level, tilt]) * heard])
 
     return {
         "gain": atom(mean, level=1),
         "offset": atom(np.ones_like(mean)),
         "slope": atom(mean * axis, tilt=1),
+        "ramp": atom(axis),
         "noise": atom(np.zeros_like(mean), level=1),
     }
 
@@ -120,7 +128,7 @@ def fit(features: Features, known: dict[str, np.ndarray], usual: float) -> Fit:
         values = np.linalg.lstsq(design, y, rcond=None)[0]
         rest = y - design @ values
         left = float(rest @ rest)
-        cost = left + len(names) * (_PENALTY + _PART * more)
+        cost = left + len(names) * (_PENALTY + _PART * more) + _UNLIKELY * (names == ("noise",))
         if best is None or cost < best[0] - 1e-9 * total:
             found = Fit(
                 dict(zip(names, map(float, values), strict=True)),
@@ -147,3 +155,53 @@ def shifted_band(features: Features, usual: float) -> tuple[int, float, float]:
     band = int(np.argmax(gains))
     part = min(1.0, float(gains[band]) / excess(features, usual))
     return band, float(along[band] / lengths[band]), part
+
+
+@dataclass(frozen=True)
+class Some:
+    """Neighbouring bands that are off together: which, what of, by how much, and its part."""
+
+    bands: slice
+    what: str
+    value: float
+    explained: float
+
+
+def some_bands(features: Features, mean: np.ndarray, usual: float) -> Some:
+    """Return the neighbouring bands whose gain or offset explains the mean best.
+
+    With the sums of the rows up to each band, those of all ranges are differences of two.
+    """
+    y, best = features.mean, Some(slice(0, 0), "gain", 0.0, 0.0)
+    more = excess(features, usual)
+    for what, spectrum in (("gain", mean), ("offset", np.ones_like(mean))):
+        rows = spectrum[:, None] * features.atoms
+        sums = np.concatenate([np.zeros((1, len(y))), np.cumsum(rows, axis=0)])
+        products, along = sums @ sums.T, sums @ y
+        square = products.diagonal()
+        lengths = square[:, None] + square[None, :] - 2 * products
+        steps = along[None, :] - along[:, None]
+        far = np.triu(lengths > 1e-9 * square.max(), 1)
+        gains = np.where(far, steps**2 / np.where(far, lengths, 1), 0)
+        i, j = map(int, np.unravel_index(int(np.argmax(gains)), gains.shape))
+        part = min(1.0, float(gains[i, j]) / more)
+        if part > best.explained + 0.02:
+            best = Some(slice(i, j), what, float(steps[i, j] / lengths[i, j]), part)
+    return best
+
+
+def rough(features: Features, mean: np.ndarray) -> float:
+    """Return by which part of the usual spectrum bands are off, if each is in its own way; else 0.
+
+    Content moves neighbours alike, and along the directions in which pixels differ most.
+    """
+    first = -(-len(mean) // 3)
+    narrow = np.where(np.arange(len(mean)) < first, 0, features.mean)
+    if len(mean) < 6 or (narrow @ narrow) < _ROUGH * (features.mean @ features.mean):
+        return 0.0
+    reference = features.reference
+    apart = np.linalg.solve(reference.whiten.T, narrow * features.units) * reference.scale
+    part = apart / np.maximum(np.abs(mean), 1e-3 * np.abs(mean).max() + 1e-300)
+    if part[1:] @ part[:-1] > _SMOOTH * (part @ part):
+        return 0.0
+    return float(np.sqrt(np.median(part**2)) * 1.4826)

@@ -31,6 +31,24 @@ def unusual_frames(
     return those if 0 < len(those) < len(group.frames) else []
 
 
+def beyond(
+    frames: Sequence[FrameStatistics], others: Sequence[Group], reference: Reference
+) -> float:
+    """Return how far frames are off, in units of the farthest frame of the other groups.
+
+    The group that is farthest of the others does not count: it may have the same fault. Where two
+    more have frames that are as unusual, it is content.
+    """
+    theirs = np.array(
+        [np.max([_deviations(f, reference) for f in g.frames[:_MOST]], axis=0) for g in others]
+    )
+    if len(theirs) < 2:
+        return np.inf
+    farthest = np.sort(theirs, axis=0)[-2]
+    own = np.array([_deviations(frame, reference) for frame in frames])
+    return float((own / np.maximum(farthest, 1e-300)).max())
+
+
 def _deviations(frame: FrameStatistics, reference: Reference) -> tuple[float, float]:
     """Return how far mean and variances of a frame are off, whatever its content's contrast."""
     diagonal, bands = frame.moments.only_diagonal(), reference.bands

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from scipy.optimize import isotonic_regression
@@ -56,6 +57,11 @@ class Reference:
     mean: np.ndarray
     n: float
 
+    @cached_property
+    def atoms(self) -> np.ndarray:
+        """``[B, B]``: row c is what one unit more in band c adds to the whitened mean."""
+        return self.whiten / self.scale[:, None]
+
     def whitened(self, spectra: np.ndarray) -> np.ndarray:
         """Return spectra ``[..., B]`` in the directions in which pixels have unit variance."""
         return spectra / self.scale @ self.whiten
@@ -67,9 +73,10 @@ class Reference:
 
 def reference_of(groups: Sequence[Group], bands: np.ndarray) -> Reference:
     """Return what is usual in these groups; there must be one, and no band constant in all."""
-    block = np.ix_(bands, bands)
     freedom = sum(max(0, g.n - 1) for g in groups)
-    covariance = sum(g.M2[block] for g in groups) / max(1, freedom)
+    covariance = sum((g.M2 for g in groups[1:]), groups[0].M2)[np.ix_(bands, bands)] / max(
+        1, freedom
+    )
     scale = np.sqrt(np.maximum(covariance.diagonal(), np.finfo(float).tiny))
     values, vectors = np.linalg.eigh(covariance / np.outer(scale, scale))
     order = np.argsort(values)[::-1]
@@ -93,28 +100,6 @@ def reference_of(groups: Sequence[Group], bands: np.ndarray) -> Reference:
         centre @ (vectors * np.sqrt(values)).T * scale,
         typical,
     )
-
-
-def noise(group: Group, bands: np.ndarray) -> np.ndarray:
-    """Return ``[B]`` the logarithm of each band's noise, or NaN where pixels are too few.
-
-    The noise of a band is what the other bands do not predict of it (R. E. Roger, "Principal
-    Components transform with simple, automatic noise adjustment", International Journal of Remote
-    Sensing 17(14) (1996)): ``1 / sqrt((Σ⁻¹)_cc)``, here without the bias of a regression on few
-    pixels. A gain multiplies it, and content changes it little.
-    """
-    freedom = group.n - len(bands)
-    if freedom < max(20, len(bands) // 2):
-        return np.full(len(bands), np.nan)
-    covariance = group.covariance[np.ix_(bands, bands)]
-    scale = np.sqrt(np.maximum(covariance.diagonal(), np.finfo(float).tiny))
-    correlation = covariance / np.outer(scale, scale) + RIDGE * np.eye(len(bands))
-    try:
-        inverse = np.linalg.inv(correlation).diagonal()
-    except np.linalg.LinAlgError:
-        return np.full(len(bands), np.nan)
-    with np.errstate(all="ignore"):
-        return np.log(scale) + 0.5 * np.log((group.n - 1) / freedom / inverse)
 
 
 def axis_of(bands: np.ndarray, wavelengths: np.ndarray | None, channels: int) -> np.ndarray:

@@ -118,6 +118,10 @@ def as_json(audit: Audit, drifts: Sequence[NodeDrift] = ()) -> dict[str, Any]:
             for row in audit.rows
         ],
         "remarks": [*audit.remarks],
+        "could_see": {
+            fault: known(dict(zip(("in_one", "in_all"), sizes, strict=True)))
+            for fault, sizes in audit.could_see.items()
+        },
         "drift": [
             {
                 "node": each.node,

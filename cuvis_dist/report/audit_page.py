@@ -30,6 +30,10 @@ _SHOWN_IN = {
     "noise": "noise",
     "foreign": "pixels",
     "varying": "pixels",
+    "empty": "pixels",
+    "extreme": "ranges",
+    "coarse": "ranges",
+    "twice": "table",
 }
 #: What is looked at, as people call it.
 _MEASURES = {
@@ -44,8 +48,8 @@ _MEASURES = {
     "stripes": "stripes",
     "foreign": "foreign pixels",
 }
-#: Causes that are facts about bands, whatever the other groups are like.
-_FACTS = ("constant", "saturated", "swapped", "spectral shift")
+#: Causes that are facts about bands, pixels or frames, whatever the other groups are like.
+_FACTS = ("constant", "saturated", "swapped", "spectral shift", "empty", "coarse", "twice")
 
 
 def write_audit(audited: Audited, place: str, data: bool = False) -> Location:

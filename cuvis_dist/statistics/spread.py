@@ -34,9 +34,9 @@ def centre_and_spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     values = np.where(np.isfinite(values), values, np.nan)
     with np.errstate(all="ignore"):
-        centre = _median(values)
+        centre = median(values)
         apart = values - centre
-        mad = _median(np.abs(apart))
+        mad = median(np.abs(apart))
         u = apart / np.where(mad > 0, _CUT * mad, 1)
         near = (np.abs(u) < 1) & np.isfinite(u)
         square = np.where(near, u, 0) ** 2
@@ -48,7 +48,8 @@ def centre_and_spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return centre, np.where((mad > 0) & (count > 1), np.sqrt(variance), 0.0)
 
 
-def _median(values: np.ndarray) -> np.ndarray:
+def median(values: np.ndarray) -> np.ndarray:
+    """Return the median of ``[N, ...]`` along its first axis without NaN; 0 where there is none."""
     if not len(values):
         return np.zeros(values.shape[1:])
     ordered = np.sort(values, axis=0)  # NaN last
@@ -58,15 +59,15 @@ def _median(values: np.ndarray) -> np.ndarray:
     return np.nan_to_num((pick[0] + pick[1]) / 2)
 
 
-def apart(value: float, others: np.ndarray, floor: float, known: float = 0.0) -> float:
-    """Return how many spreads of the others a value is above their median.
+def moderated(spread: float, others: int, floor: float, known: float = 0.0) -> float:
+    """Return the unit in which a value's distance from the median of others is measured.
 
     Parameters
     ----------
-    value : float
-        NaN where there is none.
-    others : ndarray
-        ``[R]``; those that are not finite do not count.
+    spread : float
+        That of the others.
+    others : int
+        How many they are.
     floor : float
         What rounding and sampling alone spread the value by.
     known : float
@@ -74,19 +75,10 @@ def apart(value: float, others: np.ndarray, floor: float, known: float = 0.0) ->
         is then that of the others with some values of this one (a moderated t: G. K. Smyth,
         Statistical Applications in Genetics and Molecular Biology 3(1) (2004)), or their own
         where that is larger.
-
-    Returns
-    -------
-    float
-        0 where there is no value, or fewer than :data:`LEAST_OTHERS` others.
     """
-    others = others[np.isfinite(others)]
-    if not np.isfinite(value) or len(others) < LEAST_OTHERS:
-        return 0.0
-    centre, spread = centre_and_spread(others)
-    freedom = _freedom(len(others))
+    freedom = _freedom(others)
     both = np.sqrt((freedom * spread**2 + _KNOWN * known**2) / (freedom + _KNOWN)) if known else 0.0
-    return float((value - centre) / max(float(spread), float(both), floor, 1e-300))
+    return float(max(spread, both, floor, 1e-300))
 
 
 def _freedom(others: int) -> float:
@@ -103,7 +95,7 @@ def limit(others: int, tests: int, known: bool = False) -> float:
     tests : int
         How many values are looked at in all.
     known : bool
-        Whether something is known of the spread: see :func:`apart`.
+        Whether something is known of the spread: see :func:`moderated`.
     """
     freedom = _freedom(others) + _KNOWN * known
     of_median = np.sqrt(1 + np.pi / 2 / max(1, others))

@@ -84,6 +84,7 @@ def test_what_stands_out_comes_first_and_beside_its_plot(content):
     assert re.search(r"recording_02.cu3s: gain 1\.(3|29|31) over all bands, \d", head)
     assert "recording_05.cu3s: band 7 (606.8 nm) constant" in head
     assert "rx: its mean has drifted by 0.03 of itself, and 0.01 is allowed" in head
+    assert "Could see here: a gain of 1." in section(content, "overview").text
     assert "recording_02.cu3s: gain 1." in section(content, "spectra").text
     assert "recording_05.cu3s: band 7 (606.8 nm) constant" in section(content, "ranges").text
     assert "rx: its mean has drifted" in section(content, "drift").text
