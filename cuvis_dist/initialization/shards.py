@@ -17,6 +17,7 @@ from cuvis_dist.archive import Archive, Frame, Shard, batch_bytes
 from cuvis_dist.errors import DataError
 from cuvis_dist.execution.spread import Order, Row
 from cuvis_dist.initialization.drawing import Drawing
+from cuvis_dist.initialization.inside import Inside
 from cuvis_dist.initialization.measuring import Measurer, Partial, compute_inputs
 from cuvis_dist.nodes.recipe import Recipe
 from cuvis_dist.nodes.state import StatefulNodesError, StateWatch
@@ -67,6 +68,8 @@ class MeasureShard:
         Which pixels count, and how many frames may be skipped.
     drawing : Drawing, optional
         Keeps pixels for later levels.
+    inside : Inside, optional
+        Which pixels are of the bulk: others do not count.
     """
 
     ordered = False
@@ -77,8 +80,10 @@ class MeasureShard:
         measurements: dict[str, tuple[str, Recipe]],
         scaling: Scaling,
         drawing: Drawing | None = None,
+        inside: Inside | None = None,
     ) -> None:
         self.order, self.measurements, self.drawing = order, measurements, drawing
+        self.inside = inside
         self.pixels = scaling.measuring.pixels
         self.max_skipped = scaling.measuring.max_skipped
 
@@ -95,7 +100,7 @@ class MeasureShard:
         The ``first`` shard of an archive shows whether nodes change with every frame.
         """
         archive, pipeline = self.order.open()
-        measurer = Measurer(pipeline, self.measurements, self.pixels, ranks)
+        measurer = Measurer(pipeline, self.measurements, self.pixels, ranks, self.inside)
         watch = StateWatch(nodes_before(pipeline, measurer.targets))
         merged, probes = Partial({}, ""), dict[str, Tensor]()
         drawn: list[Drawn | None] = []

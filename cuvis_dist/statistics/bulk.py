@@ -27,6 +27,8 @@ _STARTS, _BEST, _STEPS = 50, 5, 100
 #: A frame is left out beyond so many times what is unusual, and not below twice the usual distance:
 #: one with content of its own costs more than one that is a little off.
 _FENCE = 1.5
+#: Pixels for each channel, at least, of which a bulk is looked for.
+PER_CHANNEL = 5
 #: Added to the variances, in their own units, so that bands that are the same have an inverse.
 _RIDGE = 1e-9
 
@@ -101,16 +103,86 @@ def bulk_of_pixels(pixels: np.ndarray, keep: float, seed: int = 0) -> Bulk:
 
     The core has the part ``keep`` of the pixels, and others are kept as in the source: up to the
     97.5 % quantile of χ², with the core's covariance scaled so that half of the pixels lie within
-    the median of χ².
+    the median of χ². So many as in the core are kept at least.
     """
     units = _Units(np.ones(len(pixels)), np.asarray(pixels, dtype=float), None)
     core, dets = _concentrate(units, keep, seed)
     distance = units.distances(*units.merged(core))
-    channels = pixels.shape[1]
-    median = chdtri(channels, 0.5) / channels
-    scaled = distance * median / max(float(np.median(distance)), 1e-300)
-    kept = scaled <= chdtri(channels, 0.025) / channels
+    kept = distance <= _bound(distance, pixels.shape[1], keep)
     return Bulk(core, kept, distance, dets)
+
+
+@dataclass(frozen=True, eq=False)
+class PixelBulk:
+    """Where the bulk of the pixels lies: an ellipsoid.
+
+    Attributes
+    ----------
+    centre : ndarray
+        ``[C]`` float64.
+    whiten : ndarray
+        ``[C, C]`` float64: ``|(x - centre) @ whiten|²`` is the squared Mahalanobis distance of a
+        pixel by the number of channels; half of the pixels are within χ²'s median by it.
+    bound : float
+        The largest one inside.
+    kept : float
+        The part of the pixels that it was found from which is inside.
+    """
+
+    centre: np.ndarray
+    whiten: np.ndarray
+    bound: float
+    kept: float
+
+    def distance(self, pixels: np.ndarray) -> np.ndarray:
+        """Return ``[N]`` the squared distances of pixels ``[N, C]``."""
+        apart = (np.asarray(pixels, dtype=float) - self.centre) @ self.whiten
+        return np.einsum("nc,nc->n", apart, apart)
+
+
+def ellipsoid_of(pixels: np.ndarray, keep: float, seed: int = 0) -> PixelBulk:
+    """Return the ellipsoid that :func:`bulk_of_pixels` finds, for pixels that it was not given.
+
+    Raises
+    ------
+    ValueError
+        If ``keep`` is not above 0.5 and up to 1, or there are fewer than :data:`PER_CHANNEL`
+        pixels for each channel.
+    """
+    if not 0.5 < keep <= 1:
+        raise ValueError(f"keep is {keep}: it must be above 0.5 and up to 1")
+    count, channels = pixels.shape
+    if count < PER_CHANNEL * channels:
+        raise ValueError(
+            f"{count} pixels are too few to say where the bulk of {channels} channels is: "
+            f"{PER_CHANNEL * channels} are the least"
+        )
+    units = _Units(np.ones(count), np.asarray(pixels, dtype=float), None)
+    core, _ = _concentrate(units, keep, seed)
+    centre, covariance = units.merged(core)
+    distance = units.distances(centre, covariance)
+    bound = _bound(distance, channels, keep)
+    inside = distance <= bound
+    ordered = np.sort(distance)
+    last = int(inside.sum())
+    if last < count:  # between two pixels, so that rounding moves none of them across
+        bound = float(ordered[last - 1] + ordered[last]) / 2
+    # The inverse as the distances above have it: both roots of it are equally good.
+    whiten = np.linalg.inv(np.linalg.cholesky(covariance)).T / units.scale[:, None]
+    scale = chdtri(channels, 0.5) / channels / max(float(np.median(distance)), 1e-300)
+    return PixelBulk(
+        units.middle + centre * units.scale,
+        whiten * np.sqrt(scale / channels),
+        bound * scale,
+        last / count,
+    )
+
+
+def _bound(distance: np.ndarray, channels: int, keep: float) -> float:
+    """Return the largest distance from the core, in its own units, that is kept."""
+    median = max(float(np.median(distance)), 1e-300)
+    of_chi = chdtri(channels, 0.025) / chdtri(channels, 0.5) * median
+    return max(of_chi, float(np.sort(distance)[_part(keep, len(distance)) - 1]))
 
 
 class _Units:
@@ -123,6 +195,7 @@ class _Units:
         total = within + n @ (means - middle) ** 2
         scale = np.sqrt(total / max(1.0, n.sum()))
         scale = np.where(scale > 0, scale, 1.0)
+        self.middle, self.scale = middle, scale
         self.means = (means - middle) / scale
         self.M2 = None if M2 is None else M2 / np.outer(scale, scale)
 
