@@ -27,7 +27,7 @@ from cuvis_dist.store import UnusableFileError
 MOST_PIXELS = 1 << 14
 
 
-def bulk_of(filler: Filler, measuring: Measuring) -> tuple[dict[int, float], Inside | None]:
+def bulk_of(filler: Filler, measuring: Measuring) -> tuple[dict[int, str], Inside | None]:
     """Return what :func:`frames_outside` and then :func:`pixels_inside` do, as far as asked for.
 
     Parameters
@@ -41,7 +41,7 @@ def bulk_of(filler: Filler, measuring: Measuring) -> tuple[dict[int, float], Ins
     while True:
         try:
             usable = filler.fill()
-            outside: dict[int, float] = {}
+            outside: dict[int, str] = {}
             if measuring.robust is not None:
                 outside = frames_outside(stored, usable, measuring.robust)
             if measuring.robust_pixels is None:
@@ -52,8 +52,8 @@ def bulk_of(filler: Filler, measuring: Measuring) -> tuple[dict[int, float], Ins
             continue
 
 
-def frames_outside(stored: StoredPass, positions: Sequence[int], keep: float) -> dict[int, float]:
-    """Return the positions of the frames that are not of the bulk, each with its distance.
+def frames_outside(stored: StoredPass, positions: Sequence[int], keep: float) -> dict[int, str]:
+    """Return the positions of the frames that are not of the bulk, each with how far it is off.
 
     Parameters
     ----------
@@ -66,9 +66,9 @@ def frames_outside(stored: StoredPass, positions: Sequence[int], keep: float) ->
 
     Returns
     -------
-    dict of int to float
-        The distance is the mean squared Mahalanobis distance of a frame's pixels, by the number of
-        bands: about 1 for frames of the bulk.
+    dict of int to str
+        In words. The distance is the mean squared Mahalanobis distance of a frame's pixels, by the
+        number of bands: about 1 for frames of the bulk.
 
     Raises
     ------
@@ -95,7 +95,11 @@ def frames_outside(stored: StoredPass, positions: Sequence[int], keep: float) ->
         np.stack([np.diag(square) if square.ndim == 1 else square for square in squares]),
         keep,
     )
-    return {i: float(bulk.distance[k]) for k, i in enumerate(order) if not bulk.kept[k]}
+    return {
+        i: f"{bulk.distance[k]:.3g} times as far as the bulk, most unlike in band {bulk.band[k]}"
+        for k, i in enumerate(order)
+        if not bulk.kept[k]
+    }
 
 
 def pixels_inside(stored: StoredPass, positions: Sequence[int], keep: float) -> Inside:

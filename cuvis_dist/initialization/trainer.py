@@ -229,10 +229,9 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         moments_of(this_pass)  # before anything is read
         filler = Filler(stored, self.pipeline, self.contents, self.scaling, lambda done: None)
         outside, self._inside = bulk_of(filler, self.scaling.measuring)
-        for position, distance in outside.items():
+        for position, words in outside.items():
             frame = archive.frames[position]
-            words = f"{frame}: {distance:.3g} times as far as the bulk"
-            self.left_out[frame.uid] = words
+            self.left_out[frame.uid] = f"{frame}: {words}"
         if outside:
             logger.info(f"{len(outside)} of {len(archive)} frames are left out of the fit")
         return archive.only([i for i in range(len(archive)) if i not in outside])

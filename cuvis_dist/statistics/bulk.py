@@ -15,18 +15,23 @@ Determinant Estimator", Technometrics 41(3) (1999): theorem 1, and their reweigh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.special import chdtri
 
-from cuvis_dist.statistics.spread import centre_and_spread, limit
-
 #: Starts that go through two steps; of the best, those that go on to the end; steps at most.
 _STARTS, _BEST, _STEPS = 50, 5, 100
-#: A frame is left out beyond so many times what is unusual, and not below twice the usual distance:
-#: one with content of its own costs more than one that is a little off.
-_FENCE = 1.5
+#: Frames are left out where the logarithms of their distances, or how unlike they are in a band,
+#: are so much apart from those of the others.
+_PLAIN_FAR, _PLAIN_UNLIKE = 0.2, 0.5
+#: And by so many times the widest gap between those that are kept.
+_WIDER = 1.25
+#: Noise, in parts of the usual, below which it makes no difference; and so many usual pixels are
+#: added to a frame's.
+_NO_NOISE, _USUAL = 1e-3, 30
+#: With more single pixels than this, so many are looked at first; for each channel at least.
+_SOME, _SOME_PER_CHANNEL = 1500, 10
 #: Pixels for each channel, at least, of which a bulk is looked for.
 PER_CHANNEL = 5
 #: Added to the variances, in their own units, so that bands that are the same have an inverse.
@@ -42,18 +47,25 @@ class Bulk:
     core : ndarray
         ``[F]`` bool: so many units whose covariance has the least determinant.
     kept : ndarray
-        ``[F]`` bool: the core, and every other unit that is not unusually far from it.
+        ``[F]`` bool: the core, and every other unit that is not apart from it.
     distance : ndarray
         ``[F]`` mean squared Mahalanobis distance of each unit's pixels from the core, by the
         number of channels: about 1 for a usual one.
     log_determinants : tuple of float
         Those of the steps that led there; each is smaller than the one before.
+    unlike : ndarray
+        ``[F]`` of frames, by how much the noise of one band, which the others do not predict, is
+        out of line with that of the frame's others: the logarithm of a ratio. 0 is usual.
+    band : ndarray
+        ``[F]`` which band that is.
     """
 
     core: np.ndarray
     kept: np.ndarray
     distance: np.ndarray
     log_determinants: tuple[float, ...]
+    unlike: np.ndarray = field(default_factory=lambda: np.empty(0))
+    band: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=int))
 
 
 def bulk_of_frames(
@@ -88,14 +100,59 @@ def bulk_of_frames(
     # Frames with content of their own are far off, too: the core needs room to be without them.
     core, dets = _concentrate(units, max(0.5, 2 * keep - 1), seed)
     distance = units.distances(*units.merged(core))
-    # Frames differ in what they show: how much they do says how far a usual one may be.
+    unlike, band = _unlike(units.noise(*units.merged(core)), units.n)
+    kept, known = np.ones(len(distance), dtype=bool), units.n > 0
+    most = len(kept) - _part(keep, len(kept))
     logs = np.log(np.maximum(distance, 1e-300))
-    centre, spread = centre_and_spread(logs)
-    far = _FENCE * limit(len(logs) - 1, len(logs)) * float(spread)
-    bound = float(centre) + max(far, float(np.log(2)))
-    kept = core | (logs <= bound) | (units.n == 0)
-    kept[np.argsort(distance, kind="stable")[: _part(keep, len(logs))]] = True
-    return Bulk(core, kept, distance, dets)
+    for values, plain in ((logs, _PLAIN_FAR), (-logs, _PLAIN_FAR), (unlike, _PLAIN_UNLIKE)):
+        there = np.flatnonzero(kept & known)
+        kept[there[_apart(values[there], most - int((~kept).sum()), plain)]] = False
+    return Bulk(core, kept, distance, dets, unlike, band)
+
+
+def _apart(values: np.ndarray, most: int, plain: float) -> np.ndarray:
+    """Return the places of the largest values that are a group of their own, none or a few.
+
+    Frames differ in what they show, some of them by much: land in a scene of the sea is hundreds of
+    times as far off as a usual frame. Their distances have a long tail without a gap, and frames
+    that belong together are left together. So a few frames are apart where the gap to the next one
+    is plain, and wider than every other one above the median.
+
+    Parameters
+    ----------
+    values : ndarray
+        ``[F]`` logarithms.
+    most : int
+        So many are apart at most.
+    plain : float
+        The least gap.
+    """
+    order = np.argsort(-values, kind="stable")
+    gaps = -np.diff(values[order])[: len(values) // 2]
+    found = 0
+    for size in range(1, min(most, len(gaps) - 1) + 1):
+        if gaps[size - 1] > max(plain, _WIDER * gaps[size:].max()):
+            found = size
+    return order[:found]
+
+
+def _unlike(noise: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return how far one band's noise is from what the frame's other bands lead to expect.
+
+    Content moves many bands together, and brighter frames have more noise in all. Two exchanged
+    bands, or saturated ones, change what the others predict of these alone.
+
+    Returns
+    -------
+    tuple of ndarray and ndarray
+        ``[F]`` the largest logarithm of a ratio, and the band that it is of.
+    """
+    usual = np.median(noise[n > 0], axis=0) if (n > 0).any() else noise.mean(axis=0)
+    ratio = (noise + _NO_NOISE) / (usual + _NO_NOISE)
+    # Few pixels say little: as if some usual ones were among them.
+    logs = np.log((n[:, None] * ratio + _USUAL) / (n[:, None] + _USUAL))
+    away = np.abs(logs - np.median(logs, axis=1)[:, None])
+    return away.max(axis=1), away.argmax(axis=1)
 
 
 def bulk_of_pixels(pixels: np.ndarray, keep: float, seed: int = 0) -> Bulk:
@@ -106,7 +163,7 @@ def bulk_of_pixels(pixels: np.ndarray, keep: float, seed: int = 0) -> Bulk:
     the median of χ². So many as in the core are kept at least.
     """
     units = _Units(np.ones(len(pixels)), np.asarray(pixels, dtype=float), None)
-    core, dets = _concentrate(units, keep, seed)
+    core, dets = _concentrate_many(units, keep, seed)
     distance = units.distances(*units.merged(core))
     kept = distance <= _bound(distance, pixels.shape[1], keep)
     return Bulk(core, kept, distance, dets)
@@ -158,7 +215,7 @@ def ellipsoid_of(pixels: np.ndarray, keep: float, seed: int = 0) -> PixelBulk:
             f"{PER_CHANNEL * channels} are the least"
         )
     units = _Units(np.ones(count), np.asarray(pixels, dtype=float), None)
-    core, _ = _concentrate(units, keep, seed)
+    core, _ = _concentrate_many(units, keep, seed)
     centre, covariance = units.merged(core)
     distance = units.distances(centre, covariance)
     bound = _bound(distance, channels, keep)
@@ -221,6 +278,18 @@ class _Units:
             squares += np.tensordot(self.M2, inverse, axes=2) / np.maximum(self.n, 1)
         return squares / len(mean)
 
+    def noise(self, mean: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+        """Return ``[F, C]`` the mean square of what other bands do not predict of each band.
+
+        It is 1 for pixels with this mean and covariance.
+        """
+        inverse = np.linalg.inv(covariance)
+        squares = ((self.means - mean) @ inverse) ** 2
+        if self.M2 is not None:
+            within = [((inverse @ M2) * inverse).sum(axis=1) for M2 in self.M2]
+            squares += np.array(within) / np.maximum(self.n, 1)[:, None]
+        return squares / inverse.diagonal()
+
     def start(self, rng: np.random.Generator) -> np.ndarray:
         """Choose units at random until their pixels can have a covariance of full rank."""
         order = rng.permutation(np.flatnonzero(self.n > 0))
@@ -241,6 +310,22 @@ def _concentrate(units: _Units, keep: float, seed: int) -> tuple[np.ndarray, tup
     tried.sort(key=lambda found: found[1][-1])
     ends = [_steps(units, core, size, _STEPS, dets) for core, dets in tried[:_BEST]]
     return min(ends, key=lambda found: found[1][-1])
+
+
+def _concentrate_many(
+    units: _Units, keep: float, seed: int
+) -> tuple[np.ndarray, tuple[float, ...]]:
+    """Concentrate single pixels: some of them first, and from what is found there all.
+
+    That is how the source does it with many; the starts alone would take most of the time.
+    """
+    count, channels = units.means.shape
+    few = max(_SOME, _SOME_PER_CHANNEL * channels)
+    if count <= few or _part(keep, count) >= count:
+        return _concentrate(units, keep, seed)
+    some = np.sort(np.random.default_rng(seed).permutation(count)[:few])
+    core, _ = _concentrate(_Units(units.n[some], units.means[some], None), keep, seed)
+    return _steps(units, _those(count, some[core]), _part(keep, count), _STEPS)
 
 
 def _steps(
