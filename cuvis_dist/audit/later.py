@@ -56,8 +56,8 @@ def later_drift(
     """
     why = dict(stored.why_not)
     names = {node.name for node in initialized.nodes()}
-    step, found = stored.step, list[NodeDrift]()
-    if step is None or not step.later:
+    step, archive, found = stored.step, stored.archive, list[NodeDrift]()
+    if step is None or archive is None or not step.later:
         return found, why
     needed = {n.name for n in step.nodes} | {
         m.node.name for level in step.later for m in level.measurements
@@ -70,7 +70,7 @@ def later_drift(
         return found, why | dict.fromkeys(later, reason)
     with one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
         theirs = of_pipeline(step, initialized)
-        fitter = Fitter(initialized, stored.archive, theirs, sample, stored.counted)
+        fitter = Fitter(initialized, archive, theirs, sample, stored.counted)
         for level in theirs.later:
             try:
                 parts, probes = fitter.measure(level, pool)

@@ -20,16 +20,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.special import chdtri
 
+from cuvis_dist.statistics.gaps import PLAIN_FAR, PLAIN_UNLIKE, apart, unlike_in_a_band
+
 #: Starts that go through two steps; of the best, those that go on to the end; steps at most.
 _STARTS, _BEST, _STEPS = 50, 5, 100
-#: Frames are left out where the logarithms of their distances, or how unlike they are in a band,
-#: are so much apart from those of the others.
-_PLAIN_FAR, _PLAIN_UNLIKE = 0.2, 0.5
-#: And by so many times the widest gap between those that are kept.
-_WIDER = 1.25
-#: Noise, in parts of the usual, below which it makes no difference; and so many usual pixels are
-#: added to a frame's.
-_NO_NOISE, _USUAL = 1e-3, 30
 #: With more single pixels than this, so many are looked at first; for each channel at least.
 _SOME, _SOME_PER_CHANNEL = 1500, 10
 #: Pixels for each channel, at least, of which a bulk is looked for.
@@ -100,59 +94,14 @@ def bulk_of_frames(
     # Frames with content of their own are far off, too: the core needs room to be without them.
     core, dets = _concentrate(units, max(0.5, 2 * keep - 1), seed)
     distance = units.distances(*units.merged(core))
-    unlike, band = _unlike(units.noise(*units.merged(core)), units.n)
+    unlike, band = unlike_in_a_band(units.noise(*units.merged(core)), units.n)
     kept, known = np.ones(len(distance), dtype=bool), units.n > 0
     most = len(kept) - _part(keep, len(kept))
     logs = np.log(np.maximum(distance, 1e-300))
-    for values, plain in ((logs, _PLAIN_FAR), (-logs, _PLAIN_FAR), (unlike, _PLAIN_UNLIKE)):
+    for values, plain in ((logs, PLAIN_FAR), (-logs, PLAIN_FAR), (unlike, PLAIN_UNLIKE)):
         there = np.flatnonzero(kept & known)
-        kept[there[_apart(values[there], most - int((~kept).sum()), plain)]] = False
+        kept[there[apart(values[there], most - int((~kept).sum()), plain)]] = False
     return Bulk(core, kept, distance, dets, unlike, band)
-
-
-def _apart(values: np.ndarray, most: int, plain: float) -> np.ndarray:
-    """Return the places of the largest values that are a group of their own, none or a few.
-
-    Frames differ in what they show, some of them by much: land in a scene of the sea is hundreds of
-    times as far off as a usual frame. Their distances have a long tail without a gap, and frames
-    that belong together are left together. So a few frames are apart where the gap to the next one
-    is plain, and wider than every other one above the median.
-
-    Parameters
-    ----------
-    values : ndarray
-        ``[F]`` logarithms.
-    most : int
-        So many are apart at most.
-    plain : float
-        The least gap.
-    """
-    order = np.argsort(-values, kind="stable")
-    gaps = -np.diff(values[order])[: len(values) // 2]
-    found = 0
-    for size in range(1, min(most, len(gaps) - 1) + 1):
-        if gaps[size - 1] > max(plain, _WIDER * gaps[size:].max()):
-            found = size
-    return order[:found]
-
-
-def _unlike(noise: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return how far one band's noise is from what the frame's other bands lead to expect.
-
-    Content moves many bands together, and brighter frames have more noise in all. Two exchanged
-    bands, or saturated ones, change what the others predict of these alone.
-
-    Returns
-    -------
-    tuple of ndarray and ndarray
-        ``[F]`` the largest logarithm of a ratio, and the band that it is of.
-    """
-    usual = np.median(noise[n > 0], axis=0) if (n > 0).any() else noise.mean(axis=0)
-    ratio = (noise + _NO_NOISE) / (usual + _NO_NOISE)
-    # Few pixels say little: as if some usual ones were among them.
-    logs = np.log((n[:, None] * ratio + _USUAL) / (n[:, None] + _USUAL))
-    away = np.abs(logs - np.median(logs, axis=1)[:, None])
-    return away.max(axis=1), away.argmax(axis=1)
 
 
 def bulk_of_pixels(pixels: np.ndarray, keep: float, seed: int = 0) -> Bulk:

@@ -154,7 +154,7 @@ def test_an_ellipsoid_keeps_as_many_as_are_surely_good():
     assert ellipsoid_of(pixels, 0.75).kept < 0.95
     assert ellipsoid_of(pixels, 0.95).kept == 0.95
     assert ellipsoid_of(pixels, 1).kept == 1
-    with pytest.raises(ValueError, match="14 pixels are too few .* 15 are the least"):
+    with pytest.raises(ValueError, match="14 pixels are too few"):
         ellipsoid_of(pixels[:14], 0.9)
     with pytest.raises(ValueError, match=r"above 0\.5"):
         ellipsoid_of(pixels, 0.5)

@@ -1,0 +1,156 @@
+"""Is every node that is fitted compared with an initialization, or is it said why not? No Ray."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cuvis_ai.node.anomaly.rx_detector import RXGlobal
+from cuvis_ai.node.conversion import ScoreToLogit
+from cuvis_ai.node.data import CU3SDataNode
+from cuvis_ai.node.pretreatments.scaling import UnitVarianceScaling
+from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
+from node_rows import NODES
+from readings import Wrapped, wrap_train
+from settings import scaling_of
+
+from cuvis_dist import StatisticalTrainer
+from cuvis_dist.archive import open_archive
+from cuvis_dist.audit.drift import drift
+from cuvis_dist.audit.groups import grouped
+from cuvis_dist.audit.later import later_drift
+from cuvis_dist.audit.stored import read_store
+from cuvis_dist.nodes.catalogue import recipe_for
+from cuvis_dist.runs.trainrun import load_trainrun
+
+FITTED = [name for name, make in NODES.items() if make().requires_initial_fit]
+#: What cannot be compared, by the words of the reason: at the data, and behind a fitted node.
+NEVER = {
+    "gaussian mixture": "has no order",
+    "k-means": "has no order",
+    "nmf": "has no order",
+    "one-class svm": "has no order",
+    "supervised selector": "on whole frames",
+}
+NOT_LATER = {
+    "gaussian mixture": "no standard error can be given for PixelSample of a sample",
+    "k-means": "no standard error can be given for PixelSample of a sample",
+    "nmf": "no standard error can be given for PixelSample of a sample",
+    "one-class svm": "no standard error can be given for PixelSample of a sample",
+    "band selector": "no standard error can be given for FrameQuantiles of a sample",
+    "index selector": "no standard error can be given for FrameQuantiles of a sample",
+    "min-max": "no standard error can be given for Extrema of a sample",
+    "min-max of each frame": "no standard error can be given for Extrema of a sample",
+    "percentile": "no standard error can be given for FrameQuantiles of a sample",
+    "percentile, inverted": "no standard error can be given for FrameQuantiles of a sample",
+    "supervised selector": "on whole frames",
+}
+
+
+def port_of(node) -> str:
+    recipe = recipe_for(node)
+    return recipe.port if recipe else "cube"
+
+
+def pipeline_of(name, behind):
+    """data -> the node, or with a fitted node between; RXGlobal makes it one that is audited."""
+    torch.manual_seed(0)
+    pipeline, data, node = CuvisPipeline("p"), CU3SDataNode(name="data"), NODES[name]()
+    node.name, values = "asked", data.outputs.cube
+    rx = RXGlobal(12, name="rx")
+    edges = [(data.outputs.cube, rx.inputs.data)]
+    if behind:
+        scaling = UnitVarianceScaling(name="scaling")
+        edges.append((values, scaling.inputs.cube))
+        values = scaling.outputs.cube
+    if name == "score to logit":
+        values = rx.outputs.scores
+    edges.append((values, getattr(node.inputs, port_of(node))))
+    for port in ("wavelengths", "mask"):
+        if port in node.INPUT_SPECS and name != "k-means":
+            edges.append((getattr(data.outputs, port), getattr(node.inputs, port)))
+    pipeline.connect(*edges)
+    return pipeline
+
+
+def drifted(demo, make, store, wrapper=None, **settings):
+    """Fit a pipeline with a store; return how far the store is from it, and why not.
+
+    ``wrapper``: what the store has is of other cubes.
+    """
+    settings = {"workers": 0, "store": str(store)} | settings
+    run = load_trainrun(demo)
+    fitted = make()
+    StatisticalTrainer(fitted, run.datamodule(), scaling=scaling_of(**settings)).fit()
+    if wrapper:
+        settings["store"] += "-now"
+        run = load_trainrun(demo)
+        module = run.datamodule()
+        wrap_train(module, wrapper)
+        StatisticalTrainer(make(), module, scaling=scaling_of(**settings)).fit()
+    module = run.datamodule()
+    archive = open_archive(module, "train")
+    stored = read_store(make(), module, archive, scaling_of(**settings).measuring, {})
+    before = {name: value.clone() for name, value in fitted.state_dict().items()}
+    found, why = drift(stored, fitted, grouped(stored.frames))
+    later, more = later_drift(stored, fitted)
+    assert all(torch.equal(value, before[name]) for name, value in fitted.state_dict().items())
+    return {each.node: each for each in found + later}, why | more
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["first", "later"])
+@pytest.mark.parametrize("name", FITTED)
+def test_every_node_is_compared_or_it_is_said_why_not(demo, tmp_path, name, behind):
+    make = lambda: pipeline_of(name, behind)  # noqa: E731
+    found, why = drifted(demo, make, tmp_path / "store", fold=False)
+    assert "rx" in found
+    words = (NOT_LATER if behind else NEVER).get(name)
+    if words is not None:
+        assert words in why["asked"]
+        assert "asked" not in found
+        return
+    assert why == {}
+    # The same frames, all of whose pixels are kept.
+    assert found["asked"].ratio < 1e-4
+    if behind or name == "score to logit":
+        assert found["asked"].figures["standard_error"] == 0
+        assert found["asked"].figures["sample"] > 0
+
+
+class Brighter(Wrapped):
+    """Cubes that are brighter than those that were fitted."""
+
+    def __getitem__(self, index):
+        item = self.dataset[index]
+        return item | {"cube": 1.05 * item["cube"]}
+
+
+def heads():
+    """data -> rx -> head"""
+    pipeline, data = CuvisPipeline("p"), CU3SDataNode(name="data")
+    rx, head = RXGlobal(12, name="rx"), ScoreToLogit(name="head")
+    pipeline.connect(
+        (data.outputs.cube, rx.inputs.data),
+        (rx.outputs.scores, head.inputs.scores),
+    )
+    return pipeline
+
+
+def test_a_later_node_has_drifted_by_what_all_pixels_say(demo, tmp_path):
+    """The head behind the rx of then, on a sample of a tenth and on all pixels of now."""
+    all_of_it, _ = drifted(demo, heads, tmp_path / "all", Brighter)
+    few, _ = drifted(demo, heads, tmp_path / "few", Brighter, sample_pixels=1024)
+    exact, sampled = all_of_it["head"], few["head"]
+    assert exact.figures["standard_error"] == 0
+    assert exact.ratio > 0.01
+    assert sampled.of == exact.of
+    assert np.isclose(sampled.ratio, exact.ratio, atol=4 * sampled.figures["standard_error"] + 1e-9)
+
+
+def test_without_pixels_it_is_said_how_to_get_them(demo, tmp_path, monkeypatch):
+    from cuvis_dist.initialization.drawing import Drawing
+
+    monkeypatch.setattr(Drawing, "frame", lambda *arguments: None)
+    found, why = drifted(demo, heads, tmp_path / "store")
+    assert found.keys() == {"rx"}
+    assert "cuvis-dist measure" in why["head"]
