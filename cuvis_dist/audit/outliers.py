@@ -57,15 +57,22 @@ class Outliers:
     above: float
     above_by_bulk: float
 
+    @property
+    def summary(self) -> str:
+        """What is outside, and what that does to a fit, in a sentence."""
+        return (
+            f"{self.outside:.1%} of {self.sample:,} sampled pixels are outside of their bulk; with "
+            f"them the covariance is {self.affine_invariant:.2f} away (affine-inv.), and "
+            f"{self.above:.1%} of the pixels are above the 97.5 % quantile of χ², "
+            f"{self.above_by_bulk:.1%} without"
+        )
+
     def lines(self) -> list[str]:
         """Return what a person is told."""
-        most = [*self.shares.items()][:3]
+        most = [(name, share) for name, share in self.shares.items() if share][:3]
         return [
-            f"outside  {self.outside:.1%} of {self.sample:,} sampled pixels are outside of their "
-            f"bulk; with them the covariance is {self.affine_invariant:.2f} away (affine-inv.), "
-            f"and {self.above:.1%} of the pixels are above the 97.5 % quantile of χ², "
-            f"{self.above_by_bulk:.1%} without",
-            *(f"         {share:6.1%}  {name}" for name, share in most if share),
+            f"outside  {self.summary}",
+            *(f"           {share:.1%}  {name}" for name, share in most),
         ]
 
 

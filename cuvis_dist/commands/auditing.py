@@ -120,6 +120,7 @@ def _audit(arguments: argparse.Namespace, lines: Lines) -> int:
     if arguments.report:
         lines.wait("drawing the report")
         facts = {"name": trainrun.config.name, "store": str(scaling.measuring.store)}
+        facts["pixels outside"] = foreign if isinstance(foreign, str) else foreign.summary
         place = _report(arguments, facts, stored, groups, found, drifts)
     lines.settle()
     if arguments.json:

@@ -222,7 +222,9 @@ class RunRecord(JobRecord):
 
     def outside(self) -> list[str]:
         """Return a line about the pixels that phase 1 left out since they are not of the bulk."""
-        for said, nodes in ((done.inside, done.nodes) for done in self.passes if done.inside):
+        for said, nodes in (
+            (done.inside, done.nodes) for done in self.passes if done.inside and done.nodes
+        ):
             out = said["of"] - max(fit["pixels"] for fit in nodes.values())
             most = [f"{name} ({part:.1%})" for name, part in [*said["outside"].items()][:3]]
             return [
