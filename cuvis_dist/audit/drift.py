@@ -235,9 +235,9 @@ def _of_extrema(
 
 
 def state_of(node: Any) -> dict[str, np.ndarray]:
-    """Return the buffers and parameters of a node that are no whole numbers, as float64."""
-    named = {**dict(node.named_buffers()), **dict(node.named_parameters())}
-    wide = {n: v.detach().to(torch.float64) for n, v in named.items() if v.is_floating_point()}
+    """Return what of a node is saved and is no whole number, as float64, by name."""
+    saved = {name: value for name, value in node.state_dict().items() if torch.is_tensor(value)}
+    wide = {n: v.detach().to(torch.float64) for n, v in saved.items() if v.is_floating_point()}
     return {name: value.numpy(force=True).copy() for name, value in wide.items()}
 
 
