@@ -129,11 +129,9 @@ class Measuring(_Settings):
     ``store``. As ``--robust`` of ``run`` and ``init``."""
 
     robust_pixels: float | None = Field(default=None, gt=0.5, le=1)
-    """Fit phase 1 on the bulk of the train pixels: about this part of them at least, and all others
-    that are not unusually far from it. The bulk is looked for in the sample of pixels that
-    ``store`` has, which is needed; the archive is then read once more, and only the pixels inside
-    count, in every pass. Frames are left out first where ``robust`` is given, too. As
-    ``--robust-pixels`` of ``run`` and ``init``."""
+    """Fit phase 1 on the bulk of the train pixels, about this part of them at least. It is looked
+    for in the sample of pixels that ``store`` has, which is needed; the archive is then read once
+    more, and in every pass only pixels inside count. As ``--robust-pixels``."""
 
     sample_frames: int | None = Field(default=None, ge=1)
     """Measure at most so many frames of the train split, drawn by a hash of their uid."""
