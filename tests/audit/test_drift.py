@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from cuvis_ai.node.anomaly.rx_detector import RXGlobal
@@ -10,7 +11,6 @@ from cuvis_ai.node.data import CU3SDataNode
 from cuvis_ai.node.pretreatments.scaling import UnitVarianceScaling
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from node_rows import NODES
-from readings import Wrapped, wrap_train
 from settings import scaling_of
 
 from cuvis_dist import StatisticalTrainer
@@ -56,7 +56,7 @@ def pipeline_of(name, behind):
     """data -> the node, or with a fitted node between; RXGlobal makes it one that is audited."""
     torch.manual_seed(0)
     pipeline, data, node = CuvisPipeline("p"), CU3SDataNode(name="data"), NODES[name]()
-    node.name, values = "asked", data.outputs.cube
+    values = data.outputs.cube
     rx = RXGlobal(12, name="rx")
     edges = [(data.outputs.cube, rx.inputs.data)]
     if behind:
@@ -74,25 +74,18 @@ def pipeline_of(name, behind):
     return pipeline
 
 
-def drifted(demo, make, store, wrapper=None, looked=None, **settings):
-    """Fit a pipeline with a store; return how far the store is from it, and why not.
+def initialized(demo, make, store, **settings):
+    """Fit a pipeline with a store, and return it."""
+    pipeline, scaling = make(), scaling_of(workers=0, store=str(store), **settings)
+    StatisticalTrainer(pipeline, load_trainrun(demo).datamodule(), scaling=scaling).fit()
+    return pipeline
 
-    ``wrapper``: what the store has is of other cubes. ``looked``: with which settings one looks.
-    """
-    settings = {"workers": 0, "store": str(store)} | settings
-    run = load_trainrun(demo)
-    fitted = make()
-    StatisticalTrainer(fitted, run.datamodule(), scaling=scaling_of(**settings)).fit()
-    if wrapper:
-        settings["store"] += "-now"
-        run = load_trainrun(demo)
-        module = run.datamodule()
-        wrap_train(module, wrapper)
-        StatisticalTrainer(make(), module, scaling=scaling_of(**settings)).fit()
-    module = run.datamodule()
-    archive = open_archive(module, "train")
-    measuring = scaling_of(**settings | (looked or {})).measuring
-    stored = read_store(make(), module, archive, measuring, {})
+
+def drifted(demo, make, store, fitted, **settings):
+    """Return how far what a store has is from a fitted pipeline, and why not, by node."""
+    module = load_trainrun(demo).datamodule()
+    measuring = scaling_of(workers=0, store=str(store), **settings).measuring
+    stored = read_store(make(), module, open_archive(module, "train"), measuring, {})
     before = hash_state(fitted.nodes())
     found, why = drift(stored, fitted, grouped(stored.frames))
     later, more = later_drift(stored, fitted)
@@ -100,31 +93,33 @@ def drifted(demo, make, store, wrapper=None, looked=None, **settings):
     return {each.node: each for each in found + later}, why | more
 
 
+def brighter(demo, gain):
+    """Multiply the cubes of the archive."""
+    for path in (demo.parent / "archive").glob("*.npz"):
+        with np.load(path) as known:
+            content = dict(known)
+        np.savez(path, **content | {"cube": np.float32(gain) * content["cube"]})
+
+
 @pytest.mark.parametrize("behind", [False, True], ids=["first", "later"])
 @pytest.mark.parametrize("name", FITTED)
 def test_every_node_is_compared_or_it_is_said_why_not(demo, tmp_path, name, behind):
+    asked = type(NODES[name]()).__name__
     make = lambda: pipeline_of(name, behind)  # noqa: E731
-    found, why = drifted(demo, make, tmp_path / "store", fold=False)
+    fitted = initialized(demo, make, tmp_path / "store", fold=False)
+    found, why = drifted(demo, make, tmp_path / "store", fitted, fold=False)
     assert "rx" in found
     words = (NOT_LATER if behind else NEVER).get(name)
     if words is not None:
-        assert words in why["asked"]
-        assert "asked" not in found
+        assert words in why[asked]
+        assert asked not in found
         return
     assert why == {}
     # The same frames, all of whose pixels are kept.
-    assert found["asked"].ratio < 1e-4
+    assert found[asked].ratio < 1e-4
     if behind or name == "score to logit":
-        assert found["asked"].figures["standard_error"] == 0
-        assert found["asked"].figures["sample"] > 0
-
-
-class Brighter(Wrapped):
-    """Cubes that are brighter than those that were fitted."""
-
-    def __getitem__(self, index):
-        item = self.dataset[index]
-        return item | {"cube": 1.05 * item["cube"]}
+        assert found[asked].figures["standard_error"] == 0
+        assert found[asked].figures["sample"] > 0
 
 
 def heads():
@@ -139,10 +134,14 @@ def heads():
 
 
 def test_a_later_node_has_drifted_by_what_all_pixels_say(demo, tmp_path):
-    """The head behind the rx of then, on a sample of a tenth and on all pixels of now."""
-    all_of_it, _ = drifted(demo, heads, tmp_path / "all", Brighter)
-    few = {"later_levels": "sampled", "sample_pixels": 1024}
-    few, _ = drifted(demo, heads, tmp_path / "few", Brighter, looked=few)
+    """The head behind the rx of then, on a part of the pixels of now, and on all of them."""
+    store = tmp_path / "store"
+    fitted = initialized(demo, heads, store)
+    brighter(demo, 1.05)
+    initialized(demo, heads, store)
+    all_of_it, _ = drifted(demo, heads, store, fitted)
+    some = {"later_levels": "sampled", "sample_pixels": 1024}
+    few, _ = drifted(demo, heads, store, fitted, **some)
     exact, sampled = all_of_it["head"], few["head"]
     assert exact.figures["standard_error"] == 0
     assert exact.ratio > 0.01
@@ -156,6 +155,7 @@ def test_without_pixels_it_is_said_how_to_get_them(demo, tmp_path, monkeypatch):
     from cuvis_dist.initialization.drawing import Drawing
 
     monkeypatch.setattr(Drawing, "frame", lambda *arguments: None)
-    found, why = drifted(demo, heads, tmp_path / "store")
+    fitted = initialized(demo, heads, tmp_path / "store")
+    found, why = drifted(demo, heads, tmp_path / "store", fitted)
     assert found.keys() == {"rx"}
     assert "cuvis-dist measure" in why["head"]
