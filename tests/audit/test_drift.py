@@ -7,7 +7,7 @@ import pytest
 import torch
 from cuvis_ai.node.anomaly.rx_detector import RXGlobal
 from cuvis_ai.node.conversion import ScoreToLogit
-from cuvis_ai.node.data import CU3SDataNode
+from cuvis_ai.node.data import AnomalyDataNode, CU3SDataNode
 from cuvis_ai.node.pretreatments.scaling import UnitVarianceScaling
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from node_rows import NODES
@@ -19,6 +19,7 @@ from cuvis_dist.audit.drift import drift
 from cuvis_dist.audit.groups import grouped
 from cuvis_dist.audit.later import later_drift
 from cuvis_dist.audit.stored import read_store
+from cuvis_dist.initialization.matching import take
 from cuvis_dist.nodes.catalogue import recipe_for
 from cuvis_dist.nodes.state import hash_state
 from cuvis_dist.runs.trainrun import load_trainrun
@@ -69,16 +70,20 @@ def pipeline_of(name, behind):
     if "wavelengths" in node.INPUT_SPECS:
         edges.append((data.outputs.wavelengths, node.inputs.wavelengths))
     if name == "supervised selector":
-        edges.append((data.outputs.mask, node.inputs.mask))
+        labels = AnomalyDataNode(normal_class_ids=[0], name="labels")
+        edges.append((labels.outputs.mask, node.inputs.mask))
     pipeline.connect(*edges)
     return pipeline
 
 
 def initialized(demo, make, store, **settings):
-    """Fit a pipeline with a store, and return it."""
+    """Fit a pipeline with a store, and return one that has its state, as if it was loaded."""
     pipeline, scaling = make(), scaling_of(workers=0, store=str(store), **settings)
     StatisticalTrainer(pipeline, load_trainrun(demo).datamodule(), scaling=scaling).fit()
-    return pipeline
+    loaded, states = make(), {node.name: node.state_dict() for node in pipeline.nodes()}
+    for node in loaded.nodes():
+        take(node, states[node.name])
+    return loaded
 
 
 def drifted(demo, make, store, fitted, **settings):

@@ -9,7 +9,7 @@ from archives import real_scene, statistical_trainrun
 from cuvis_ai.node.anomaly.rx_detector import RXPerBatch
 from cuvis_ai.node.channel_selector import SupervisedFullSpectrumSelector
 from cuvis_ai.node.conversion import ScoreToLogit
-from cuvis_ai.node.data import CU3SDataNode
+from cuvis_ai.node.data import AnomalyDataNode, CU3SDataNode
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from scipy.stats import rankdata
 from settings import scaling_of
@@ -86,9 +86,10 @@ def test_what_cannot_be_served_is_refused_before_anything_is_read(demo, tmp_path
     with pytest.raises(InputError, match="name one \\(--store FOLDER\\)"):
         fit(run, tmp_path, store=None)
     selector = SupervisedFullSpectrumSelector(num_spectral_bands=12, name="selector")
+    labels = AnomalyDataNode(normal_class_ids=[0], name="labels")
     streamed = linked(
         (data.outputs.cube, selector.inputs.cube),
-        (data.outputs.mask, selector.inputs.mask),
+        (labels.outputs.mask, selector.inputs.mask),
         (data.outputs.wavelengths, selector.inputs.wavelengths),
     )
     with pytest.raises(InputError, match="no pixel of them can be left out"):
