@@ -73,6 +73,11 @@ class NodeDrift:
     bands: bool = False
     at: str = ""
 
+    @property
+    def surely(self) -> float:
+        """The ratio less twice its standard error, where it is of a sample."""
+        return self.ratio - 2 * self.figures.get("standard_error", 0.0)
+
 
 def drift(
     stored: Stored, initialized: CuvisPipeline, groups: Sequence[Group]

@@ -140,8 +140,8 @@ def _audit(arguments: argparse.Namespace, lines: Lines) -> int:
         print(*as_text(found), *told, *drift_text(drifts, why_not), sep="\n")
         if place is not None:
             print(f"report   {place}")
-    largest = max(drifts, key=lambda each: each.ratio, default=None)
-    if most is not None and largest is not None and largest.ratio > most:
+    largest = max(drifts, key=lambda each: each.surely, default=None)
+    if most is not None and largest is not None and largest.surely > most:
         raise DriftError(
             f"the {largest.of} of {largest.node} has drifted by {largest.ratio:.4g} of itself "
             f"since {arguments.against}, and {most:g} is allowed (--max-drift): look at the "

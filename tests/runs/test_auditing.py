@@ -99,7 +99,7 @@ def test_drift_above_the_limit_has_an_exit_code_of_its_own(stored, capsys):
     same = {each["node"]: each for each in json.loads(capsys.readouterr().out)["drift"]}
     assert same.keys() == {"normalizer", "selector", "rx_detector", "logit_head"}
     head = same.pop("logit_head")  # on a sample of the pixels: see audit/test_drift.py
-    assert head["ratio"] < 4 * head["figures"]["standard_error"] < 0.01
+    assert head["ratio"] < 4 * head["figures"]["standard_error"] < 0.05
     assert max(each["ratio"] for each in same.values()) < 1e-6
     assert same["rx_detector"]["groups"].keys() == {f"recording_{i:02d}.cu3s" for i in range(8)}
 
@@ -216,6 +216,6 @@ def test_robust_pixels_leaves_out_pixels_inside_frames_and_says_so(tmp_path, cap
     assert main(["audit", str(trainrun), "--store", store, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["outside_of_bulk"]
     assert next(iter(found["shares"])) == "recording_03.cu3s"
-    assert found["shares"]["recording_03.cu3s"] > 2 * found["outside"]
+    assert found["shares"]["recording_03.cu3s"] > 1.5 * found["outside"]
     assert found["affine_invariant"] > 0.5
     assert found["above"] < found["above_by_bulk"]
