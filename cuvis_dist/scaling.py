@@ -129,6 +129,11 @@ class Measuring(_Settings):
     pixels are not unusually far from it; ``run.json`` names those that are left out. Needs
     ``store``. As ``--robust`` of ``run`` and ``init``."""
 
+    robust_pixels: float | None = Field(default=None, gt=0.5, le=1)
+    """Fit phase 1 on the bulk of the train pixels, about this part of them at least. It is looked
+    for in the sample of pixels that ``store`` has, which is needed; the archive is then read once
+    more, and in every pass only pixels inside count. As ``--robust-pixels``."""
+
     sample_frames: int | None = Field(default=None, ge=1)
     """Measure at most so many frames of the train split, drawn by a hash of their uid."""
 
@@ -255,8 +260,9 @@ class Scaling(_Settings):
                 where = f"{origin}: " if (origin := origins[part, name]) else ""
                 problems.append(f"{where}{part}.{name} is {item['input']!r}: {item['msg']}")
             raise InputError("; ".join(problems)) from error
-        if scaling.measuring.robust is not None and scaling.measuring.store is None:
-            raise InputError("measuring.robust looks into a store: name one (--store FOLDER)")
+        for name in ("robust", "robust_pixels"):
+            if getattr(scaling.measuring, name) is not None and scaling.measuring.store is None:
+                raise InputError(f"measuring.{name} looks into a store: name one (--store FOLDER)")
         return scaling
 
     @classmethod

@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
-from torch import Tensor
 
 from cuvis_dist.audit.compared import line_between
 from cuvis_dist.audit.groups import Group
 from cuvis_dist.audit.reference import RIDGE
 from cuvis_dist.audit.stored import Stored
-from cuvis_dist.errors import InputError
+from cuvis_dist.errors import CuvisDistError, one_line
 from cuvis_dist.initialization.passes import derived, freeze_fit
 from cuvis_dist.initialization.plan import Fit
-from cuvis_dist.nodes.catalogue import keeps_bands
+from cuvis_dist.nodes.catalogue import keeps_bands, yardsticks_of
+from cuvis_dist.nodes.recipe import CollectedRecipe
 from cuvis_dist.statistics import ExactMoments, Extrema, Moments, Statistic
 
 #: Nodes freeze float32: a buffer is the mean if it is so close to it, relative to the largest.
@@ -43,11 +43,14 @@ class NodeDrift:
         The node.
     ratio : float
         ``mean |m - m₀| / mean |m₀|``, the mean-drift ratio of the guide to two-phase training; of
-        a node that is fitted by extrema, their mean shift by the mean range.
+        a node that is fitted by extrema, their mean shift by the mean range; of others, the same
+        of what they freeze.
     of : str
-        What the ratio is of: ``mean`` or ``range``.
+        What the ratio is of: ``mean``, ``range``, or the name of a buffer or parameter: of several
+        the one that has changed most.
     figures : dict of str to float
-        What else is known: gain, offset, and the distances of the distributions.
+        What else is known: gain, offset, and the distances of the distributions; for a node of a
+        later pass the ``standard_error`` of the ratio, and how many pixels the ``sample`` has.
     groups : dict of str to float
         The ratio of each group.
     spectra : dict of str to tuple of ndarray and ndarray
@@ -55,6 +58,8 @@ class NodeDrift:
         ``[C]`` each.
     bands : bool
         Whether its channels are the bands of the port that is audited.
+    at : str
+        The buffer or parameter, where neither a mean nor a range was compared.
     """
 
     node: str
@@ -66,10 +71,18 @@ class NodeDrift:
         default_factory=dict, compare=False, repr=False
     )
     bands: bool = False
+    at: str = ""
+
+    @property
+    def surely(self) -> float:
+        """The ratio less twice its standard error, where it is of a sample."""
+        return self.ratio - 2 * self.figures.get("standard_error", 0.0)
 
 
-def drift(stored: Stored, initialized: CuvisPipeline, groups: Sequence[Group]) -> list[NodeDrift]:
-    """Compare an archive with an initialization, node by node.
+def drift(
+    stored: Stored, initialized: CuvisPipeline, groups: Sequence[Group]
+) -> tuple[list[NodeDrift], dict[str, str]]:
+    """Compare an archive with an initialization, node by node of the first pass.
 
     Parameters
     ----------
@@ -80,25 +93,22 @@ def drift(stored: Stored, initialized: CuvisPipeline, groups: Sequence[Group]) -
     groups : sequence of Group
         The groups that the stored frames form.
 
-    Raises
-    ------
-    InputError
-        If none of its nodes can be compared.
+    Returns
+    -------
+    tuple of list of NodeDrift and dict of str to str
+        The nodes that were compared; and the others of that pass, each with the reason.
     """
     nodes = {node.name: node for node in initialized.nodes()}
     merged = {key: reduce(lambda a, b: a.merge(b), each) for key, each in stored.statistics.items()}
-    found = [
-        each
-        for fit in stored.fits
-        if (each := _of_node(_in(fit, nodes), stored, merged, groups)) is not None
-    ]
-    if not found:
-        there = ", ".join(fit.node.name for fit in stored.fits)
-        raise InputError(
-            f"the initialization {initialized.name} has no fitted node that can be compared: the "
-            f"store has what {there} is fitted on"
-        )
-    return found
+    found, why = list[NodeDrift](), dict[str, str]()
+    for fit in stored.fits:
+        there = _in(fit, nodes)
+        each = _of_node(there, stored, merged, groups) if there else "the pipeline has no such node"
+        if isinstance(each, str):
+            why[fit.node.name] = each
+        else:
+            found.append(each)
+    return found, why
 
 
 def _in(fit: Fit, nodes: Mapping[str, Node]) -> Fit | None:
@@ -111,48 +121,90 @@ def _in(fit: Fit, nodes: Mapping[str, Node]) -> Fit | None:
 
 
 def _of_node(
-    fit: Fit | None,
-    stored: Stored,
-    merged: dict[str, Statistic],
-    groups: Sequence[Group],
-) -> NodeDrift | None:
-    if fit is None or not getattr(fit.node, "_statistically_initialized", True):
-        return None
+    fit: Fit, stored: Stored, merged: dict[str, Statistic], groups: Sequence[Group]
+) -> NodeDrift | str:
+    if not getattr(fit.node, "_statistically_initialized", True):
+        return "it was not fitted"
+    again = copy.deepcopy(fit.node)
     try:
         now = derived(fit, merged, stored.probes)
-    except (ValueError, KeyError, RuntimeError):  # nodes of the same name, and of other bands
-        return None
-    before = {name: _array(value) for name, value in _state(fit.node).items()}
-    again = copy.deepcopy(fit.node)
-    freeze_fit(replace(fit, node=again), now)
-    after = {name: _array(value) for name, value in _state(again).items()}
-    if isinstance(now, Extrema):
-        found = _of_extrema(fit, now, before, after)
-        return found and replace(found, bands=_keeps_bands(fit, stored))
-    if not isinstance(now, Moments | ExactMoments):
-        return None
-    name = _which(after, now.mean.numpy())
-    if name is None or before[name].shape != after[name].shape:
-        return None
-    mean = before[name].reshape(-1)
-    covariance = _covariance(now, before, after)
-    figures = _figures(now, mean, covariance)
-    uids = {frame.uid: i for i, frame in enumerate(stored.frames)}
+        freeze_fit(replace(fit, node=again), now)
+    except (ValueError, KeyError, RuntimeError, CuvisDistError) as error:
+        return f"it cannot be fitted on what the store has: {one_line(error)}"
+    found = compared(fit, now, state_of(fit.node), state_of(again))
+    if isinstance(found, str):
+        return found
     of_groups = {}
-    for group in groups:
-        parts = [stored.statistics[fit.source.key][uids[frame.uid]] for frame in group.frames]
-        of = derived(fit, {fit.source.key: reduce(lambda a, b: a.merge(b), parts)}, stored.probes)
-        assert isinstance(of, Moments | ExactMoments)
-        of_groups[group.name] = _ratio(of.mean.numpy(), mean)
-    return NodeDrift(
-        fit.node.name,
-        _ratio(now.mean.numpy(), mean),
-        "mean",
-        figures,
-        of_groups,
-        {"mean": (mean, now.mean.numpy())},
-        _keeps_bands(fit, stored),
-    )
+    if found.of == "mean":
+        uids = {frame.uid: i for i, frame in enumerate(stored.frames)}
+        (mean, _) = found.spectra["mean"]
+        for group in groups:
+            parts = [stored.statistics[fit.source.key][uids[frame.uid]] for frame in group.frames]
+            whole = {fit.source.key: reduce(lambda a, b: a.merge(b), parts)}
+            of: Any = derived(fit, whole, stored.probes)
+            of_groups[group.name] = _ratio(of.mean.numpy(), mean)
+    return replace(found, groups=of_groups, bands=_keeps_bands(fit, stored))
+
+
+def compared(
+    fit: Fit,
+    now: Statistic,
+    before: dict[str, np.ndarray],
+    after: dict[str, np.ndarray],
+    at: str = "",
+) -> NodeDrift | str:
+    """Return how far what a node froze is from what it would freeze now; or why nobody can say.
+
+    Parameters
+    ----------
+    now : Statistic
+        What it would be fitted from now.
+    before, after : dict of str to ndarray
+        Its :func:`state_of` then and now.
+    at : str
+        Which buffer or parameter is compared where it has no mean or range; by default the one
+        that has changed most.
+    """
+    unlike = [n for n in before if n in after and before[n].shape != after[n].shape]
+    if unlike:
+        return f"its {unlike[0]} had the shape {[*before[unlike[0]].shape]}: it had other bands"
+    if isinstance(now, Extrema) and (of_extrema := _of_extrema(fit, now, before, after)):
+        return of_extrema
+    if isinstance(now, Moments | ExactMoments):
+        name = _which(after, now.mean.numpy())
+        if name is not None and name in before:
+            mean = before[name].reshape(-1)
+            figures = _figures(now, mean, _covariance(now, before, after))
+            spectra = {"mean": (mean, now.mean.numpy())}
+            ratio = _ratio(now.mean.numpy(), mean)
+            return NodeDrift(fit.node.name, ratio, "mean", figures, spectra=spectra)
+    if isinstance(fit.recipe, CollectedRecipe):
+        return "what it finds (clusters, endmembers, vectors) has no order to be compared in"
+    return _of_state(fit, before, after, at)
+
+
+def _of_state(
+    fit: Fit, before: dict[str, np.ndarray], after: dict[str, np.ndarray], at: str
+) -> NodeDrift | str:
+    """Return the drift of the buffer or parameter that has changed most, or of the one ``at``."""
+    units, ratios = yardsticks_of(type(fit.node)), dict[str, tuple[float, str]]()
+    wide = {name: torch.from_numpy(value) for name, value in before.items()}
+    for name, was in before.items():
+        if name not in after or not was.size or (at and name != at):
+            continue
+        change = after[name] - was
+        if was.ndim > 1 and len(was) > 1:  # rows such as components have no sign
+            rows = was.reshape(len(was), -1), after[name].reshape(len(was), -1)
+            change = np.minimum(np.abs(rows[0] - rows[1]), np.abs(rows[0] + rows[1]))
+        whole, of = float(np.abs(was).mean()), name
+        if name in units:
+            whole = float(units[name].of(wide).abs().mean())
+            of = "range" if units[name].unit.endswith("range") else name
+        ratios[name] = float(np.abs(change).mean()) / max(whole, 1e-30), of
+    if not ratios:
+        return "its class keeps what it freezes in no buffer"
+    name = max(ratios, key=lambda each: ratios[each][0])
+    return NodeDrift(fit.node.name, *ratios[name], at=name)
 
 
 def _keeps_bands(fit: Fit, stored: Stored) -> bool:
@@ -187,13 +239,11 @@ def _of_extrema(
     return NodeDrift(fit.node.name, shift / max(width, 1e-30), "range", figures, spectra=spectra)
 
 
-def _state(node: Any) -> dict[str, Tensor]:
-    named = {**dict(node.named_buffers()), **dict(node.named_parameters())}
-    return {name: value for name, value in named.items() if value.is_floating_point()}
-
-
-def _array(value: Tensor) -> np.ndarray:
-    return value.detach().to(torch.float64).cpu().numpy()
+def state_of(node: Any) -> dict[str, np.ndarray]:
+    """Return what of a node is saved and is no whole number, as float64, by name."""
+    saved = {name: value for name, value in node.state_dict().items() if torch.is_tensor(value)}
+    wide = {n: v.detach().to(torch.float64) for n, v in saved.items() if v.is_floating_point()}
+    return {name: value.numpy(force=True).copy() for name, value in wide.items()}
 
 
 def _which(state: Mapping[str, np.ndarray], wanted: np.ndarray) -> str | None:

@@ -43,6 +43,16 @@ class Stored:
         By measurement, of each of the frames.
     probes : dict of str to Tensor
         By measurement, a few real pixels ``[N, C]``.
+    archive : Archive or None
+        All frames of the archive.
+    step : Pass or None
+        The pass that a store keeps, with the later levels that a sample of pixels would do for.
+    why_not : dict of str to str
+        The nodes that neither is enough for, each with the reason.
+    drawn : list of Drawn or None
+        The sampled pixels of each of the frames.
+    counted : str
+        Which pixels count: the setting ``measuring.pixels``.
     """
 
     frames: list[FrameStatistics]
@@ -52,6 +62,11 @@ class Stored:
     fits: tuple[Fit, ...] = ()
     statistics: dict[str, list[Statistic]] = field(default_factory=dict)
     probes: dict[str, Tensor] = field(default_factory=dict)
+    archive: Archive | None = None
+    step: Pass | None = None
+    why_not: dict[str, str] = field(default_factory=dict)
+    drawn: list[Drawn | None] = field(default_factory=list)
+    counted: str = "all"
 
 
 def read_store(
@@ -133,7 +148,26 @@ def read_store(
         step.fits,
         {key: [of[i] for i in positions] for key, of in statistics.items()},
         probes,
+        archive,
+        *_later(pipeline, step, measuring),
+        [at and at.at(i) for i, at in ((i, drawn.get(i)) for i in positions)],
+        measuring.pixels,
     )
+
+
+def _later(
+    pipeline: CuvisPipeline, step: Pass, measuring: Measuring
+) -> tuple[Pass | None, dict[str, str]]:
+    """Return the pass with what a sample would do for, and why it would not for other nodes."""
+    plan = planned(pipeline, measuring.model_copy(update={"later_levels": "sampled"}))
+    same = next((each for each in plan if each.by_key() == step.by_key()), None)
+    why: dict[str, str] = {}
+    for other in plan:
+        if other.streamed is not None:
+            why[other.streamed.name] = "it is fitted on whole frames, which a store does not keep"
+        elif other is not same:
+            why |= {fit.node.name: fit.again or "a pass of its own" for fit in other.fits}
+    return same, why
 
 
 def _measured(pipeline: CuvisPipeline, measuring: Measuring) -> tuple[Pass, Measurement]:

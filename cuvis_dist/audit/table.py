@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cuvis_dist.audit.audit import Audit, Row
@@ -72,16 +72,22 @@ def verdict(audit: Audit) -> str:
     return f"none of {len(audit.rows)} stands out"
 
 
-def drift_text(drifts: Sequence[NodeDrift]) -> list[str]:
-    """Return a line for each node that was compared, and for the groups farthest from it."""
+def drift_text(drifts: Sequence[NodeDrift], why_not: Mapping[str, str]) -> list[str]:
+    """Return a line for each node, and for the groups that are farthest from it.
+
+    Parameters
+    ----------
+    why_not : mapping of str to str
+        The nodes that were not compared, each with the reason.
+    """
     lines = []
     for each in drifts:
         figures = ", ".join(f"{SAID[name]} {value:.4g}" for name, value in each.figures.items())
-        what = "of its mean" if each.of == "mean" else "of its range"
-        lines.append(f"drift    {each.node}: {each.ratio:.4f} {what} ({figures})")
+        more = f" ({figures})" if figures else ""
+        lines.append(f"drift    {each.node}: {each.ratio:.4f} of its {each.of}{more}")
         farthest = sorted(each.groups.items(), key=lambda item: -item[1])[:3]
         lines += [f"           {ratio:.4f}  {name}" for name, ratio in farthest]
-    return lines
+    return lines + [f"drift    {name}: not compared: {why}" for name, why in why_not.items()]
 
 
 #: What the figures of a drift are called.
@@ -94,10 +100,14 @@ SAID = {
     "bhattacharyya": "Bhattacharyya distance",
     "minimum": "minimum by",
     "maximum": "maximum by",
+    "standard_error": "standard error",
+    "sample": "sampled pixels",
 }
 
 
-def as_json(audit: Audit, drifts: Sequence[NodeDrift] = ()) -> dict[str, Any]:
+def as_json(
+    audit: Audit, drifts: Sequence[NodeDrift] = (), why_not: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Return the audit as plain values; what is not known is null."""
 
     def known(figures: dict[str, float]) -> dict[str, float | None]:
@@ -132,4 +142,5 @@ def as_json(audit: Audit, drifts: Sequence[NodeDrift] = ()) -> dict[str, Any]:
             }
             for each in drifts
         ],
+        "not_compared": dict(why_not or {}),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,20 +97,35 @@ def _audit(arguments: argparse.Namespace, lines: Lines) -> int:
     from cuvis_dist.audit.audit import audit
     from cuvis_dist.audit.drift import drift
     from cuvis_dist.audit.groups import grouped
+    from cuvis_dist.audit.outliers import Outliers, outliers
     from cuvis_dist.audit.table import as_json, as_text, drift_text
 
     lines.wait(f"comparing {len(stored.frames)} frames")
     found = audit(stored.frames, arguments.by, stored.wavelengths)
-    groups = grouped(stored.frames, arguments.by) if before or arguments.report else []
-    drifts = drift(stored, before, groups) if before else []
+    groups = grouped(stored.frames, arguments.by)
+    foreign = outliers(stored, {frame.uid: g.name for g in groups for frame in g.frames})
+    drifts, why_not = drift(stored, before, groups) if before else ([], {})
+    if before:
+        from cuvis_dist.audit.later import later_drift
+
+        lines.wait("fitting later nodes again")
+        later, further = later_drift(stored, before)
+        drifts, why_not = drifts + later, why_not | further
+        if not drifts:
+            reasons = "; ".join(f"{name}: {why}" for name, why in why_not.items())
+            raise InputError(
+                f"no node of {arguments.against} can be compared with what the store has: {reasons}"
+            )
     place = None
     if arguments.report:
         lines.wait("drawing the report")
         facts = {"name": trainrun.config.name, "store": str(scaling.measuring.store)}
+        facts["pixels outside"] = foreign if isinstance(foreign, str) else foreign.summary
         place = _report(arguments, facts, stored, groups, found, drifts)
     lines.settle()
     if arguments.json:
-        print(json.dumps(as_json(found, drifts), indent=2))
+        said = asdict(foreign) if isinstance(foreign, Outliers) else {"unknown": foreign}
+        print(json.dumps(as_json(found, drifts, why_not) | {"outside_of_bulk": said}, indent=2))
     else:
         pixels = sum(row.pixels for row in found.rows)
         print(
@@ -118,11 +134,14 @@ def _audit(arguments: argparse.Namespace, lines: Lines) -> int:
         )
         if stored.missing:
             print(f"{stored.missing:,} frames of the train split are not in it (measure adds them)")
-        print(*as_text(found), *drift_text(drifts), sep="\n")
+        told = [f"outside  of the bulk of pixels is not known: {foreign}"]
+        if isinstance(foreign, Outliers):
+            told = foreign.lines()
+        print(*as_text(found), *told, *drift_text(drifts, why_not), sep="\n")
         if place is not None:
             print(f"report   {place}")
-    largest = max(drifts, key=lambda each: each.ratio, default=None)
-    if most is not None and largest is not None and largest.ratio > most:
+    largest = max(drifts, key=lambda each: each.surely, default=None)
+    if most is not None and largest is not None and largest.surely > most:
         raise DriftError(
             f"the {largest.of} of {largest.node} has drifted by {largest.ratio:.4g} of itself "
             f"since {arguments.against}, and {most:g} is allowed (--max-drift): look at the "

@@ -20,6 +20,7 @@ _SHORT = {
     "fold": "measuring.fold",
     "store": "measuring.store",
     "robust": "measuring.robust",
+    "robust_pixels": "measuring.robust_pixels",
     "verify": "reading.verify",
 }
 

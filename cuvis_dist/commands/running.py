@@ -61,6 +61,12 @@ def add(commands: Any) -> None:
                 metavar="PART",
                 help="fit phase 1 on the bulk of the frames, at least this part of them, e.g. 0.9",
             )
+            command.add_argument(
+                "--robust-pixels",
+                type=float,
+                metavar="PART",
+                help="fit phase 1 on the bulk of the pixels, about this part of them or more",
+            )
 
 
 def add_demo(commands: Any) -> None:
@@ -156,6 +162,8 @@ def _run_and_print(
             print(f"store    {done.from_store:,} of {done.frames:,} frames, {read:,} read")
     for words in record.left_out.values():
         print(f"left out {words}")
+    for line in record.outside():
+        print(f"left out {line}")
     for line in record.sampled():
         print(f"sampled  {line}")
     print(f"pipeline {record.pipeline}")

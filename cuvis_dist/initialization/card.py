@@ -101,6 +101,9 @@ class Card(_Part):
     nodes : dict of str to dict
         Per fitted node its statistic, how many pixels, whether it is exact; see
         :class:`~cuvis_dist.initialization.passes.PassRecord`.
+    inside : dict or None
+        Which pixels counted, where only those of the bulk did; see
+        :class:`~cuvis_dist.initialization.inside.Inside`.
     findings : list of dict
         What looked bad about the fit: ``node`` and ``message``.
     metrics : dict
@@ -122,6 +125,7 @@ class Card(_Part):
     state: str
     settings: dict[str, Any] = {}
     nodes: dict[str, dict[str, Any]] = {}
+    inside: dict[str, Any] | None = None
     findings: list[dict[str, str]] = []
     metrics: dict[str, dict[str, float | None]] = {}
     versions: dict[str, str] = Field(default_factory=lambda: package_versions())
@@ -211,6 +215,7 @@ class Source:
             # Where statistics are kept changes no result.
             "settings": self.measuring.model_dump(mode="json", exclude={"store"}),
             "nodes": {name: fit for done in self.passes for name, fit in done.nodes.items()},
+            "inside": next((done.inside for done in self.passes if done.inside), None),
             "findings": [asdict(finding) for finding in self.findings],
         }
 

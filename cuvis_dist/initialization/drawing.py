@@ -19,7 +19,8 @@ from torch import Tensor
 
 from cuvis_dist.archive import Frame
 from cuvis_dist.errors import DataError, one_line
-from cuvis_dist.initialization.measuring import annotated
+from cuvis_dist.initialization.inside import Inside
+from cuvis_dist.initialization.measuring import annotated, compute_inputs
 from cuvis_dist.initialization.plan import Pass
 from cuvis_dist.nodes.upstream import edges_into, nodes_before, run_nodes
 from cuvis_dist.scaling import Measuring
@@ -81,6 +82,8 @@ class Drawing:
         Which pixels count.
     expected : float
         How many pixels are kept of a frame, on average.
+    inside : Inside, optional
+        Which pixels are of the bulk: others do not count.
     """
 
     def __init__(
@@ -89,12 +92,13 @@ class Drawing:
         names: Sequence[str],
         measuring: Measuring,
         expected: float,
+        inside: Inside | None = None,
     ) -> None:
         named = {name.rpartition(_PORT)[0] for name in names}
         known = [node for node in pipeline.nodes() if node.name in named]
         self.nodes = {node.name for node in (*known, *nodes_before(pipeline, known))}
         self.names, self.seed = [*names], measuring.sample_seed
-        self.pixels, self.expected = measuring.pixels, expected
+        self.pixels, self.expected, self.inside = measuring.pixels, expected, inside
         self._constants: dict[str, Tensor] = {}
 
     def frame(
@@ -126,6 +130,8 @@ class Drawing:
         index = np.arange(height * width)
         if self.pixels == "unlabelled" and (anomalies := annotated(pipeline, batch)) is not None:
             index = index[(anomalies.reshape(-1) == 0).numpy(force=True)]
+        if self.inside is not None:
+            index = index[self._of_bulk(pipeline, batch, frame)[index]]
         index, drawn = draw(index, self.seed, frame.uid, self.expected)
         if not len(index):
             return drawn
@@ -163,6 +169,13 @@ class Drawing:
             self._constants[name] = value.clone()
         return self._constants[name]
 
+    def _of_bulk(self, pipeline: CuvisPipeline, batch: dict[str, Any], frame: Frame) -> np.ndarray:
+        """Return which pixels of a frame are of the bulk, ``[N]`` bool."""
+        assert self.inside is not None
+        (node,) = (node for node in pipeline.nodes() if node.name == self.inside.node)
+        inputs = compute_inputs(pipeline, node, batch, str(frame))
+        return self.inside.mask(inputs).numpy(force=True)
+
     def _values(self, pipeline: CuvisPipeline, batch: dict[str, Any]) -> dict[str, Any]:
         """Return what is kept of a batch, by name."""
         batch = pipeline.move_batch_to_device(batch)
@@ -186,7 +199,8 @@ def drawing_for(
     if not this_pass.later:
         return None
     expected = expected_per_frame(measuring.sample_pixels, frames)
-    return Drawing(pipeline, Frontier(pipeline, this_pass).names, measuring, expected)
+    names = Frontier(pipeline, this_pass).names
+    return Drawing(pipeline, names, measuring, expected, this_pass.inside)
 
 
 def kept_at(node: str, port: str) -> str:

@@ -189,6 +189,7 @@ def identify(pipeline: CuvisPipeline, archive: Archive, this_pass: Pass, scaling
     return hash_settings(
         {
             "pass": str(this_pass),
+            "inside": this_pass.inside and this_pass.inside.described(),
             "settings": scaling.measuring.model_dump(mode="json", exclude={"store"}),
             "frames": [frame.uid for frame in archive.frames],
             "batches": archive.batch_size if this_pass.streamed is not None else None,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cuvis_dist.archive import Frame
 from cuvis_dist.errors import DataError, one_line
+from cuvis_dist.initialization.inside import Inside
 from cuvis_dist.nodes.catalogue import annotation_port, is_pixelwise
 from cuvis_dist.nodes.recipe import Recipe
 from cuvis_dist.nodes.strips import strips
@@ -77,6 +78,8 @@ class Measurer:
     ranks : dict of str to Tensor, optional
         Smallest ranks that this process has met per sampled measurement; updated. What lies
         above them cannot be in the sample of the archive and is left out of the next partials.
+    inside : Inside, optional
+        Which pixels are of the bulk: others do not count.
     """
 
     def __init__(
@@ -85,13 +88,17 @@ class Measurer:
         measurements: dict[str, tuple[str, Recipe]],
         pixels: str = "all",
         ranks: dict[str, Tensor] | None = None,
+        inside: Inside | None = None,
     ) -> None:
-        self.pipeline, self.pixels = pipeline, pixels
+        self.pipeline, self.pixels, self.inside = pipeline, pixels, inside
         self.ranks: dict[str, Tensor] = {} if ranks is None else ranks
         named = {node.name: node for node in pipeline.nodes()}
         self.measurements = {key: (named[name], r) for key, (name, r) in measurements.items()}
         self.targets = list(dict.fromkeys(node for node, _ in self.measurements.values()))
-        self.before = nodes_before(pipeline, self.targets)
+        self.looked_at = [*self.targets]
+        if inside is not None and named[inside.node] not in self.targets:
+            self.looked_at.append(named[inside.node])
+        self.before = nodes_before(pipeline, self.looked_at)
         self.by_strips = all(r.by_strips for _, r in self.measurements.values()) and all(
             is_pixelwise(node) for node in self.before
         )
@@ -146,13 +153,19 @@ class Measurer:
         """Yield, strip by strip, the pixels ``[N, C]`` that count and their indices, by key."""
         seen = Counter[str]()
         for part in strips(batch, len(self.before)) if self.by_strips else [batch]:
-            inputs = {n: compute_inputs(self.pipeline, n, part, str(frame)) for n in self.targets}
+            every_input = (
+                compute_inputs(self.pipeline, n, part, str(frame)) for n in self.looked_at
+            )
+            inputs = dict(zip(self.looked_at, every_input, strict=True))
             wanted = self._wanted(part, frame)
+            inside = self._inside(inputs)
             chosen = {}
             for key, (node, recipe) in self.measurements.items():
                 with _naming(f"{frame} cannot be measured for node {node.name}"):
                     every = recipe.pixels(node, inputs[node])
-                    pixels, index = _selected(every, recipe.counts(node, inputs[node]), wanted)
+                    pixels, index = _selected(
+                        every, recipe.counts(node, inputs[node]), wanted, inside
+                    )
                     if self.pixels == "finite":
                         pixels, index = _finite_only(pixels, index)
                 chosen[key] = pixels, index + seen[key]
@@ -182,6 +195,13 @@ class Measurer:
                 "annotated anomalies. Annotate the recording or use pixels: all"
             )
         return anomalies.reshape(-1) == 0
+
+    def _inside(self, inputs: Mapping[Node, dict[str, Any]]) -> Tensor | None:
+        """Return which pixels are of the bulk, ``[N]``; None where all of them count."""
+        if self.inside is None:
+            return None
+        (given,) = (of for node, of in inputs.items() if node.name == self.inside.node)
+        return self.inside.mask(given)
 
     def _bound(self, key: str, size: int) -> float:
         ranks = self.ranks.get(key)
@@ -218,11 +238,9 @@ def annotated(pipeline: CuvisPipeline, batch: dict[str, Any]) -> Tensor | None:
     return batch["mask"]
 
 
-def _selected(
-    pixels: Tensor, counts: Tensor | None, wanted: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return the pixels that count, and their indices."""
-    given = [mask.to(pixels.device) for mask in (counts, wanted) if mask is not None]
+def _selected(pixels: Tensor, *masks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the pixels that count by all masks, and their indices."""
+    given = [mask.to(pixels.device) for mask in masks if mask is not None]
     if not given:
         return pixels, torch.arange(len(pixels))
     if any(len(mask) != len(pixels) for mask in given):

@@ -65,6 +65,9 @@ class PassRecord:
     from_store : int or None
         How many of the frames were not read, since a store had what was measured of them; None
         where the pass used no store.
+    inside : dict or None
+        Which pixels counted, where only those of the bulk did (the setting
+        ``measuring.robust_pixels``): see :class:`~cuvis_dist.initialization.inside.Inside`.
     """
 
     nodes: dict[str, dict[str, Any]]
@@ -78,6 +81,7 @@ class PassRecord:
     restored_frames: int = 0
     repeated: list[int] = field(default_factory=list)
     from_store: int | None = None
+    inside: dict[str, Any] | None = None
 
 
 def measure_pass(
@@ -139,6 +143,7 @@ def measure_pass(
         tally.skipped,
         *restored,
         sorted(tally.repeated),
+        inside=this_pass.inside.described() if this_pass.inside else None,
     )
     return record, left, outcome
 
@@ -157,7 +162,7 @@ def _rows(
     ):
         order = engine.make_order(pipeline, archive, scaling.measuring.on_error == "skip")
         drawing = drawing_for(pipeline, this_pass, scaling.measuring, len(archive))
-        measure = MeasureShard(order, this_pass.by_key(), scaling, drawing)
+        measure = MeasureShard(order, this_pass.by_key(), scaling, drawing, this_pass.inside)
         yield from spread(shards, measure, engine)
 
 

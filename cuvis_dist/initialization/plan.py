@@ -18,6 +18,7 @@ from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_schemas.enums import ExecutionStage
 
+from cuvis_dist.initialization.inside import Inside
 from cuvis_dist.nodes.affine import Hop
 from cuvis_dist.nodes.catalogue import affine_hop, recipe_for
 from cuvis_dist.nodes.recipe import Recipe
@@ -100,6 +101,8 @@ class Pass:
     later : tuple of Pass
         What is measured, and fitted, without another reading: on a sample of the pixels, level
         after level (see :mod:`~cuvis_dist.initialization.levels`).
+    inside : Inside or None
+        Which pixels count: those of the bulk; None for all that the settings say.
     """
 
     measurements: tuple[Measurement, ...] = ()
@@ -107,6 +110,7 @@ class Pass:
     streamed: Node | None = None
     after: tuple[str, ...] = ()
     later: tuple[Pass, ...] = ()
+    inside: Inside | None = None
 
     @property
     def nodes(self) -> list[Node]:

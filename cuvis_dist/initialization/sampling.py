@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from itertools import accumulate
 from typing import Any
 
@@ -43,7 +44,7 @@ _GROUPS = 64
 #: Pixels that an affine map is checked on.
 _PROBES = 256
 #: A sample of fewer pixels gives no standard errors worth the name.
-_FEWEST = 512
+FEWEST = 512
 #: Groups that are computed at a time, at most.
 _THREADS = 8
 
@@ -99,13 +100,13 @@ def fit_later(
     again = "the archive is read again for {}: {}"
     try:
         sample = _sample(outcome, scaling)
-        fitter = _Fitter(pipeline, archive, this_pass, sample, scaling.measuring.pixels)
+        fitter = Fitter(pipeline, archive, this_pass, sample, scaling.measuring.pixels)
         exact = {
             fit.node.name: derived(fit, outcome.statistics, outcome.probes)
             for fit in this_pass.fits
             if fit.recipe.statistic is Moments
         }
-        with _one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
+        with one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
             while levels:
                 fitted, left = fitter.fit(levels[0], exact, pool)
                 result.nodes |= fitted
@@ -138,7 +139,7 @@ def _sample(outcome: Outcome, scaling: Scaling) -> DrawnSample:
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[int]:
+def one_thread_each() -> Iterator[int]:
     """Let one thread compute a group, and yield how many groups to compute at a time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -148,7 +149,7 @@ def _one_thread_each() -> Iterator[int]:
         torch.set_num_threads(before)
 
 
-class _Fitter:
+class Fitter:
     """Fits one level of nodes after another on a sample."""
 
     def __init__(
@@ -168,6 +169,28 @@ class _Fitter:
         self, level: Pass, exact: dict[str, Any], pool: ThreadPoolExecutor
     ) -> tuple[dict[str, dict[str, Any]], list[Fit]]:
         """Fit a level; return what a record says of its nodes, and fits that need a reading."""
+        parts, probes = self.measure(level, pool)
+        whole = {key: merged(some) for key, some in parts.items()}
+        if self.sample.fraction < 1 and min(each.n for each in whole.values()) < FEWEST:
+            raise _UnusableError("too few pixels of the sample count for standard errors")
+        fitted, left = freeze_fits(level, whole, probes)
+        for fit in level.fits:
+            if fit.node.name in fitted:
+                said = self._said(fit, parts[fit.source.key], probes, exact)
+                fitted[fit.node.name]["sampled"] = said
+        self.done += fitted
+        return fitted, left
+
+    def measure(
+        self, level: Pass, pool: ThreadPoolExecutor
+    ) -> tuple[dict[str, list[Statistic]], dict[str, Tensor]]:
+        """Return by measurement the statistics of each group of pixels, and some of the pixels.
+
+        Raises
+        ------
+        DataError
+            If none is left, or values are not finite.
+        """
         parts: dict[str, list[Statistic]] = {m.key: [] for m in level.measurements}
         probes: dict[str, Tensor] = {}
         groups = range(min(_GROUPS, self.sample.k))
@@ -180,16 +203,7 @@ class _Fitter:
                 f"no pixel is left for node {level.nodes[0].name}: masks and the setting pixels "
                 "leave all out"
             )
-        merged = {key: [*accumulate(some, _merge)][-1] for key, some in parts.items()}
-        if self.sample.fraction < 1 and min(each.n for each in merged.values()) < _FEWEST:
-            raise _UnusableError("too few pixels of the sample count for standard errors")
-        fitted, left = freeze_fits(level, merged, probes)
-        for fit in level.fits:
-            if fit.node.name in fitted:
-                said = self._said(fit, parts[fit.source.key], probes, exact)
-                fitted[fit.node.name]["sampled"] = said
-        self.done += fitted
-        return fitted, left
+        return parts, probes
 
     def _group(self, level: Pass, number: int, groups: int) -> list[tuple[str, Statistic, Tensor]]:
         """Return the statistics of one group of pixels by measurement, and some of its pixels."""
@@ -239,10 +253,10 @@ class _Fitter:
     ) -> dict[str, Any]:
         """Return what a record says of a node that was fitted on the sample."""
         fraction = self.sample.fraction
-        moments: Any = derived(fit, {fit.source.key: [*accumulate(parts, _merge)][-1]}, probes)
+        moments: Any = derived(fit, {fit.source.key: merged(parts)}, probes)
         without = [moments, moments]  # nothing is left out of a sample of all pixels
         if fraction < 1:
-            without = [derived(fit, {fit.source.key: each}, probes) for each in _without(parts)]
+            without = [derived(fit, {fit.source.key: each}, probes) for each in without_each(parts)]
         errors = {
             "mean": _entry(moments.mean, error_of_mean(_variances(moments), moments.n, fraction)),
             "standard deviation": _entry(
@@ -275,11 +289,16 @@ class _Fitter:
         return None
 
 
+def merged(parts: Sequence[Statistic]) -> Statistic:
+    """Return the statistic of all parts together."""
+    return reduce(_merge, parts)
+
+
 def _merge(a: Statistic, b: Statistic) -> Statistic:
     return a.merge(b)
 
 
-def _without(parts: Sequence[Statistic]) -> list[Statistic]:
+def without_each(parts: Sequence[Statistic]) -> list[Statistic]:
     """Return the statistic of all parts but one, for each of them."""
     ahead = [None, *accumulate(parts, _merge)][:-1]
     behind = [None, *accumulate(reversed(parts), lambda b, a: a.merge(b))][:-1][::-1]

@@ -24,6 +24,8 @@ def can_be_stored(this_pass: Pass, pipeline: CuvisPipeline, fitted: Collection[s
     fitted : collection of str
         Names of the nodes that earlier passes fit.
     """
+    if this_pass.inside is not None:  # which pixels these are changes with every frame
+        return False
     before = nodes_before(pipeline, [m.node for m in this_pass.measurements])
     return this_pass.streamed is None and not {node.name for node in before} & {*fitted}
 
@@ -53,7 +55,7 @@ def readings(
         The files of the archive; needed where the settings name a store.
     """
     plan = planned(pipeline, measuring)
-    if measuring.store is None or unseen(archive, contents):
+    if measuring.store is None or measuring.robust_pixels or unseen(archive, contents):
         return [(step, len(archive)) for step in plan]
     store, kept, found = Store(measuring.store), storable(plan, pipeline), []
     for step in plan:

@@ -17,6 +17,7 @@ from cuvis_dist.archive import Archive, Frame, Shard, batch_bytes
 from cuvis_dist.errors import DataError
 from cuvis_dist.execution.spread import Order, Row
 from cuvis_dist.initialization.drawing import Drawing
+from cuvis_dist.initialization.inside import Inside
 from cuvis_dist.initialization.measuring import Measurer, Partial, compute_inputs
 from cuvis_dist.nodes.recipe import Recipe
 from cuvis_dist.nodes.state import StatefulNodesError, StateWatch
@@ -76,6 +77,8 @@ class MeasureShard:
         Which pixels count, and how many frames may be skipped.
     drawing : Drawing, optional
         Keeps pixels for later levels.
+    inside : Inside, optional
+        Which pixels are of the bulk: others do not count.
     """
 
     ordered = False
@@ -86,8 +89,10 @@ class MeasureShard:
         measurements: dict[str, tuple[str, Recipe]],
         scaling: Scaling,
         drawing: Drawing | None = None,
+        inside: Inside | None = None,
     ) -> None:
         self.order, self.measurements, self.drawing = order, measurements, drawing
+        self.inside = inside
         self.pixels = scaling.measuring.pixels
         self.max_skipped = scaling.measuring.max_skipped
 
@@ -100,7 +105,7 @@ class MeasureShard:
 
     def _hands(self, ranks: dict[str, Tensor]) -> _Hands:
         archive, pipeline = self.order.open()
-        measurer = Measurer(pipeline, self.measurements, self.pixels, ranks)
+        measurer = Measurer(pipeline, self.measurements, self.pixels, ranks, self.inside)
         return _Hands(archive, measurer, StateWatch(measurer.before))
 
     def _measured(self, hands: _Hands, shard: Shard, probed: bool, first: bool) -> Row:

@@ -75,6 +75,12 @@ def require_whole_frames(node: Node, scaling: Scaling) -> None:
             f"node {node.name} ({type(node).__name__}) is fitted by its own code on whole frames, "
             f"so that pixels: {scaling.measuring.pixels} cannot be applied to it; use pixels: all"
         )
+    if scaling.measuring.robust_pixels is not None:
+        raise InputError(
+            f"node {node.name} ({type(node).__name__}) is fitted by its own code on whole frames, "
+            "so that no pixel of them can be left out (measuring.robust_pixels): use "
+            "measuring.robust, which leaves out frames"
+        )
 
 
 def stream_pass(

@@ -27,12 +27,13 @@ from cuvis_dist.execution.where import Work, begin, settled, work_on
 from cuvis_dist.initialization.card import Source
 from cuvis_dist.initialization.diagnosis import Finding, diagnose
 from cuvis_dist.initialization.from_store import Filler, measure_stored
+from cuvis_dist.initialization.inside import Inside
 from cuvis_dist.initialization.kept_pass import KeptPass, identify, renew
 from cuvis_dist.initialization.levels import planned
 from cuvis_dist.initialization.measured import Outcome
 from cuvis_dist.initialization.passes import PassRecord, measure_pass
 from cuvis_dist.initialization.plan import Pass, measured_directly, share
-from cuvis_dist.initialization.robust import frames_outside, moments_of
+from cuvis_dist.initialization.robust import bulk_of, moments_of
 from cuvis_dist.initialization.sampling import fit_later
 from cuvis_dist.initialization.served import can_be_stored, readings, unseen
 from cuvis_dist.initialization.stored import StoredPass
@@ -40,7 +41,7 @@ from cuvis_dist.initialization.streaming import require_whole_frames, stream_pas
 from cuvis_dist.nodes.state import StatefulNodesError
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.storage import Location, OutputFolder
-from cuvis_dist.store import Store, UnusableFileError
+from cuvis_dist.store import Store
 
 
 class StatisticalTrainer(UpstreamStatisticalTrainer):
@@ -95,6 +96,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         self.frames: Sequence[Frame] = ()
         self.contents = Contents({})
         self._store: Store | None = None
+        self._inside: Inside | None = None
 
     def fit(self, *, resume: bool = False) -> None:
         """Fit every statistical node of the pipeline on the train split.
@@ -120,7 +122,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
             If the stop event was set.
         """
         self.records, self.outcomes, self.left_out = [], [], {}
-        self.frames, self.contents = (), Contents({})
+        self.frames, self.contents, self._inside = (), Contents({}), None
         store = self.scaling.measuring.store
         self._store = None if store is None else Store(store, holds=True)
         plan, scaling = self._planned(), self.scaling  # before anything is read
@@ -139,8 +141,8 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
         work = partial(self._work, archive)
         self.scaling = settled(scaling, "the fit of phase 1", work)
         begin(self.scaling, training=False)
-        if scaling.measuring.robust is not None:
-            archive = self._bulk(plan[0], archive, scaling.measuring.robust)
+        if scaling.measuring.robust is not None or scaling.measuring.robust_pixels is not None:
+            archive = self._bulk(plan[0], archive)
             contents = contents.only(archive.frames)
             self.frames, self.contents = archive.frames, contents
 
@@ -151,7 +153,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
             while plan:
                 self._raise_if_cancelled()
                 number += 1
-                this_pass = plan.popleft()
+                this_pass = replace(plan.popleft(), inside=self._inside)
                 in_store = self._in_store(this_pass, archive)
                 keeps = resume and in_store is None  # a store keeps more
                 kept = self._kept(number, this_pass, archive) if keeps else None
@@ -216,26 +218,20 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
             self._store, self.pipeline, self.datamodule, archive, this_pass, measuring
         )
 
-    def _bulk(self, this_pass: Pass, archive: Archive, keep: float) -> Archive:
-        """Return the archive without the frames that are not of its bulk."""
+    def _bulk(self, this_pass: Pass, archive: Archive) -> Archive:
+        """Return the archive without the frames that are not of its bulk; note whose pixels are."""
         stored = self._in_store(this_pass, archive)
         if stored is None:
             raise InputError(
-                "measuring.robust looks for the bulk in what a store has of each frame: name one "
-                "(--store FOLDER) that can keep what the first pass measures"
+                "measuring.robust and robust_pixels look for the bulk in what a store has of each "
+                "frame: name one (--store FOLDER) that can keep what the first pass measures"
             )
         moments_of(this_pass)  # before anything is read
         filler = Filler(stored, self.pipeline, self.contents, self.scaling, lambda done: None)
-        while True:
-            try:
-                outside = frames_outside(stored, filler.fill(), keep)
-                break
-            except UnusableFileError:  # it does not count any more: measure what was in it
-                continue
-        for position, distance in outside.items():
+        outside, self._inside = bulk_of(filler, self.scaling.measuring)
+        for position, words in outside.items():
             frame = archive.frames[position]
-            words = f"{frame}: {distance:.3g} times as far as the bulk"
-            self.left_out[frame.uid] = words
+            self.left_out[frame.uid] = f"{frame}: {words}"
         if outside:
             logger.info(f"{len(outside)} of {len(archive)} frames are left out of the fit")
         return archive.only([i for i in range(len(archive)) if i not in outside])

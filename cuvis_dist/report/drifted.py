@@ -58,7 +58,7 @@ def drift_findings(found: Sequence[NodeDrift], most: float | None) -> list[tuple
             "drift",
         )
         for each in found
-        if most is not None and each.ratio > most
+        if most is not None and each.surely > most
     ]
 
 

@@ -220,6 +220,20 @@ class RunRecord(JobRecord):
                     lines.append(f"{name} {what}{value}, {error} ({of}{given})")
         return lines
 
+    def outside(self) -> list[str]:
+        """Return a line about the pixels that phase 1 left out since they are not of the bulk."""
+        for said, nodes in (
+            (done.inside, done.nodes) for done in self.passes if done.inside and done.nodes
+        ):
+            out = said["of"] - max(fit["pixels"] for fit in nodes.values())
+            most = [f"{name} ({part:.1%})" for name, part in [*said["outside"].items()][:3]]
+            return [
+                f"{out:,} of {said['of']:,} pixels at {said['at']}, outside of the bulk of "
+                f"{said['sample']:,} sampled ones"
+                + (f"; most in {', '.join(most)}" if most else "")
+            ]
+        return []
+
     def result(self) -> dict[str, Any]:
         """Return the ending, the pipeline and its metrics; the rest is in ``run.json``."""
         return self._ending() | {

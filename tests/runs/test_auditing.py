@@ -77,7 +77,10 @@ def test_the_table_names_the_recording_and_the_cause(stored, capsys):
     causes = {line.split()[1]: line for line in lines[2:10]}
     assert causes["recording_05.cu3s"].endswith("band 3 (526 nm) constant")
     assert re.search(r"  gain 1\.(3|29|31) over all bands$", causes[f"{WHICH}.cu3s"])
-    assert lines[-1].startswith("2 of 8 stand out")
+    (outside,) = (i for i, line in enumerate(lines) if line.startswith("outside  "))
+    assert lines[outside - 1].startswith("2 of 8 stand out")
+    assert "sampled pixels are outside of their bulk" in lines[outside]
+    assert lines[outside + 1].endswith("recording_05.cu3s")
 
 
 def test_json_by_a_column_of_the_universe(stored, capsys):
@@ -94,7 +97,9 @@ def test_drift_above_the_limit_has_an_exit_code_of_its_own(stored, capsys):
     against = str(trained / "Channel_Selector_initialized.yaml")
     assert audit(stored, "--against", against, "--max-drift", "0.001", "--json") == 0
     same = {each["node"]: each for each in json.loads(capsys.readouterr().out)["drift"]}
-    assert same.keys() == {"normalizer", "rx_detector"}
+    assert same.keys() == {"normalizer", "selector", "rx_detector", "logit_head"}
+    head = same.pop("logit_head")  # on a sample of the pixels: see audit/test_drift.py
+    assert head["ratio"] < 4 * head["figures"]["standard_error"] < 0.05
     assert max(each["ratio"] for each in same.values()) < 1e-6
     assert same["rx_detector"]["groups"].keys() == {f"recording_{i:02d}.cu3s" for i in range(8)}
 
@@ -176,3 +181,41 @@ def test_robust_leaves_out_contaminated_frames_and_says_so(tmp_path, capsys):
 def test_robust_needs_a_store(tmp_path, capsys):
     assert main(["init", str(archive(tmp_path)), "--robust", "0.9"]) == 2
     assert "name one (--store FOLDER)" in capsys.readouterr().err
+
+
+def test_robust_pixels_leaves_out_pixels_inside_frames_and_says_so(tmp_path, capsys):
+    trainrun = archive(tmp_path)
+    store = str(tmp_path / "store")
+
+    def planted(cube):
+        cube = cube.copy()
+        cube[3:8, 2:8] = 1.5 * cube[3:8, 2:8, ::-1]
+        return cube
+
+    spoil(trainrun, "recording_03_*", planted)
+    assert main(["audit", str(trainrun), "--store", store]) == 2
+    assert main(["init", str(trainrun), "--store", store, "--robust-pixels", "0.99"]) == 0
+    said = capsys.readouterr().out
+    record = json.loads((tmp_path / "results" / "run.json").read_text())
+    inside, nodes = record["passes"][0]["inside"], record["passes"][0]["nodes"]
+    out = inside["of"] - nodes["rx_detector"]["pixels"]
+    assert inside["of"] == 32 * 24 * 24
+    assert 100 < out < 0.03 * inside["of"]
+    assert next(iter(inside["outside"])) == "recording_03.cu3s"
+    assert f"left out {out:,} of 18,432 pixels at data.cube, outside of the bulk of " in said
+    assert "; most in recording_03.cu3s (" in said
+    # Every pass, and every node of it, is fitted on the same pixels; nothing came from the store.
+    counts = {fit["pixels"] for done in record["passes"] for fit in done["nodes"].values()}
+    assert counts == {inside["of"] - out}
+    assert [done["from_store"] for done in record["passes"]] == [None] * len(record["passes"])
+    trained = tmp_path / "results" / "trained_models"
+    card = json.loads((trained / "Channel_Selector_initialized.json").read_text())
+    assert card["inside"] == inside
+    assert card["settings"]["robust_pixels"] == 0.99
+    # And the audit names the recording, without --robust-pixels.
+    assert main(["audit", str(trainrun), "--store", store, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["outside_of_bulk"]
+    assert next(iter(found["shares"])) == "recording_03.cu3s"
+    assert found["shares"]["recording_03.cu3s"] > 1.5 * found["outside"]
+    assert found["affine_invariant"] > 0.5
+    assert found["above"] < found["above_by_bulk"]
