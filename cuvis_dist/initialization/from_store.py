@@ -36,7 +36,7 @@ from cuvis_dist.statistics import Drawn, MergeTree
 from cuvis_dist.store import Identity, UnusableFileError, identity_of
 
 #: Measurements are written when they take so many bytes, however short a time ago others were.
-_FILE_BYTES = 1 << 26
+_FILE_BYTES = 1 << 25
 
 
 @dataclass

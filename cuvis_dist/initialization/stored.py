@@ -230,17 +230,17 @@ class StoredPass:
         """
         frames = self.archive.frames
         entries = {i: _entry(frames[i], contents) for i in measured}
-        by_kind: dict[tuple[str, str], list[tuple[int, Statistic]]] = {}
-        for position, each in measured.items():
-            statistics = map(from_bytes, each.statistics)
-            for name, statistic in zip(self.keys, statistics, strict=True):
+        for number, name in enumerate(self.keys):  # one after another, for the memory that it takes
+            by_kind: dict[str, list[tuple[int, Statistic]]] = {}
+            for position, each in measured.items():
                 if not self._has(name, position, each):
-                    by_kind.setdefault((name, statistic.name), []).append((position, statistic))
-        for (name, kind), some in by_kind.items():
-            few = [measured[i].probes.get(name) for i, _ in some]
-            table = _with_probes(to_table([statistic for _, statistic in some]), few)
-            told: list[dict[str, Any]] = [{"probes": probes is not None} for probes in few]
-            self._write(self.keys[name], kind, table, [entries[i] for i, _ in some], told)
+                    statistic = from_bytes(each.statistics[number])
+                    by_kind.setdefault(statistic.name, []).append((position, statistic))
+            for kind, some in by_kind.items():
+                few = [measured[i].probes.get(name) for i, _ in some]
+                table = _with_probes(to_table([statistic for _, statistic in some]), few)
+                told: list[dict[str, Any]] = [{"probes": probes is not None} for probes in few]
+                self._write(self.keys[name], kind, table, [entries[i] for i, _ in some], told)
         known = self._found[self._pixels.digest]
         kept = {i: m.drawn for i, m in measured.items() if entries[i].identity not in known}
         if kept:
