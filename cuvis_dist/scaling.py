@@ -8,7 +8,6 @@ but for float32 sums in another order.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cuvis_dist.errors import InputError, one_line
+from cuvis_dist.misspelt import refuse_unknown
 from cuvis_dist.yaml_file import read_yaml
 
 #: More workers, CPUs or GPUs than any cluster has.
@@ -247,7 +247,7 @@ class Scaling(_Settings):
             part, _, last = name.partition(".")
             layers.append(("", {part: {last: value}}))
         for where, layer in layers:
-            _refuse_unknown(layer, where)
+            refuse_unknown(layer, where, cls.known())
             for part, names in layer.items():
                 values[part] |= names or {}
                 origins |= {(part, name): where for name in names or {}}
@@ -261,7 +261,7 @@ class Scaling(_Settings):
                 problems.append(f"{where}{part}.{name} is {item['input']!r}: {item['msg']}")
             raise InputError("; ".join(problems)) from error
         for name in ("robust", "robust_pixels"):
-            if getattr(scaling.measuring, name) is not None and scaling.measuring.store is None:
+            if getattr(scaling.measuring, name) and scaling.measuring.store is None:
                 raise InputError(f"measuring.{name} looks into a store: name one (--store FOLDER)")
         return scaling
 
@@ -310,47 +310,3 @@ def _parse(setting: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise InputError(f"--set {setting}: {one_line(error)}") from error
     return {part: {last: value}} if dot else {part: value}
-
-
-def _refuse_unknown(values: Any, where: str) -> None:
-    """Refuse settings that do not exist, or stand in the wrong part, and name what is meant.
-
-    Raises
-    ------
-    InputError
-        Naming each such setting.
-    """
-    known = Scaling.known()
-    if not isinstance(values, Mapping):
-        raise InputError(f"{where} is not a mapping of settings: {', '.join(known)}")
-    problems = []
-    for part, settings in values.items():
-        if part not in known:
-            problems.append(f"{part} is no part of the settings{_meant(str(part))}")
-        elif settings is not None and not isinstance(settings, Mapping):
-            problems.append(f"{part} is not a mapping of settings: {', '.join(known[part])}")
-        else:
-            problems += [
-                f"{part}.{name} is unknown{_meant(str(name))}"
-                for name in settings or {}
-                if name not in known[part]
-            ]
-    if problems:
-        raise InputError(f"{where}: {'; '.join(problems)}")
-
-
-def _meant(name: str) -> str:
-    """Return which settings a wrong name may stand for, as the rest of a sentence."""
-    if name == "output_dir":
-        return ": it belongs to the trainrun, or to --output-dir"
-    by_name: dict[str, list[str]] = {}
-    for part, names in Scaling.known().items():
-        for setting in names:
-            by_name.setdefault(setting, []).append(f"{part}.{setting}")
-    last = name.rpartition(".")[2]
-    if last in by_name:
-        return f": the setting is called {' or '.join(by_name[last])}"
-    if close := difflib.get_close_matches(last, [*by_name, *PARTS], n=1, cutoff=0.7):
-        return f": did you mean {' or '.join(by_name.get(close[0], close))}?"
-    known = [setting for settings in by_name.values() for setting in settings]
-    return f". Known settings: {', '.join(known)}"

@@ -39,6 +39,7 @@ ORDER = [
         "hashing",
         "lazy",
         "lending",
+        "misspelt",
         "pace",
         "plain",
         "waiting",

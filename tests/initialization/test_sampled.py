@@ -280,7 +280,7 @@ def bandpassed():
 
 
 def test_too_few_pixels_are_read_again(demo_trainrun, monkeypatch, warnings):
-    monkeypatch.setattr("cuvis_dist.initialization.sampling._FEWEST", 2000)
+    monkeypatch.setattr("cuvis_dist.initialization.sampling.FEWEST", 2000)
     exact, _ = fit(demo_trainrun, later_levels="exact")
     pipeline, trainer = fit(demo_trainrun, sample_pixels=1024)
     assert [[*record.nodes][-1] for record in trainer.records] == ["rx_detector", "logit_head"]
