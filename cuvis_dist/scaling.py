@@ -45,7 +45,8 @@ class Resources(_Settings):
 
     cpus_per_worker: float = Field(default=1, gt=0, le=_MOST)
     """CPUs of each worker, of either phase, and how many threads it computes on. So does the
-    process of the command or script, where it does a worker's work."""
+    process of the command or script, where it does a worker's work; but it trains on as many
+    threads as torch has there, as upstream does, unless this is set."""
 
     train_workers: int = Field(default=1, ge=0, le=_MOST)
     """DDP processes of phase 2. ``batch_size`` of a trainrun stays the global batch size: a step's

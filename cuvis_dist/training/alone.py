@@ -8,7 +8,9 @@ import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
+import torch
 from cuvis_ai_core.training.post_fit import EmitFn
 from loguru import logger
 from pytorch_lightning.plugins.environments import LightningEnvironment
@@ -17,6 +19,7 @@ from cuvis_dist.errors import ClusterError, CuvisDistError
 from cuvis_dist.execution.copies import copied
 from cuvis_dist.execution.failures import raise_cause
 from cuvis_dist.execution.local import as_worker, delivering
+from cuvis_dist.scaling import Resources
 from cuvis_dist.stopping import stop, terminable
 from cuvis_dist.training.assignment import Assignment, Driver, Outcome, Seat
 from cuvis_dist.training.rank import run_rank
@@ -45,19 +48,28 @@ def train_here(assignment: Assignment, what: str, emit: EmitFn) -> Outcome:
         If it was interrupted.
     """
     resources = assignment.scaling.resources
+    threads = _threads(resources)
+    scaling = assignment.scaling.replace(resources={"cpus_per_worker": threads})
     announce(f"beginning {what}")
     with (
         _watched(what, resources.stall_seconds) as watch,
         raise_cause(what),
-        as_worker(int(resources.cpus_per_worker)),
+        as_worker(threads),
         _interruptible(),
     ):
         driver = Driver(delivering(emit), watch, os.getcwd())
         name = uuid.uuid4().hex
         seat = Seat(0, 1, name, name, "", driver, _lightning_keywords())
-        outcome = run_rank(copied(assignment), seat)
+        outcome = run_rank(copied(replace(assignment, scaling=scaling)), seat)
     assert outcome is not None
     return outcome
+
+
+def _threads(resources: Resources) -> int:
+    """Return on how many threads this process trains: all that it has, as upstream, unless set."""
+    if "cpus_per_worker" in resources.model_fields_set:
+        return max(1, int(resources.cpus_per_worker))
+    return torch.get_num_threads()
 
 
 def _lightning_keywords() -> dict[str, object]:

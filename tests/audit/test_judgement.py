@@ -161,7 +161,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_what_could_be_seen_is_seen(clean, tmp_path, real):
     if real:
         recordings = blocks("lhdata", 0, tmp_path)

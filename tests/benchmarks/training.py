@@ -5,7 +5,7 @@
 Training steps per second on one generated archive (S x S x 61 float32 in uncompressed .npz, global
 batches of 4 frames), start-up, validation and the first epoch left out, each run in a process of
 its own: upstream's ``GradientTrainer``; the same module under Lightning's own ``ddp`` strategy with
-a ``DistributedSampler`` and 2 processes; ours with 1 and 2 workers, frames read by the data
+a ``DistributedSampler`` and 2 processes; ours without Ray and with 1 and 2 workers, frames read by the data
 module's own loader, by Ray tasks that read ahead, or kept after the first epoch: by the node, or
 by each worker on its device.
 ``--gpu`` trains on one GPU instead, by upstream and by one worker of ours, and says how busy it is.
@@ -39,6 +39,7 @@ BATCH = 4
 RUNS: dict[str, dict] = {
     "upstream, 1 process": {},
     "plain Lightning DDP, 2 processes": {},
+    "own process": {"train_workers": 0},
     "1 worker": {"train_workers": 1},
     "2 workers": {"train_workers": 2},
     "2 workers, reading ahead": {"train_workers": 2, "read_ahead": 4},
@@ -163,7 +164,7 @@ def one(name: str, path: Path, epochs: int, gpu: bool) -> None:
     run, clock = trainrun_of(path, epochs, f"data.batch_size={batch_size}", loader), Clock()
     config = run.config.training
     common = (run.pipeline, run.datamodule(), run.loss_nodes, run.metric_nodes)
-    if name.startswith(("1 worker", "2 workers")):
+    if name.startswith(("own process", "1 worker", "2 workers")):
         workers = options.pop("train_workers", 1)
         scaling = Scaling(resources={"train_gpus": gpu, "train_workers": workers}, reading=options)
         trainer = GradientTrainer(

@@ -159,6 +159,24 @@ def test_a_module_may_change_batches_on_the_device(demo_trainrun, tmp_path):
     assert states[0] == states[1]
 
 
+@pytest.mark.parametrize(("settings", "threads"), [({}, 3), ({"cpus_per_worker": 2}, 2)])
+def test_this_process_trains_on_all_its_threads(demo_trainrun, tmp_path, settings, threads):
+    """As upstream does; a setting limits them, and afterwards they are as before."""
+    found, before = set(), torch.get_num_threads()
+    trainrun = initialized(demo_trainrun, tmp_path, "training.max_epochs=1")
+
+    def note(event):
+        found.add(torch.get_num_threads() if event.hook is PROGRESS else threads)
+
+    torch.set_num_threads(3)
+    try:
+        train(trainrun, 0, scaling=settings, emit=note)
+        assert found == {threads}
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.kernels
 def test_same_bits_in_this_process_and_on_one_worker(demo_trainrun, tmp_path):
     """Also of what callbacks could monitor, and of the metrics after the fit.
