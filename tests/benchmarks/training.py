@@ -5,9 +5,9 @@
 Training steps per second on one generated archive (S x S x 61 float32 in uncompressed .npz, global
 batches of 4 frames), start-up, validation and the first epoch left out, each run in a process of
 its own: upstream's ``GradientTrainer``; the same module under Lightning's own ``ddp`` strategy with
-a ``DistributedSampler`` and 2 processes; ours without Ray and with 1 and 2 workers, frames read by the data
-module's own loader, by Ray tasks that read ahead, or kept after the first epoch: by the node, or
-by each worker on its device.
+a ``DistributedSampler`` and 2 processes; ours without Ray and with 1 and 2 workers, frames read by
+the data module's own loader, by Ray tasks that read ahead, or kept after the first epoch: by the
+node, or by each worker on its device.
 ``--gpu`` trains on one GPU instead, by upstream and by one worker of ours, and says how busy it is.
 """
 
