@@ -166,7 +166,8 @@ class Outside:
     Attributes
     ----------
     share : float
-        Of the sample's pixels; NaN without a sample.
+        The part of the group's sampled pixels that is outside of the bulk; NaN without a
+        sample.
     bulk : float
         The median of the pixels' distances from the group's own middle, in that of the others.
     step : ndarray or None

@@ -33,7 +33,7 @@ class Judge:
     Parameters
     ----------
     measured : sequence of Measured
-        Of each group.
+        What was measured of each group.
     usual : ndarray
         ``[R]`` bool.
     squares : tuple of float and float

@@ -24,7 +24,7 @@ def kind_of(shifts: Mapping[int, np.ndarray], means: np.ndarray) -> list[int]:
     Parameters
     ----------
     shifts : mapping of int to ndarray
-        Of the groups that stand out: the shift of the mean, in spreads between the usual ones.
+        By each group that stands out, the shift of its mean, in spreads between the usual ones.
     means : ndarray
         ``[R, C]`` the mean spectra of all groups.
     """

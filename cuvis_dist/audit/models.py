@@ -170,7 +170,8 @@ class Some:
 def some_bands(features: Features, mean: np.ndarray, usual: float) -> Some:
     """Return the neighbouring bands whose gain or offset explains the mean best.
 
-    With the sums of the rows up to each band, those of all ranges are differences of two.
+    The sums over all ranges of bands are differences of two running sums, so that a range costs
+    nothing to look at.
     """
     y, best = features.mean, Some(slice(0, 0), "gain", 0.0, 0.0)
     more = excess(features, usual)

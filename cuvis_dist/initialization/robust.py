@@ -155,7 +155,7 @@ def sampled(drawn: Sequence[Drawn | None], name: str, most: int = MOST_PIXELS) -
     Parameters
     ----------
     drawn : sequence of Drawn or None
-        Of each frame, in the archive's order.
+        What was kept of each frame's pixels, in the archive's order.
     name : str
         Which of their values is wanted; pixels with one that is not finite are left out.
     most : int

@@ -92,10 +92,6 @@ def portraits(kept: Kept, kind: str, when: str = "initialized") -> list[dict[str
     return [each for each in kept.nodes.get(when, []) if each["kind"] == kind]
 
 
-def _of(node: str, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [each for each in found if each["node"] == node][:1]
-
-
 def _eigenvalues(covariance: np.ndarray) -> np.ndarray:
     return np.linalg.eigvalsh(np.asarray(covariance, dtype=float))[::-1]
 
