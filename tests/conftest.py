@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from loguru import logger
 from stores import CREDENTIALS, s3_server
 
@@ -49,6 +50,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
 
     config.option.loadscopereorder = False
     return Files(config, log)
+
+
+@pytest.fixture(autouse=True)
+def threads_put_back() -> Iterator[None]:
+    """Let every test begin with as many threads as a fresh process has: sums round accordingly.
+
+    Tests that call what a worker calls leave this process with the threads of a worker.
+    """
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
