@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training.config import TrainRunConfig
+from loguru import logger
 
 from cuvis_dist.archive import open_split, setup_error
 from cuvis_dist.errors import CuvisDistError, InputError, one_line
@@ -29,6 +30,7 @@ from cuvis_dist.runs.leaving_out import leave_out
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.staging import fetched_when_opened, localize
 from cuvis_dist.storage import Location, OutputFolder
+from cuvis_dist.training.trainable import check_trainable
 
 
 @dataclass
@@ -76,6 +78,15 @@ class TrainRun:
         """The metric nodes, in the pipeline's order."""
         return self._named(self.config.metric_nodes)
 
+    @property
+    def measuring(self) -> list[str]:
+        """The names of the metric nodes that have metrics to log: upstream passes over others."""
+        return [
+            node.name
+            for node in self.metric_nodes
+            if "metrics" in type(node).OUTPUT_SPECS or hasattr(node, "pooled_metrics")
+        ]
+
     def _named(self, names: Sequence[str]) -> list[Node]:
         return [node for node in self.pipeline.nodes() if node.name in names]
 
@@ -104,19 +115,26 @@ class TrainRun:
         return self.output.at(f"{self.result_name}.yaml")
 
     def check_trainable(self) -> None:
-        """Refuse a training block that has nothing to train with.
+        """Refuse a training block that has nothing to train, or nothing to train with.
 
         Raises
         ------
         InputError
-            If no loss nodes are named.
+            If no loss nodes are named, or see
+            :func:`~cuvis_dist.training.trainable.check_trainable`.
         """
-        if self.config.training is not None and not self.config.loss_nodes:
+        if self.config.training is None:
+            return
+        if not self.config.loss_nodes:
             raise InputError(
                 f"trainrun {self.path} has a training block but no loss_nodes, so there is "
                 "nothing to train; name the nodes whose losses are summed, or run phase 1 alone "
                 "(cuvis-dist init)"
             )
+        try:
+            check_trainable(self.pipeline, self.config.unfreeze_nodes, self.loss_nodes)
+        except InputError as error:
+            raise InputError(f"trainrun {self.path}: {error}") from error
 
     def initialization_only(self) -> TrainRun:
         """Return this trainrun without phase 2; its result does not replace a trained one."""
@@ -245,7 +263,7 @@ def build_trainrun(
         config = config.model_copy(update={"pipeline": str(configuration.saved)})
         _check_names(path, config, pipeline, ["metric_nodes"])
         weights = configuration.saved.with_suffix(".pt")
-        return TrainRun(path, config, pipeline, dirs, weights=weights)
+        return _checked(TrainRun(path, config, pipeline, dirs, weights=weights))
 
     if config.training is not None:
         # As upstream: before the pipeline, whose initial weights depend on it.
@@ -260,7 +278,18 @@ def build_trainrun(
     _check_names(path, config, pipeline, ["unfreeze_nodes", "loss_nodes", "metric_nodes"])
     check_places(path, config, pipeline)
     seed = config.training.seed if config.training else None
-    return TrainRun(path, config, pipeline, dirs, seed=seed, without=tuple(without))
+    return _checked(TrainRun(path, config, pipeline, dirs, seed=seed, without=tuple(without)))
+
+
+def _checked(trainrun: TrainRun) -> TrainRun:
+    """Return the trainrun, after a warning of metric nodes that have no metrics."""
+    for node in trainrun.metric_nodes:
+        if node.name not in trainrun.measuring:
+            logger.warning(
+                f"metric_nodes of trainrun {trainrun.path} names {node.name}, which has no output "
+                "called metrics: nothing is evaluated of it"
+            )
+    return trainrun
 
 
 def _load_saved(path: Path) -> CuvisPipeline:

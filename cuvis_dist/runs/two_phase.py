@@ -139,7 +139,7 @@ def check_phase_2(trainrun: TrainRun, training: TrainingConfig, scaling: Scaling
     """Raise InputError for what phase 2 cannot work with, before phase 1 takes its time."""
     trainrun.check_trainable()
     check_training(training, scaling)
-    check_monitored(training, trainrun.config.loss_nodes, trainrun.config.metric_nodes)
+    check_monitored(training, trainrun.config.loss_nodes, trainrun.measuring)
 
 
 def check_splits(datamodule: pl.LightningDataModule, training: TrainingConfig) -> None:
