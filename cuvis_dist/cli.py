@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import atexit
 import gc
+import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import version
+from typing import Any
 
 from cuvis_dist.commands import (
     applying,
@@ -28,6 +31,46 @@ from cuvis_dist.stopping import stoppable
 _LOG = "{time:YYYY-MM-DD HH:mm:ss.SSS} | <level>{level: <8}</level> | {name}:{line} - {message}\n"
 
 
+class _Outlet:
+    """A stream of output that leads nowhere once its reader has closed it, as ``| head`` does."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write as the stream does."""
+        self._unless_closed(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush as the stream does."""
+        self._unless_closed(self._stream.flush)
+
+    def _unless_closed(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except BrokenPipeError:  # what the stream still holds must go somewhere, too
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+@contextmanager
+def _heard_or_not() -> Iterator[None]:
+    """Let a command end as it would, whether or not somebody reads what it prints."""
+    with ExitStack() as streams:
+        for stream, redirect in ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr)):
+            if stream is not None:  # as it is where the shell has closed it
+                outlet: Any = _Outlet(stream)
+                streams.enter_context(redirect(outlet))
+                streams.callback(outlet.flush)
+        yield
+
+
+@_heard_or_not()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code.
 

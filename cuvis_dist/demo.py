@@ -7,6 +7,8 @@ noise; anomalies are small patches of a material that the background does not co
 from __future__ import annotations
 
 import csv
+import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,18 +46,49 @@ def write_demo(folder: Path, settings: DemoSettings) -> Path:
     """Write archive, pipeline and trainrun into ``folder``; return the trainrun's path.
 
     Every other frame has anomalies. Of each recording's frames the first half trains, the next
-    quarter validates, the rest tests.
+    quarter validates, the rest tests. What is there already, with the same content, stays.
+
+    Raises
+    ------
+    InputError
+        If one of the files is there with another content; it is left.
     """
     folder = folder.resolve()
-    rows = _write_archive(folder / "archive", settings)
-    (folder / "pipeline.yaml").write_text(
-        yaml.safe_dump(_pipeline(settings), sort_keys=False), encoding="utf-8"
-    )
+    archive, rows = folder / "archive", _rows(settings)
     trainrun = folder / "trainrun.yaml"
-    trainrun.write_text(
-        yaml.safe_dump(_trainrun(folder, rows, settings), sort_keys=False), encoding="utf-8"
-    )
+    described = {
+        archive / "universe.csv": _universe(rows),
+        folder / "pipeline.yaml": yaml.safe_dump(_pipeline(settings), sort_keys=False),
+        trainrun: yaml.safe_dump(_trainrun(folder, rows, settings), sort_keys=False),
+    }
+    for path, text in described.items():
+        _is_there(path, text.encode())
+    archive.mkdir(parents=True, exist_ok=True)
+    for name, content in _frames(rows, settings):
+        _write(archive / name, content)
+    for path, text in described.items():
+        _write(path, text.encode())
     return trainrun
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file as a whole, unless it is there."""
+    if not _is_there(path, content):
+        part = path.with_name(f".{path.name}.part")
+        part.write_bytes(content)
+        part.replace(path)
+
+
+def _is_there(path: Path, content: bytes) -> bool:
+    """Whether a file is there with this content; raises InputError if it has another one."""
+    if not path.exists():
+        return False
+    if path.is_file() and path.read_bytes() == content:
+        return True
+    raise InputError(
+        f"{path} is not what the demo would write: it was changed, or is of other options or of "
+        "something else. It is left as it is: remove it, or name another --folder"
+    )
 
 
 def make_cube(
@@ -112,34 +145,47 @@ def _smooth_noise(height: int, width: int, rng: np.random.Generator) -> np.ndarr
     return field / np.sqrt(3)
 
 
-def _write_archive(folder: Path, settings: DemoSettings) -> list[tuple[str, int]]:
-    folder.mkdir(parents=True, exist_ok=True)
+def _rows(settings: DemoSettings) -> list[tuple[str, int]]:
+    """Return recording and index of every frame."""
+    rows: list[tuple[str, int]] = []
+    for frame in range(settings.frames):
+        recording = frame * settings.recordings // settings.frames
+        source = f"recording_{recording:02d}.cu3s"
+        rows.append((source, rows[-1][1] + 1 if rows and rows[-1][0] == source else 0))
+    return rows
+
+
+def _file_of(source: str, index: int) -> str:
+    return f"{Path(source).stem}_{index:03d}.npz"
+
+
+def _universe(rows: list[tuple[str, int]]) -> str:
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(["source", "index", "materialized_path"])
+    table.writerows([source, index, _file_of(source, index)] for source, index in rows)
+    return text.getvalue()
+
+
+def _frames(rows: list[tuple[str, int]], settings: DemoSettings) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of every frame's file."""
     rng = np.random.default_rng(settings.seed)
     spectra = make_spectra(settings.bands, rng)
     low, high = WAVELENGTH_RANGE_NM
     wavelengths = np.linspace(low, high, settings.bands).astype(np.int32)
-    rows: list[tuple[str, int]] = []
-    with open(folder / "universe.csv", "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["source", "index", "materialized_path"])
-        for frame in range(settings.frames):
-            recording = frame * settings.recordings // settings.frames
-            source = f"recording_{recording:02d}.cu3s"
-            index = rows[-1][1] + 1 if rows and rows[-1][0] == source else 0
-            size = settings.height, settings.width
-            anomalies = 0 if index % 2 else max(1, size[0] * size[1] // 800)
-            cube, mask = make_cube(spectra, *size, anomalies, rng)
-            name = f"recording_{recording:02d}_{index:03d}.npz"
-            np.savez(
-                folder / name,
-                cube=cube,
-                mask=mask,
-                class_mask=mask.astype(np.uint8),
-                wavelengths=wavelengths,
-            )
-            table.writerow([source, index, name])
-            rows.append((source, index))
-    return rows
+    height, width = settings.height, settings.width
+    for source, index in rows:
+        anomalies = 0 if index % 2 else max(1, height * width // 800)
+        cube, mask = make_cube(spectra, height, width, anomalies, rng)
+        content = io.BytesIO()
+        np.savez(
+            content,
+            cube=cube,
+            mask=mask,
+            class_mask=mask.astype(np.uint8),
+            wavelengths=wavelengths,
+        )
+        yield _file_of(source, index), content.getvalue()
 
 
 def _pipeline(settings: DemoSettings) -> dict:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from cuvis_dist.errors import InputError, one_line
 from cuvis_dist.misspelt import refuse_unknown
@@ -55,9 +56,9 @@ class Resources(_Settings):
     address, GPUs, ``reading.read_ahead``)."""
 
     min_train_workers: int | None = Field(default=None, ge=1, le=_MOST)
-    """Train on as few as these while the cluster has no room for ``train_workers``; by default
-    training waits for all of them. When the cluster grows or shrinks, training goes on with
-    another number after the last step whose state was kept."""
+    """Train on as few as these while the cluster has no room for ``train_workers``, which must not
+    be fewer; by default training waits for all of them. When the cluster grows or shrinks, training
+    goes on with another number after the last step whose state was kept."""
 
     train_gpus: float = Field(default=0, ge=0, le=_MOST)
     """GPUs of each DDP process, and of as many processes of an evaluation; 0 trains on CPUs.
@@ -83,6 +84,17 @@ class Resources(_Settings):
     """How often a pass of phase 1 writes down what it has measured, and training its state within
     an epoch, for a run that goes on after workers or its driver were lost. What took t seconds to
     write is not written again for 20 t: at most a twentieth of the time goes into it."""
+
+    @field_validator("min_train_workers")
+    @classmethod
+    def _not_above(cls, least: int | None, settings: ValidationInfo) -> int | None:
+        """Refuse more than ``train_workers``, unless that is 0: training then needs no workers."""
+        most = settings.data.get("train_workers")
+        if least and most and least > most:
+            raise PydanticCustomError(
+                "above", f"training has {most} workers: resources.train_workers must not be fewer"
+            )
+        return least
 
     @property
     def least_train_workers(self) -> int:

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic.fields import FieldInfo
 
-from cuvis_dist.commands.options import add_scaling_options
+from cuvis_dist.commands.options import add_fold, add_scaling_options
 from cuvis_dist.scaling import PARTS
 
 PAGE = Path(__file__).with_name("settings.md")
@@ -80,6 +80,7 @@ def short_options() -> dict[str, str]:
     """Return how the settings that have an option of their own are given, by name."""
     parser = argparse.ArgumentParser()
     add_scaling_options(parser)
+    add_fold(parser)
     return {
         action.dest: ", ".join(
             f"`{option} {action.metavar}`" if action.metavar else f"`{option}`"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
@@ -220,3 +221,42 @@ def test_nobody_is_advised_to_load_a_file_unsafely(tmp_path):
         np.load(tmp_path / "cube.npz")
     said = "ValueError: This file contains pickled (object) data."
     assert one_line(caught.value) == said
+
+
+@pytest.fixture
+def nobody():
+    """Return a pipe's writing end that nobody reads any more."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    yield writing
+    with contextlib.suppress(OSError):
+        os.close(writing)
+
+
+def test_a_command_whose_output_nobody_reads_ends_quietly(nobody):
+    command = [sys.executable, "-m", "cuvis_dist.cli"]
+    done = subprocess.run([*command, "--help"], stdout=nobody, stderr=subprocess.PIPE, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+    words = ["info", "none.yaml"]
+    assert subprocess.run([*command, *words], stderr=nobody, timeout=60).returncode == 2
+
+
+def test_it_does_all_of_its_work_and_its_exit_code_is_its_own(
+    nobody, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "frame.npz").touch()
+    files = Contents.of_files([str(tmp_path / "frame.npz")])
+    names = [f"recording_{number:05}" for number in range(2000)]
+    entries = [Entry(f"{n}#0", n, files.as_json(), {"n": 0, "bound": None}) for n in names]
+    store = Store(tmp_path / "store")
+    store.add(Key("pixels", {}), "pixels", to_table([None] * len(names)), entries)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(nobody, "w"))
+    assert main(["store", "show", str(store)]) == 0
+    sys.stdout.close()
+    next((tmp_path / "store").rglob("*.parquet")).write_bytes(b"damaged")
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writing, "w"))
+    assert main(["store", "verify", str(store)]) == 3
+    sys.stdout.close()
+    assert "Traceback" not in capsys.readouterr().err

@@ -75,6 +75,23 @@ def test_every_short_option_reaches_its_setting():
     assert typed("--fold") == Scaling()
 
 
+@pytest.mark.parametrize("command", ["evaluate", "score", "train"])
+def test_commands_that_carry_out_no_phase_1_do_not_offer_its_folding(command, capsys):
+    data = [] if command == "train" else ["--data", "trainrun.yaml"]
+    with pytest.raises(SystemExit) as ended:
+        _parser().parse_args([command, "file.yaml", *data, "--no-fold"])
+    assert ended.value.code == 2
+    assert "unrecognized arguments: --no-fold" in capsys.readouterr().err
+
+
+def test_as_many_training_workers_as_there_must_be():
+    least = "resources.min_train_workers=3"
+    assert typed("--set", least, "--train-workers", "3").resources.least_train_workers == 3
+    assert typed("--set", least, "--train-workers", "0").resources.least_train_workers == 0
+    with pytest.raises(InputError, match="training has 2 workers"):
+        typed("--set", least, "--train-workers", "2")
+
+
 REFUSED = {
     "flat, as settings once were": ("workers: 2", "workers", "called resources.workers"),
     "a typo": ("resources: {worker: 2}", "resources.worker", "did you mean resources.workers?"),
@@ -121,6 +138,10 @@ def test_what_is_no_setting_is_refused_with_what_is_meant(case, write):
         ("measuring.gpus=.inf", ["measuring.gpus is inf"]),
         ("resources.train_gpus=.nan", ["resources.train_gpus is nan"]),
         ("resources.cpus_per_worker=.inf", ["resources.cpus_per_worker is inf"]),
+        (
+            "resources.min_train_workers=3",
+            ["--set resources.min_train_workers=3: resources.min_train_workers is 3: training has"],
+        ),
     ],
 )
 def test_a_bad_set_is_bad_input_and_named(setting, words, capsys):

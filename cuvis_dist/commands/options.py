@@ -96,11 +96,6 @@ def add_scaling_options(parser: argparse.ArgumentParser) -> None:
         "--train-gpus", type=float, metavar="G", help="GPUs of each DDP worker; default: 0"
     )
     parser.add_argument(
-        "--fold",
-        action=argparse.BooleanOptionalAction,
-        help="derive what affine nodes separate instead of reading the archive again (default)",
-    )
-    parser.add_argument(
         "--verify",
         action="store_true",
         default=None,
@@ -116,6 +111,15 @@ def add_scaling_options(parser: argparse.ArgumentParser) -> None:
     )
     if not any(action.dest == "verbose" for action in parser._actions):
         add_verbose(parser)
+
+
+def add_fold(parser: argparse.ArgumentParser) -> None:
+    """Add what says how phase 1 comes by the statistics of ports behind affine nodes."""
+    parser.add_argument(
+        "--fold",
+        action=argparse.BooleanOptionalAction,
+        help="derive what affine nodes separate instead of reading the archive again (default)",
+    )
 
 
 def add_store(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from cuvis_dist.commands.options import (
+    add_fold,
     add_scaling_options,
     add_store,
     add_trainrun_options,
@@ -35,6 +36,7 @@ def add(commands: Any) -> None:
     )
     add_trainrun_options(plan)
     add_scaling_options(plan)
+    add_fold(plan)
     add_store(plan)
     add_without(plan)
     plan.add_argument(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cuvis_dist.commands.options import (
     add_dry_run,
+    add_fold,
     add_restart,
     add_scaling_options,
     add_store,
@@ -53,6 +54,7 @@ def add(commands: Any) -> None:
         add_restart(command)
         add_dry_run(command)
         if command is not train:
+            add_fold(command)
             add_store(command)
             add_without(command)
             command.add_argument(
@@ -90,6 +92,7 @@ def add_demo(commands: Any) -> None:
             help="default: %(default)s",
         )
     add_scaling_options(demo)
+    add_fold(demo)
     add_restart(demo)
     demo.set_defaults(command=_demo)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cuvis_dist.commands.options import (
     add_dry_run,
+    add_fold,
     add_scaling_options,
     add_store,
     add_trainrun_options,
@@ -37,6 +38,7 @@ def add(commands: Any) -> None:
         help="default: train; predict: all frames",
     )
     add_scaling_options(measure)
+    add_fold(measure)
     add_store(measure)
     add_dry_run(measure)
     measure.set_defaults(command=_measure)

@@ -46,7 +46,9 @@ def check_trainable(
     running = [node for node in loss_nodes if node.should_execute(ExecutionStage.TRAIN)]
     names = ", ".join(node.name for node in loss_nodes)
     if not running:
-        raise InputError(f"loss_nodes names {names}, which do not run in training: nothing to train")
+        raise InputError(
+            f"loss_nodes names {names}, which do not run in training: nothing to train"
+        )
     used = [*{*running, *nodes_before(pipeline, running)}]
     if any(_is_trained(node, unfreeze_nodes) for node in used):
         return
