@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import atexit
 import gc
-import os
+import io
+import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from importlib.metadata import version
 from typing import Any
@@ -31,31 +32,15 @@ from cuvis_dist.stopping import stoppable
 _LOG = "{time:YYYY-MM-DD HH:mm:ss.SSS} | <level>{level: <8}</level> | {name}:{line} - {message}\n"
 
 
-class _Outlet:
-    """A stream of output that leads nowhere once its reader has closed it, as ``| head`` does."""
+class _Outlet(io.FileIO):
+    """A file that takes what nobody reads any more, as ``| head`` does after its lines."""
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        """Write as the stream does."""
-        self._unless_closed(lambda: self._stream.write(text))
-        return len(text)
-
-    def flush(self) -> None:
-        """Flush as the stream does."""
-        self._unless_closed(self._stream.flush)
-
-    def _unless_closed(self, act: Callable[[], object]) -> None:
+    def write(self, data: Any) -> int:
+        """Write as any file does."""
         try:
-            act()
-        except BrokenPipeError:  # what the stream still holds must go somewhere, too
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+            return super().write(data)
+        except BrokenPipeError:
+            return len(data)
 
 
 @contextmanager
@@ -63,10 +48,19 @@ def _heard_or_not() -> Iterator[None]:
     """Let a command end as it would, whether or not somebody reads what it prints."""
     with ExitStack() as streams:
         for stream, redirect in ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr)):
-            if stream is not None:  # as it is where the shell has closed it
-                outlet: Any = _Outlet(stream)
-                streams.enter_context(redirect(outlet))
-                streams.callback(outlet.flush)
+            try:
+                raw = _Outlet(stream.fileno(), "w", closefd=False)
+                stream.flush()
+            except (AttributeError, OSError):  # there is none, or it is no file
+                continue
+            outlet = io.TextIOWrapper(
+                io.BufferedWriter(raw),
+                encoding=stream.encoding,
+                errors=stream.errors,
+                line_buffering=bool(stream.line_buffering),
+            )
+            streams.enter_context(redirect(outlet))
+            streams.callback(outlet.flush)
         yield
 
 
@@ -106,9 +100,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _what(arguments: argparse.Namespace, argv: Sequence[str]) -> str:
     """Return the command and the files that it is about."""
-    files = (getattr(arguments, name, None) for name in ("pipeline", "trainrun"))
-    words = argv[:2] if argv[0] == "store" else argv[:1]
-    return shlex.join([*words, *(str(file) for file in files if file)])
+    files = [getattr(arguments, name, None) for name in ("pipeline", "trainrun")]
+    words = [*argv[:1], *(str(file) for file in files if file)]
+    if argv[0] == "store":
+        store = re.sub("//[^/]*@", "//", arguments.store).partition("?")[0]
+        words = [*argv[:2], store, *(["--data", *words[1:]] if words[1:] else [])]
+    return shlex.join(words)
 
 
 def _in_ray() -> bool:

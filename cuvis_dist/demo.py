@@ -87,7 +87,7 @@ def _is_there(path: Path, content: bytes) -> bool:
         return True
     raise InputError(
         f"{path} is not what the demo would write: it was changed, or is of other options or of "
-        "something else. It is left as it is: remove it, or name another --folder"
+        "something else. It is left as it is: name another --folder, or remove this one"
     )
 
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -260,3 +261,26 @@ def test_it_does_all_of_its_work_and_its_exit_code_is_its_own(
     assert main(["store", "verify", str(store)]) == 3
     sys.stdout.close()
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_first_line_names_a_store_and_no_secret_of_its_address(capsys):
+    assert main(["store", "list", "s3://mine:secret@bucket/store?token=secret"]) == 2
+    said = capsys.readouterr().err
+    assert said.splitlines()[0].endswith(": store list s3://bucket/store")
+    assert "secret" not in said
+
+
+def test_sigterm_while_a_cluster_is_joined(demo):
+    """At an address where somebody listens who is no cluster."""
+    names = "RAY_gcs_rpc_server_connect_timeout_s", "RAY_py_gcs_connect_timeout_s"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cuvis_dist.cli", "run", demo, "--address", address],
+            env=os.environ | dict.fromkeys(names, "1"), stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert any("joining" in line for line in process.stderr)
+        process.terminate()
+        said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130, said
+    assert said.splitlines()[-1] == "cuvis-dist: interrupted"

@@ -126,6 +126,9 @@ def print_plan(
     lines.settle()
     frame, frames = plan.frame_bytes, plan.frames
     print(f"{frames} frames in {plan.shards} shards, {frame / 1e6:.1f} MB a frame")
+    if plan.filled is not None:
+        print(f"first: reads {frame * plan.filled / 1e9:.3g} GB, to look for the bulk in the store")
+        print(f"  {frames - plan.filled:,} of {frames:,} frames from it, {plan.filled:,} to read")
     for number, cost in enumerate(plan.costs, 1):
         memory = f"{cost.worker_bytes / 1e9:.2f} GB per worker"
         read = frames - cost.from_store

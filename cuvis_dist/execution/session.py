@@ -38,6 +38,8 @@ def connect(scaling: Scaling, verbose: bool = False) -> bool:
     ------
     ClusterError
         If the cluster cannot be reached, or more workers are asked for than start on this machine.
+    KeyboardInterrupt
+        If SIGTERM ends it.
     """
     if ray.is_initialized():
         return False
@@ -72,6 +74,8 @@ def connect(scaling: Scaling, verbose: bool = False) -> bool:
         else:
             with private_cluster() as alone:
                 ray.init(**options, **alone)
+    except SystemExit as error:  # what Ray makes of SIGTERM from here on
+        raise KeyboardInterrupt from error
     except Exception as error:
         raise ClusterError(
             f"cannot join the Ray cluster at {address or 'this machine'}: {one_line(error)}. "

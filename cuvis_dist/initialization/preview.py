@@ -26,7 +26,7 @@ from cuvis_dist.initialization.measuring import Measurer, Partial, compute_input
 from cuvis_dist.initialization.passes import freeze_fits
 from cuvis_dist.initialization.plan import Pass, measured_directly, share
 from cuvis_dist.initialization.sampling import fit_later
-from cuvis_dist.initialization.served import readings
+from cuvis_dist.initialization.served import filling, readings
 from cuvis_dist.initialization.shards import together
 from cuvis_dist.nodes.upstream import nodes_before
 from cuvis_dist.scaling import Scaling
@@ -96,6 +96,8 @@ class Preview:
         How many frames a streamed node is given at a time.
     shuffled : bool
         Whether upstream would shuffle the frames that a streamed node is given.
+    filled : int or None
+        How many frames are read into the store first, where the bulk is looked for in it.
     """
 
     costs: list[Cost]
@@ -105,6 +107,7 @@ class Preview:
     workers: int
     batch_frames: int
     shuffled: bool
+    filled: int | None
 
     @property
     def batches(self) -> str:
@@ -121,7 +124,8 @@ class Preview:
         each = [cost.seconds for cost in self.costs if cost.seconds is not None]
         if len(each) < len(self.costs):
             return None
-        return sum(each) * self.frames / min(self.workers, self.shards)
+        first = sum(each[:1]) * (self.filled or 0)
+        return (sum(each) * self.frames + first) / min(self.workers, self.shards)
 
 
 def preview(
@@ -146,6 +150,9 @@ def preview(
     )
     first = archive.read(0)
     frame_bytes = batch_bytes(first)
+    stored = scaling.measuring.store is not None
+    contents = Contents.of(archive.frames) if stored else Contents({})
+    args = pipeline, datamodule, archive, contents, scaling.measuring
     if calibrate:
         threads = torch.get_num_threads()
         prepare_worker(int(scaling.resources.cpus_per_worker))
@@ -155,8 +162,6 @@ def preview(
             torch.set_num_threads(threads)
     else:
         sizes = frame_bytes, archive.batch_size
-        stored = scaling.measuring.store is not None
-        contents = Contents.of(archive.frames) if stored else Contents({})
         costs = [
             Cost(
                 step,
@@ -164,14 +169,16 @@ def preview(
                 exact=_exact_at_first(pipeline, archive, step, scaling, first),
                 from_store=len(archive) - read if stored else 0,
             )
-            for step, read in readings(pipeline, datamodule, archive, contents, scaling.measuring)
+            for step, read in readings(*args)
         ]
     workers = scaling.resources.workers or max(
         1, int((os.cpu_count() or 1) / scaling.resources.cpus_per_worker)
     )
     shards = len(archive.shards(scaling.measuring.shard_frames))
     batches = archive.batch_size, archive.shuffled
-    return Preview(costs, len(archive), shards, frame_bytes, workers, *batches)
+    return Preview(
+        costs, len(archive), shards, frame_bytes, workers, *batches, filled=filling(*args)
+    )
 
 
 def _worker_bytes(pipeline: CuvisPipeline, step: Pass, frame_bytes: int, batch_frames: int) -> int:

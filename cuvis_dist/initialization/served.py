@@ -49,6 +49,9 @@ def readings(
 ) -> list[tuple[Pass, int]]:
     """Return the passes of phase 1, and how many frames each of them reads.
 
+    What is read before them, so that the bulk can be looked for, is not among it: see
+    :func:`filling`.
+
     Parameters
     ----------
     contents : Contents
@@ -58,14 +61,55 @@ def readings(
     if measuring.store is None or measuring.robust_pixels or unseen(archive, contents):
         return [(step, len(archive)) for step in plan]
     store, kept, found = Store(measuring.store), storable(plan, pipeline), []
+    filled = measuring.robust is not None
     for step in plan:
         frames = len(archive)
-        if step in kept:
+        if filled and step is plan[0]:
+            frames = 0
+        elif step in kept:
             stored = StoredPass(store, pipeline, datamodule, archive, step, measuring)
             stored.look(contents)
             frames = len(stored.missing())
         found.append((step, frames))
     return found
+
+
+def filling(
+    pipeline: CuvisPipeline,
+    datamodule: pl.LightningDataModule,
+    archive: Archive,
+    contents: Contents,
+    measuring: Measuring,
+) -> int | None:
+    """Return how many frames are read into the store before the bulk is looked for in it.
+
+    Returns
+    -------
+    int or None
+        None where no bulk is looked for (``measuring.robust``, ``robust_pixels``), or where phase 1
+        says that it cannot.
+    """
+    plan = planned(pipeline, measuring)
+    if measuring.store is None or (measuring.robust is None and measuring.robust_pixels is None):
+        return None
+    if not plan or not can_be_stored(plan[0], pipeline, ()) or unseen(archive, contents):
+        return None
+    store = Store(measuring.store)
+    stored = StoredPass(store, pipeline, datamodule, archive, plan[0], measuring)
+    stored.look(contents)
+    return len(stored.missing())
+
+
+def frames_read(
+    pipeline: CuvisPipeline,
+    datamodule: pl.LightningDataModule,
+    archive: Archive,
+    contents: Contents,
+    measuring: Measuring,
+) -> int:
+    """Return how many frames phase 1 reads, each as often as it is read."""
+    args = pipeline, datamodule, archive, contents, measuring
+    return sum(frames for _, frames in readings(*args)) + (filling(*args) or 0)
 
 
 def unseen(archive: Archive, contents: Contents) -> list[Frame]:

@@ -35,7 +35,7 @@ from cuvis_dist.initialization.passes import PassRecord, measure_pass
 from cuvis_dist.initialization.plan import Pass, measured_directly, share
 from cuvis_dist.initialization.robust import bulk_of, moments_of
 from cuvis_dist.initialization.sampling import fit_later
-from cuvis_dist.initialization.served import can_be_stored, readings, unseen
+from cuvis_dist.initialization.served import can_be_stored, frames_read, unseen
 from cuvis_dist.initialization.stored import StoredPass
 from cuvis_dist.initialization.streaming import require_whole_frames, stream_pass
 from cuvis_dist.nodes.state import StatefulNodesError
@@ -199,7 +199,7 @@ class StatisticalTrainer(UpstreamStatisticalTrainer):
     def _work(self, archive: Archive) -> Work:
         """Return how much there is to do."""
         args = self.pipeline, self.datamodule, archive, self.contents, self.scaling.measuring
-        return work_on(archive, self.pipeline, sum(frames for _, frames in readings(*args)))
+        return work_on(archive, self.pipeline, frames_read(*args))
 
     def _in_store(self, this_pass: Pass, archive: Archive) -> StoredPass | None:
         """Return a pass in the store; None if there is no store that keeps what it measures."""

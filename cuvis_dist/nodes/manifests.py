@@ -59,11 +59,16 @@ def manifests_counted_once(installed: Collection[Path]) -> Iterator[None]:
 
 def data_modules(folders: Collection[Path], installed: Collection[Path]) -> list[str]:
     """Return the names of the data modules that manifests declare."""
-    with manifests_counted_once(installed):
-        catalog = restore._build_catalog([*folders])
-    declared = [entry for plugin in catalog.values() for entry in plugin.capabilities]
+    plugins = declared_plugins(folders, installed).values()
+    declared = [entry for plugin in plugins for entry in plugin.capabilities]
     names = {getattr(entry, "data_module_name", None) for entry in declared}
     return sorted(filter(None, names))
+
+
+def declared_plugins(folders: Collection[Path], installed: Collection[Path]) -> dict[str, Any]:
+    """Return the manifests in folders, by the plugin's name."""
+    with manifests_counted_once(installed):
+        return restore._build_catalog([*folders])
 
 
 #: What was read from folders of manifests, by folder and the files' sizes and times of change.

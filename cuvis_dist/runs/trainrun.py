@@ -6,7 +6,9 @@ order.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytorch_lightning as pl
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training.config import TrainRunConfig
+from cuvis_ai_schemas.pipeline import PipelineConfig
 from loguru import logger
 
 from cuvis_dist.archive import open_split, setup_error
@@ -21,8 +24,8 @@ from cuvis_dist.errors import CuvisDistError, InputError, one_line
 from cuvis_dist.initialization.place import find
 from cuvis_dist.initialization.saved import load_initialization
 from cuvis_dist.nodes import upstream
-from cuvis_dist.nodes.building import build_pipeline, load_pipeline
-from cuvis_dist.nodes.manifests import data_modules, manifests_counted_once
+from cuvis_dist.nodes.building import build_pipeline, load_pipeline, misspelt
+from cuvis_dist.nodes.manifests import data_modules, declared_plugins, manifests_counted_once
 from cuvis_dist.plain import NotPlainError
 from cuvis_dist.runs.configuration import Configuration, read_configuration
 from cuvis_dist.runs.destinations import check_places
@@ -277,6 +280,7 @@ def build_trainrun(
         ) from error
     _check_names(path, config, pipeline, ["unfreeze_nodes", "loss_nodes", "metric_nodes"])
     check_places(path, config, pipeline)
+    _warn_of_misspelt(configuration.pipeline, pipeline, dirs)
     seed = config.training.seed if config.training else None
     return _checked(TrainRun(path, config, pipeline, dirs, seed=seed, without=tuple(without)))
 
@@ -290,6 +294,26 @@ def _checked(trainrun: TrainRun) -> TrainRun:
                 "called metrics: nothing is evaluated of it"
             )
     return trainrun
+
+
+def _warn_of_misspelt(config: PipelineConfig, pipeline: CuvisPipeline, dirs: list[Path]) -> None:
+    """Say which settings of nodes, and plugins, have no effect, where it is known what is meant."""
+    classes = {node.name: type(node) for node in pipeline.nodes()}
+    for node in config.nodes:
+        if node.name in classes:
+            for name, meant in misspelt(classes[node.name], node.hparams).items():
+                logger.warning(
+                    f"node {node.name} of pipeline {pipeline.name}: hparams.{name} is no setting "
+                    f"of {classes[node.name].__name__} and has no effect; did you mean {meant}?"
+                )
+    with suppress(Exception):  # who needs the manifests says what is wrong with them
+        known = declared_plugins(dirs, installed_plugins_dirs()) if config.plugins else {}
+        for name in {*(config.plugins or ())} - {*known}:
+            if close := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+                logger.warning(
+                    f"plugins of pipeline {pipeline.name} names {name}, which no manifest "
+                    f"declares; did you mean {close[0]}?"
+                )
 
 
 def _load_saved(path: Path) -> CuvisPipeline:

@@ -27,7 +27,7 @@ from cuvis_dist.initialization.card import built
 from cuvis_dist.initialization.diagnosis import Finding
 from cuvis_dist.initialization.passes import PassRecord
 from cuvis_dist.initialization.plan import statistical_nodes
-from cuvis_dist.initialization.served import readings
+from cuvis_dist.initialization.served import frames_read
 from cuvis_dist.initialization.trainer import StatisticalTrainer
 from cuvis_dist.nodes.state import hash_state, hash_tensors
 from cuvis_dist.nodes.survey import outline
@@ -169,8 +169,7 @@ def train_readings(trainrun: TrainRun, datamodule: pl.LightningDataModule, scali
         measuring.sample_frames, measuring.sample_fraction, measuring.sample_seed
     )
     contents = Contents({}) if measuring.store is None else Contents.of(archive.frames)
-    passes = readings(trainrun.pipeline, datamodule, archive, contents, measuring)
-    return sum(frames for _, frames in passes)
+    return frames_read(trainrun.pipeline, datamodule, archive, contents, measuring)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from loguru import logger
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from cuvis_dist.archive.frame_cache import frame_cache
-from cuvis_dist.errors import InputError, LostWorkerError
+from cuvis_dist.errors import DataError, InputError, LostWorkerError
 from cuvis_dist.evaluation.seen import Seen
 from cuvis_dist.evaluation.steps import AfterFit, Evaluator
 from cuvis_dist.execution.asked import trains_here
@@ -142,7 +142,16 @@ class GradientTrainer(UpstreamGradientTrainer):
         self.output.probe()
         if not resume or not self._can_go_on():
             self.output.remove(LAST)
-        result = self._fit()
+        try:
+            result = self._fit()
+        except DataError as error:
+            if self.scaling.measuring.on_error != "skip":
+                raise
+            raise DataError(
+                f"{error}. Training does not skip frames (measuring.on_error is for phase 1 and "
+                "scoring): mend the file, or leave the frame out of data.splits, or its recording "
+                "(--without); the same command then goes on"
+            ) from error
         self.epochs, self._best = result.epochs, result.checkpoint
         self.nodes = outline(self.pipeline, self.loss_nodes) | in_words(result.plans)
         self.emit(TrainEvent(TrainHook.CHECKPOINT_RESTORED, checkpoint=result.checkpoint))

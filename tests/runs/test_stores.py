@@ -167,8 +167,30 @@ def test_verify_notices_frames_that_measure_otherwise(typed, demo, tmp_path):
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     code, said = typed("store", "verify", tmp_path / "store", "--data", "TRAINRUN", "--frames", "9")
     assert code == 3
+    store = f"store verify {tmp_path / 'store'} --data {demo}"
+    assert said.splitlines()[0].endswith(f": {store}"), "the first line says what is verified"
     assert "8 of 9 frames measure as they did" in said
     assert "differs  Moments(data.cube)" in said or "differs  Extrema(data.cube)" in said
+
+
+def test_a_plan_shows_what_is_read_to_find_the_bulk(typed):
+    """And so does the number of frames by which it is chosen where the work runs."""
+
+    def planned(setting):
+        said = typed("plan", "TRAINRUN", "--set", setting)[1].splitlines()
+        begins = next(i for i, line in enumerate(said) if line.startswith("first: reads "))
+        assert said[begins + 2].startswith("pass 1: reads ")
+        return [said[begins + 1], *(line for line in said if " frames from the store" in line)]
+
+    for_pass = "  10 of 10 frames from the store, 0 to read"
+    fresh = "  0 of 10 frames from it, 10 to read"
+    assert planned("measuring.robust=0.9") == [fresh, for_pass]
+    assert planned("measuring.robust_pixels=0.9") == [fresh]
+    typed("measure", "TRAINRUN")
+    there = "  10 of 10 frames from it, 0 to read"
+    assert planned("measuring.robust=0.9") == [there, for_pass]
+    assert planned("measuring.robust_pixels=0.9") == [there]
+    assert "first: reads" not in typed("plan", "TRAINRUN")[1]
 
 
 def test_workers_fill_a_store(demo, tmp_path, ray_session):

@@ -344,10 +344,15 @@ def test_monitors_write_on_rank_zero_alone(demo, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_a_frame_that_cannot_be_read_is_named(demo, tmp_path, workers):
+    """With what to do, where somebody may expect that it is skipped."""
     trainrun = initialized(demo, tmp_path)
     (demo.parent / "archive" / "recording_01_001.npz").write_bytes(b"not an npz")
-    with pytest.raises(DataError, match=r"recording_01\.cu3s#1 .*recording_01_001\.npz"):
+    named = r"recording_01\.cu3s#1 .*recording_01_001\.npz"
+    with pytest.raises(DataError, match=named) as caught:
         train(trainrun, workers)
+    assert "skip" not in str(caught.value)
+    with pytest.raises(DataError, match=f"{named}.*Training does not skip frames.*--without"):
+        train(trainrun, workers, scaling={"on_error": "skip"})
 
 
 def test_more_workers_than_the_cluster_has_are_refused(demo_trainrun, tmp_path):
