@@ -46,21 +46,23 @@ class _Outlet(io.FileIO):
 @contextmanager
 def _heard_or_not() -> Iterator[None]:
     """Let a command end as it would, whether or not somebody reads what it prints."""
-    with ExitStack() as streams:
-        for stream, redirect in ((sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr)):
+    outputs: Any = (sys.stdout, redirect_stdout), (sys.stderr, redirect_stderr)
+    with ExitStack() as outlets:
+        for stream, redirect in outputs:
             try:
-                raw = _Outlet(stream.fileno(), "w", closefd=False)
+                raw: Any = _Outlet(stream.fileno(), "w", closefd=False)
                 stream.flush()
+                outlet = io.TextIOWrapper(
+                    raw if stream.write_through else io.BufferedWriter(raw),
+                    encoding=stream.encoding,
+                    errors=stream.errors,
+                    line_buffering=stream.line_buffering,
+                    write_through=stream.write_through,  # as with python -u
+                )
             except (AttributeError, OSError):  # there is none, or it is no file
                 continue
-            outlet = io.TextIOWrapper(
-                io.BufferedWriter(raw),
-                encoding=stream.encoding,
-                errors=stream.errors,
-                line_buffering=bool(stream.line_buffering),
-            )
-            streams.enter_context(redirect(outlet))
-            streams.callback(outlet.flush)
+            outlets.enter_context(redirect(outlet))
+            outlets.callback(outlet.flush)
         yield
 
 
