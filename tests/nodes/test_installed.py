@@ -136,7 +136,10 @@ def test_every_class_is_fitted_as_upstream_fits_it(archive, tmp_path, ray_sessio
     theirs = force(every_node(tmp_path, *archive, max_fit_pixels=size))
     module = theirs.datamodule()
     module.train_dataloader = module.val_dataloader  # upstream shuffles; compare in order
+    parameters = [name for name, _ in theirs.pipeline.named_parameters()]
     UpstreamStatisticalTrainer(theirs.pipeline, module).fit()
+    now = [name for name, _ in theirs.pipeline.named_parameters()]
+    assert now == parameters, "check_trainable counts on it"
     ours = force(every_node(tmp_path, *archive, max_fit_pixels=size))
     trainer = StatisticalTrainer(
         ours.pipeline,
