@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from cuvis_dist.commands.options import (
+    add_command,
     add_scaling_options,
     add_store,
     add_trainrun_options,
@@ -24,18 +25,18 @@ if TYPE_CHECKING:
 
 def add(commands: Any) -> None:
     """Add ``info`` and ``plan``."""
-    info = commands.add_parser(
-        "info", help="print nodes, what is statistical or unfrozen, and frames per split"
+    info = add_command(
+        commands, "info", "print nodes, what is statistical or unfrozen, and frames per split"
     )
     add_trainrun_options(info)
     info.set_defaults(command=_info)
 
-    plan = commands.add_parser(
-        "plan", help="print the passes over the archive: what each reads, measures and fits"
+    plan = add_command(
+        commands, "plan", "print the passes over the archive: what each reads, measures and fits"
     )
     add_trainrun_options(plan)
     add_scaling_options(plan)
-    add_store(plan)
+    add_store(plan, "count the frames that would be taken from there")
     add_without(plan)
     plan.add_argument(
         "--calibrate",

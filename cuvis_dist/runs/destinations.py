@@ -47,7 +47,8 @@ def moved(config: TrainRunConfig, own: str) -> TrainRunConfig:
         at_root = output.local is None and location_of(root) == output.location
         training.default_root_dir = None if at_root else root
     if training.callbacks is not None and (checkpoint := training.callbacks.checkpoint) is not None:
-        checkpoint.dirpath = _moved(checkpoint.dirpath, before, output)
+        if "dirpath" in checkpoint.model_fields_set:  # else the trainer says where
+            checkpoint.dirpath = _moved(checkpoint.dirpath, before, output)
     return config.model_copy(update={"training": training})
 
 

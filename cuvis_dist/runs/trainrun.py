@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training.config import TrainRunConfig
+from loguru import logger
 
 from cuvis_dist.archive import open_split, setup_error
 from cuvis_dist.errors import CuvisDistError, InputError, one_line
@@ -259,6 +260,7 @@ def build_trainrun(
         ) from error
     _check_names(path, config, pipeline, ["unfreeze_nodes", "loss_nodes", "metric_nodes"])
     check_places(path, config, pipeline)
+    _say_what_stays_unfrozen(path, config, pipeline)
     seed = config.training.seed if config.training else None
     return TrainRun(path, config, pipeline, dirs, seed=seed, without=tuple(without))
 
@@ -294,3 +296,24 @@ def _check_names(
                 f"{key} of trainrun {path} names {', '.join(map(repr, unknown))}, which the "
                 f"pipeline {pipeline.name} does not have. Its nodes: {', '.join(sorted(known))}"
             )
+
+
+def _say_what_stays_unfrozen(path: Path, config: TrainRunConfig, pipeline: CuvisPipeline) -> None:
+    """Warn of nodes in ``freeze_nodes`` that are trained: upstream reads that list and no more."""
+    if config.training is None:
+        return
+    trained = [
+        node.name
+        for node in pipeline.nodes()
+        if node.name in config.freeze_nodes
+        and (
+            node.name in config.unfreeze_nodes
+            or any(parameter.requires_grad for parameter in node.parameters())
+        )
+    ]
+    if trained:
+        logger.warning(
+            f"freeze_nodes of trainrun {path} freezes nothing, here as in upstream: phase 2 trains "
+            f"{', '.join(trained)}, as each node that unfreeze_nodes names or that has parameters "
+            "of its own"
+        )

@@ -262,7 +262,9 @@ class GradientTrainer(UpstreamGradientTrainer):
             config.default_root_dir = str(location_of(config.default_root_dir))
         if config.callbacks is not None and config.callbacks.checkpoint is not None:
             checkpoint = config.callbacks.checkpoint
-            checkpoint.dirpath = self._checkpoint_folder(checkpoint.dirpath)
+            said = "dirpath" in checkpoint.model_fields_set  # else it is the schema's default
+            folder = checkpoint.dirpath if said else str(self.output.at("checkpoints"))
+            checkpoint.dirpath = self._checkpoint_folder(folder)
         return config
 
     def _checkpoint_folder(self, folder: str) -> str:
