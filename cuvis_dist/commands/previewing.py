@@ -124,11 +124,11 @@ def print_plan(
     choice = choose(scaling, lambda: work_of(trainrun, datamodule, scaling))
     lines.settle()
     frame, frames = plan.frame_bytes, plan.frames
-    print(f"{frames} frames in {plan.shards} shards, {frame / 1e6:.1f} MB a frame")
+    print(f"{frames} frames in {plan.shards} shards, {_size(frame)} a frame")
     for number, cost in enumerate(plan.costs, 1):
         memory = f"{cost.worker_bytes / 1e9:.2f} GB per worker"
         read = frames - cost.from_store
-        print(f"pass {number}: reads {frame * read / 1e9:.3g} GB, {memory}, {cost.step}")
+        print(f"pass {number}: reads {_size(frame * read)}, {memory}, {cost.step}")
         if cost.from_store:
             print(f"  {cost.from_store:,} of {frames:,} frames from the store, {read:,} to read")
         for fit in cost.step.fits:
@@ -173,3 +173,11 @@ def print_workers(scaling: Scaling, workers: int | None, gpus: float) -> None:
     each = f"{scaling.resources.cpus_per_worker:g} CPUs{on_gpus} each"
     there = f"{workers or 'one per CPU of the cluster'}, {each}"
     print(f"workers  {'none: in this process' if workers == 0 else there}")
+
+
+def _size(count: float) -> str:
+    """Return a number of bytes in a unit that leaves something before the decimal point."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} bytes"
