@@ -214,6 +214,11 @@ class GradientTrainer(UpstreamGradientTrainer):
     def _run(self, verb: str, checkpoint: str | None = None) -> Outcome:
         """Let workers, or this process, carry out ``verb``, and take over the nodes' state."""
         what = "training" if verb == "fit" else verb
+        if verb != "fit" and self.outcome is None:
+            logger.warning(
+                f"{verb} without a fit() of this trainer: the pipeline is evaluated as it is, and "
+                "must have been trained, or loaded, before"
+            )
         parts = self._parts()
         cache = frame_cache(
             self.datamodule, self.scaling.reading.cache, self.scaling.reading.cache_bytes
