@@ -124,7 +124,10 @@ def _leave_ray(lines: Lines) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="cuvis-dist", description="Two-phase training of cuvis.ai pipelines on a Ray cluster."
+        prog="cuvis-dist",
+        description="Two-phase training of cuvis.ai pipelines on a Ray cluster.",
+        epilog="exit codes: 0 done, 1 failed, 2 bad input, 3 unusable data, 4 lost or missing "
+        "resources, 5 drift (audit), 130 interrupted",
     )
     parser.add_argument(
         "--version", action="version", version=f"cuvis-dist {version('cuvis-dist')}"

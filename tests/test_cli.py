@@ -13,12 +13,14 @@ import time
 
 import numpy as np
 import pytest
+from cuvis_ai_core.training.post_fit import CheckpointRestored, EpochProgress, TrainEvent, TrainHook
 from loguru import logger
 
 from cuvis_dist.archive import Contents
 from cuvis_dist.cli import main
 from cuvis_dist.errors import one_line
 from cuvis_dist.runs.lines import Lines
+from cuvis_dist.runs.progress import ProgressLines
 from cuvis_dist.store import Entry, Key, Store
 from cuvis_dist.store.pixels import to_table
 from cuvis_dist.waiting import announce
@@ -60,6 +62,18 @@ def test_looking_into_a_store_loads_little(tmp_path):
     assert verify == "1 of 1 files are as their manifests say"
     assert prune.endswith("; 1 rows stay")
     assert loaded == "loaded []"
+
+
+@pytest.mark.parametrize("words", [["run"], ["audit"], ["store", "verify"]])
+def test_the_help_of_a_command_says_what_it_does(words, capsys):
+    with pytest.raises(SystemExit):
+        main([*words, "--help"])
+    first = capsys.readouterr().out.split("\n\n")[1]
+    with pytest.raises(SystemExit):
+        main([*words[:-1], "--help"])
+    listed = " ".join(capsys.readouterr().out.split())
+    said = " ".join(first.split()).removesuffix(".")
+    assert f"{words[-1]} {said[0].lower()}{said[1:]} " in listed
 
 
 def test_bad_settings_are_found_before_anything_is_loaded():
@@ -139,6 +153,18 @@ def test_a_log_has_a_line_for_each_wait_that_lasts():
         lines.change("fitting: 2/9 frames")
         lines.say("fitted: 9/9 frames")
     assert log.getvalue() == "  starting Ray ...\n  fitted: 9/9 frames\n"
+
+
+def test_the_restored_epoch_has_the_number_that_its_line_has():
+    """Lightning counts from 0, the lines of epochs from 1."""
+    log = io.StringIO()
+    with Lines(log) as lines:
+        show = ProgressLines(lines)
+        show(TrainEvent(TrainHook.EPOCH_END, epochs=EpochProgress(1, 2)))
+        best = CheckpointRestored(True, "epoch=0-step=8.ckpt", 0, "metrics/iou", 0.5)
+        show(TrainEvent(TrainHook.CHECKPOINT_RESTORED, checkpoint=best))
+    assert "  epoch 1/2: " in log.getvalue()
+    assert "(epoch 1 metrics/iou 0.5): epoch=0-step=8.ckpt" in log.getvalue()
 
 
 def test_a_log_hears_at_times_what_changes_or_is_waited_for(monkeypatch):

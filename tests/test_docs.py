@@ -100,6 +100,7 @@ def clone(tmp_path_factory) -> Iterator[Path]:
     for ending in ("initialized", "restored"):
         pipeline = load_trainrun(trainrun).pipeline
         save_initialization(pipeline, trained / f"Channel_Selector_{ending}.yaml")
+    shutil.copytree(trained, folder / "outputs" / "clean" / "trained_models")
     for output in (trainrun.parent / "results", folder / "outputs" / "other" / "results"):
         RunRecord(job="run", output_dir=str(output), trainrun=str(trainrun), name="demo").write()
     before = Path.cwd()

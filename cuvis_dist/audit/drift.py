@@ -31,6 +31,8 @@ from cuvis_dist.statistics import ExactMoments, Extrema, Moments, Statistic
 
 #: Nodes freeze float32: a buffer is the mean if it is so close to it, relative to the largest.
 _SAME = 1e-4
+#: What float32 leaves of a covariance's smallest eigenvalues, by the largest, is noise below this.
+_ROUNDED = 1e-7
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def compared(
         name = _which(after, now.mean.numpy())
         if name is not None and name in before:
             mean = before[name].reshape(-1)
-            figures = _figures(now, mean, _covariance(now, before, after))
+            figures = _figures(now, mean, _covariances(now, before, after))
             spectra = {"mean": (mean, now.mean.numpy())}
             ratio = _ratio(now.mean.numpy(), mean)
             return NodeDrift(fit.node.name, ratio, "mean", figures, spectra=spectra)
@@ -257,10 +259,10 @@ def _which(state: Mapping[str, np.ndarray], wanted: np.ndarray) -> str | None:
     return None
 
 
-def _covariance(
+def _covariances(
     now: Moments | ExactMoments, before: dict[str, np.ndarray], after: dict[str, np.ndarray]
-) -> np.ndarray | None:
-    """Return the covariance that a node froze, if it froze one."""
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the covariance that a node froze, and the one that it would now, if it freezes one."""
     if now.diagonal or now.n < 2:
         return None
     wanted = now.covariance.numpy()
@@ -270,23 +272,27 @@ def _covariance(
         if value.shape == wanted.shape
     }
     name = _which(added, wanted)
-    return None if name is None else before[name]
+    return None if name is None else (before[name], after[name])
 
 
 def _figures(
-    now: Moments | ExactMoments, mean: np.ndarray, covariance: np.ndarray | None
+    now: Moments | ExactMoments,
+    mean: np.ndarray,
+    covariances: tuple[np.ndarray, np.ndarray] | None,
 ) -> dict[str, float]:
+    """Return what else is known about a mean, and about the covariances, of then and of now."""
     gain, offset, left = line_between(mean, now.mean.numpy())
     figures = {"gain": gain, "offset": offset, "left": left}
-    if covariance is None:
+    if covariances is None:
         return figures
-    scale = np.sqrt(np.maximum(covariance.diagonal(), np.finfo(float).tiny))
-    both = np.outer(scale, scale)
-    ridge = RIDGE * np.eye(len(mean))
-    values, vectors = np.linalg.eigh(covariance / both)
-    # A covariance of float32 has eigenvalues that are noise below about 1e-7 of the largest.
-    whiten = vectors / np.sqrt(np.maximum(values, 1e-7 * values[-1]))
-    relative, axes = np.linalg.eigh(whiten.T @ (now.covariance.numpy() / both + ridge) @ whiten)
+    scale = np.sqrt(np.maximum(covariances[0].diagonal(), np.finfo(float).tiny))
+    was, is_now = (covariance / np.outer(scale, scale) for covariance in covariances)
+    # Both were frozen in float32, whose rounding is all that there is of eigenvalues below about
+    # 1e-7 of the largest: so much on both diagonals makes these equal.
+    ridge = _ROUNDED * float(np.linalg.eigvalsh(was)[-1]) * np.eye(len(mean))
+    values, vectors = np.linalg.eigh(was + ridge)
+    whiten = vectors / np.sqrt(np.maximum(values, np.finfo(float).tiny))
+    relative, axes = np.linalg.eigh(whiten.T @ (is_now + ridge) @ whiten)
     relative = np.maximum(relative, RIDGE)
     shift = ((now.mean.numpy() - mean) / scale) @ whiten @ axes
     figures["mahalanobis"] = float(np.sqrt((shift**2).sum()))

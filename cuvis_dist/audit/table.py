@@ -82,7 +82,10 @@ def drift_text(drifts: Sequence[NodeDrift], why_not: Mapping[str, str]) -> list[
     """
     lines = []
     for each in drifts:
-        figures = ", ".join(f"{SAID[name]} {value:.4g}" for name, value in each.figures.items())
+        figures = ", ".join(
+            f"{SAID[name]} {value:{',.0f' if name == 'sample' else '.4g'}}"
+            for name, value in each.figures.items()
+        )
         more = f" ({figures})" if figures else ""
         lines.append(f"drift    {each.node}: {each.ratio:.4f} of its {each.of}{more}")
         farthest = sorted(each.groups.items(), key=lambda item: -item[1])[:3]

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from cuvis_dist.commands.options import (
+    add_command,
     add_dry_run,
     add_restart,
     add_saved_options,
@@ -19,14 +20,14 @@ from cuvis_dist.runs.lines import Lines
 
 def add(commands: Any) -> None:
     """Add ``evaluate`` and ``score``."""
-    evaluate = commands.add_parser("evaluate", help="print a saved pipeline's metrics on a split")
+    evaluate = add_command(commands, "evaluate", "print a saved pipeline's metrics on a split")
     add_saved_options(evaluate, ("val", "test"), "test")
     add_scaling_options(evaluate)
     add_dry_run(evaluate)
     evaluate.set_defaults(command=_evaluate)
 
-    score = commands.add_parser(
-        "score", help="write a saved pipeline's score maps and decisions, one file per frame"
+    score = add_command(
+        commands, "score", "write a saved pipeline's score maps and decisions, one file per frame"
     )
     add_saved_options(score, ("train", "val", "test", "predict"), "predict: all frames")
     score.add_argument(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cuvis_dist.commands.options import (
+    add_command,
     add_store,
     add_trainrun_options,
     scaling_of,
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
 
 def add(commands: Any) -> None:
     """Add ``audit``."""
-    audit = commands.add_parser(
-        "audit", help="print which recordings stand out from the rest, and why; reads no cube"
+    audit = add_command(
+        commands, "audit", "print which recordings stand out from the rest, and why; reads no cube"
     )
     add_trainrun_options(audit)
-    add_store(audit)
+    add_store(audit, "what it has of each frame is audited, and nothing added")
     audit.add_argument(
         "--scaling", metavar="FILE", help="YAML file of settings, as for the run that measured"
     )

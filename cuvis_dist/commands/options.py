@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cuvis_dist.runs.lines import Lines
 
@@ -23,6 +23,14 @@ _SHORT = {
     "robust_pixels": "measuring.robust_pixels",
     "verify": "reading.verify",
 }
+
+
+def add_command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
+    """Add a command, whose own help begins with what the list of commands says of it."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=text, description=f"{text[0].upper()}{text[1:]}."
+    )
+    return parser
 
 
 def add_trainrun_options(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +73,7 @@ def _add_trainrun_settings(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="e.g. data.batch_size=16; repeatable",
+        help="another value of the trainrun, e.g. data.batch_size=16; repeatable",
     )
     parser.add_argument(
         "--output-dir",
@@ -122,13 +130,12 @@ def add_fold(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_store(parser: argparse.ArgumentParser) -> None:
+def add_store(
+    parser: argparse.ArgumentParser,
+    text: str = "take from there what was measured of each frame, and add to it",
+) -> None:
     """Add what says where statistics of frames are kept."""
-    parser.add_argument(
-        "--store",
-        metavar="S",
-        help="folder or URI: take from there what was measured of each frame, and add to it",
-    )
+    parser.add_argument("--store", metavar="S", help=f"a store's folder or URI: {text}")
 
 
 def add_restart(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from cuvis_dist.commands.options import (
+    add_command,
     add_fold,
     add_scaling_options,
     add_store,
@@ -25,19 +26,19 @@ if TYPE_CHECKING:
 
 def add(commands: Any) -> None:
     """Add ``info`` and ``plan``."""
-    info = commands.add_parser(
-        "info", help="print nodes, what is statistical or unfrozen, and frames per split"
+    info = add_command(
+        commands, "info", "print nodes, what is statistical or unfrozen, and frames per split"
     )
     add_trainrun_options(info)
     info.set_defaults(command=_info)
 
-    plan = commands.add_parser(
-        "plan", help="print the passes over the archive: what each reads, measures and fits"
+    plan = add_command(
+        commands, "plan", "print the passes over the archive: what each reads, measures and fits"
     )
     add_trainrun_options(plan)
     add_scaling_options(plan)
     add_fold(plan)
-    add_store(plan)
+    add_store(plan, "count the frames that would be taken from there")
     add_without(plan)
     plan.add_argument(
         "--calibrate",
@@ -125,14 +126,14 @@ def print_plan(
     choice = choose(scaling, lambda: work_of(trainrun, datamodule, scaling))
     lines.settle()
     frame, frames = plan.frame_bytes, plan.frames
-    print(f"{frames} frames in {plan.shards} shards, {frame / 1e6:.1f} MB a frame")
+    print(f"{frames} frames in {plan.shards} shards, {_size(frame)} a frame")
     if plan.filled is not None:
-        print(f"first: reads {frame * plan.filled / 1e9:.3g} GB, to look for the bulk in the store")
+        print(f"first: reads {_size(frame * plan.filled)}, to look for the bulk in the store")
         print(f"  {frames - plan.filled:,} of {frames:,} frames from it, {plan.filled:,} to read")
     for number, cost in enumerate(plan.costs, 1):
         memory = f"{cost.worker_bytes / 1e9:.2f} GB per worker"
         read = frames - cost.from_store
-        print(f"pass {number}: reads {frame * read / 1e9:.3g} GB, {memory}, {cost.step}")
+        print(f"pass {number}: reads {_size(frame * read)}, {memory}, {cost.step}")
         if cost.from_store:
             print(f"  {cost.from_store:,} of {frames:,} frames from the store, {read:,} to read")
         for fit in cost.step.fits:
@@ -177,3 +178,11 @@ def print_workers(scaling: Scaling, workers: int | None, gpus: float) -> None:
     each = f"{scaling.resources.cpus_per_worker:g} CPUs{on_gpus} each"
     there = f"{workers or 'one per CPU of the cluster'}, {each}"
     print(f"workers  {'none: in this process' if workers == 0 else there}")
+
+
+def _size(count: float) -> str:
+    """Return a number of bytes in a unit that leaves something before the decimal point."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} bytes"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from cuvis_dist.commands.options import add_command
+
 if TYPE_CHECKING:
     from cuvis_dist.report.writing import Location
 
@@ -17,8 +19,8 @@ def add(commands: Any) -> None:
     commands : argparse action
         From ``add_subparsers``.
     """
-    report = commands.add_parser(
-        "report", help="write the report of a run again, or beside that of another run"
+    report = add_command(
+        commands, "report", "write the report of a run again, or beside that of another run"
     )
     report.add_argument(
         "output", metavar="OUTPUT_DIR", help="output folder of a run, init or train; or its URI"

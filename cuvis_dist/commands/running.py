@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cuvis_dist.commands.options import (
+    add_command,
     add_dry_run,
     add_fold,
     add_restart,
@@ -28,10 +29,12 @@ if TYPE_CHECKING:
 
 def add(commands: Any) -> None:
     """Add ``run``, ``init`` and ``train``."""
-    run = commands.add_parser("run", help="run both phases of a trainrun and save the pipeline")
+    run = add_command(commands, "run", "run both phases of a trainrun and save the pipeline")
     run.set_defaults(command=_run)
-    init = commands.add_parser(
-        "init", help="run phase 1 alone, say whether the fit looks sound, and save the pipeline"
+    init = add_command(
+        commands,
+        "init",
+        "run phase 1 alone, say whether the fit looks sound, and save the pipeline",
     )
     init.add_argument(
         "--compare",
@@ -39,8 +42,8 @@ def add(commands: Any) -> None:
         help="say what changed since this initialization (.yaml, .pt or .json), and by how much",
     )
     init.set_defaults(command=_init)
-    train = commands.add_parser(
-        "train", help="run phase 2 alone, on what init left, and save the pipeline"
+    train = add_command(
+        commands, "train", "run phase 2 alone, on what init left, and save the pipeline"
     )
     train.add_argument(
         "--initialization",
@@ -73,8 +76,8 @@ def add(commands: Any) -> None:
 
 def add_demo(commands: Any) -> None:
     """Add ``demo``."""
-    demo = commands.add_parser(
-        "demo", help="generate a labelled archive and run the two-phase example on it"
+    demo = add_command(
+        commands, "demo", "generate a labelled archive and run the two-phase example on it"
     )
     demo.add_argument(
         "--folder",

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from cuvis_dist.commands.options import (
+    add_command,
     add_dry_run,
     add_fold,
     add_scaling_options,
@@ -27,8 +28,8 @@ _FRAMES = 3
 
 def add(commands: Any) -> None:
     """Add ``measure``, and ``store list``, ``show``, ``verify`` and ``prune``."""
-    measure = commands.add_parser(
-        "measure", help="measure the frames of a split that a store lacks; fit nothing"
+    measure = add_command(
+        commands, "measure", "measure the frames of a split that a store lacks; fit nothing"
     )
     add_trainrun_options(measure)
     measure.add_argument(
@@ -39,11 +40,11 @@ def add(commands: Any) -> None:
     )
     add_scaling_options(measure)
     add_fold(measure)
-    add_store(measure)
+    add_store(measure, "what is filled; needed, here or as measuring.store")
     add_dry_run(measure)
     measure.set_defaults(command=_measure)
 
-    store = commands.add_parser("store", help="list, show, verify or prune what a store has")
+    store = add_command(commands, "store", "list, show, verify or prune what a store has")
     asked = store.add_subparsers(required=True, metavar="WHAT")
     every = {
         "list": (_list, "print what was measured, of how many frames"),
@@ -52,7 +53,7 @@ def add(commands: Any) -> None:
         "prune": (_prune, "remove what no frame has any more, and join small files"),
     }
     for name, (command, text) in every.items():
-        parser = asked.add_parser(name, help=text)
+        parser = add_command(asked, name, text)
         parser.add_argument("store", metavar="S", help="the store's folder or URI")
         add_verbose(parser)
         parser.set_defaults(command=command)
@@ -67,7 +68,13 @@ def add(commands: Any) -> None:
                 metavar="TRAINRUN",
                 help="measure a few frames of its train split again, and compare",
             )
-            parser.add_argument("--frames", type=int, default=_FRAMES, metavar="N", help="how many")
+            parser.add_argument(
+                "--frames",
+                type=int,
+                default=_FRAMES,
+                metavar="N",
+                help="with --data: how many; default: %(default)s",
+            )
             for option, dest, form in (
                 ("--plugins-dir", "plugins_dir", "DIR"),
                 ("--override", "override", "KEY=VALUE"),
@@ -128,7 +135,8 @@ def _list(arguments: argparse.Namespace, lines: Lines) -> int:
     found = kinds(_opened(arguments, lines))
     lines.settle()
     for kind in found:
-        size = f"{kind.bytes / 1e6:,.1f} MB in {kind.files} files"
+        files = "file" if kind.files == 1 else "files"
+        size = f"{kind.bytes / 1e6:,.1f} MB in {kind.files} {files}"
         print(f"{kind.measured}: {kind.frames:,} frames, {size}")
         print(f"  read by {kind.data_module}, last written {kind.written}, folder {kind.key}")
     return 0

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cuvis_dist.commands.options import add_verbose
+from cuvis_dist.commands.options import add_command, add_verbose
 from cuvis_dist.errors import InputError
 from cuvis_dist.runs.lines import Lines
 
@@ -23,8 +23,8 @@ def add(commands: Any, parse: Parse) -> None:
     parse : callable
         It understands the command that is submitted: a wrong option is found here, not there.
     """
-    submit = commands.add_parser(
-        "submit", help="run a command as a job of a cluster and end with its exit code"
+    submit = add_command(
+        commands, "submit", "run a command as a job of a cluster and end with its exit code"
     )
     submit.add_argument(
         "--address",

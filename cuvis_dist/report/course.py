@@ -82,7 +82,7 @@ def _restored(kept: Kept) -> str:
         return f"The last epoch's weights are used ({checkpoint.get('reason') or 'none is best'})"
     score = checkpoint.get("score")
     value = f" with {checkpoint['monitor']} {number(score)}" if score is not None else ""
-    return f"Epoch {checkpoint['epoch']}{value} was restored"
+    return f"Epoch {checkpoint['epoch']} (counted from 0){value} was restored"
 
 
 _Noted = list[tuple[Kept, dict[int, dict[str, float]], str]]

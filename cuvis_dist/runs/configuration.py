@@ -266,6 +266,12 @@ def _said(error: ValidationError, model: type[BaseModel]) -> str:
     for item in error.errors():
         *parents, last = item["loc"] or ("",)
         name = ".".join(map(str, item["loc"]))
+        if item["type"] == "model_type" and isinstance(item["input"], str):
+            problems.append(
+                f"{name} is {item['input']!r}, and not a mapping of settings: --override gives a "
+                f"setting in it a value ({name}.NAME=VALUE); a config group is chosen in `defaults`"
+            )
+            continue
         if item["type"] != "extra_forbidden":
             problems.append(f"{name}: {item['msg']}" if name else item["msg"])
             continue

@@ -46,7 +46,8 @@ def moved(config: TrainRunConfig, own: str) -> TrainRunConfig:
         # At a URI, logs are written in a mirror of the output folder, which is their default.
         at_root = output.local is None and location_of(root) == output.location
         training.default_root_dir = None if at_root else root
-    if training.callbacks is not None and (checkpoint := training.callbacks.checkpoint) is not None:
+    checkpoint = training.callbacks.checkpoint if training.callbacks else None
+    if checkpoint is not None and "dirpath" in checkpoint.model_fields_set:  # else it is ours
         checkpoint.dirpath = _moved(checkpoint.dirpath, before, output)
     return config.model_copy(update={"training": training})
 

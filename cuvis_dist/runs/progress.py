@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 from cuvis_ai_core.training.post_fit import FrameProgress, TrainEvent, TrainHook, describe_event
 
@@ -39,7 +40,7 @@ class ProgressLines:
             if not any(self._nodes.values()):
                 self._nodes, self._started = {}, time.monotonic()
                 left = self._total - self._before
-                self.lines.wait(f"waiting for workers to read the first of {left} frames")
+                self.lines.wait(f"waiting for the first of {left} frames to be read")
             self._nodes[event.node] = True
         elif hook is TrainHook.STATISTICAL_PROGRESS:
             self.lines.change(f"fitting {', '.join(self._nodes)}: {self._rate(event.progress)}")
@@ -56,7 +57,7 @@ class ProgressLines:
                     f"{hook.value.split('_')[0]} on {event.split.value}: "
                     f"{event.progress.done}/{event.progress.total} frames"
                 )
-        elif hook not in _SILENT and (line := describe_event(event)):
+        elif hook not in _SILENT and (line := describe_event(_counted_from_1(event))):
             if hook in (TrainHook.CALIBRATION_START, TrainHook.EVALUATION_START):
                 self.lines.wait(line)
             else:
@@ -104,3 +105,14 @@ class ProgressLines:
         if progress.total > progress.done and rate:
             return f"{text}, {(progress.total - progress.done) / rate:.0f} s left"
         return f"{text}, {seconds:.1f} s"
+
+
+def _counted_from_1(event: TrainEvent) -> TrainEvent:
+    """Return the event with the number that the restored epoch has in the lines of epochs.
+
+    Lightning counts from 0, there and in the names of checkpoints.
+    """
+    checkpoint = event.checkpoint
+    if checkpoint is None or not checkpoint.restored:
+        return event
+    return replace(event, checkpoint=replace(checkpoint, epoch=checkpoint.epoch + 1))

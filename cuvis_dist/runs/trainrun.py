@@ -281,6 +281,7 @@ def build_trainrun(
     _check_names(path, config, pipeline, ["unfreeze_nodes", "loss_nodes", "metric_nodes"])
     check_places(path, config, pipeline)
     _warn_of_misspelt(configuration.pipeline, pipeline, dirs)
+    _say_what_stays_unfrozen(path, config, pipeline)
     seed = config.training.seed if config.training else None
     return _checked(TrainRun(path, config, pipeline, dirs, seed=seed, without=tuple(without)))
 
@@ -347,3 +348,24 @@ def _check_names(
                 f"{key} of trainrun {path} names {', '.join(map(repr, unknown))}, which the "
                 f"pipeline {pipeline.name} does not have. Its nodes: {', '.join(sorted(known))}"
             )
+
+
+def _say_what_stays_unfrozen(path: Path, config: TrainRunConfig, pipeline: CuvisPipeline) -> None:
+    """Warn of nodes in ``freeze_nodes`` that are trained: upstream reads that list and no more."""
+    if config.training is None:
+        return
+    trained = [
+        node.name
+        for node in pipeline.nodes()
+        if node.name in config.freeze_nodes
+        and (
+            node.name in config.unfreeze_nodes
+            or any(parameter.requires_grad for parameter in node.parameters())
+        )
+    ]
+    if trained:
+        logger.warning(
+            f"freeze_nodes of trainrun {path} freezes nothing, here as in upstream: phase 2 trains "
+            f"{', '.join(trained)}, as each node that unfreeze_nodes names or that has parameters "
+            "of its own"
+        )

@@ -106,11 +106,13 @@ class RankTrainer(UpstreamGradientTrainer):
     def validate(self, ckpt_path: str | None = None) -> Sequence[Mapping[str, float]]:
         """Evaluate the validation split; every rank runs all of it where its order matters."""
         self._agree_on_order(ExecutionStage.VAL)
+        self.trainer = self._build_trainer()  # else upstream warns, which only the driver can
         return super().validate(ckpt_path)
 
     def test(self, ckpt_path: str | None = "best") -> Sequence[Mapping[str, float]]:
         """Evaluate the test split; every rank runs all of it where its order matters."""
         self._agree_on_order(ExecutionStage.TEST)
+        self.trainer = self._build_trainer()
         return super().test(ckpt_path)
 
     def _agree_on_order(self, stage: ExecutionStage) -> None:
@@ -143,7 +145,7 @@ class RankTrainer(UpstreamGradientTrainer):
     def _dealt(self) -> DealtBatches:
         """The batches of the loader that is being iterated."""
         trainer = self.trainer
-        loader = trainer.train_dataloader
+        loader: Any = trainer.train_dataloader
         if trainer.validating or trainer.sanity_checking or trainer.evaluating:
             loader = trainer.val_dataloaders
         if trainer.testing:

@@ -223,6 +223,11 @@ class GradientTrainer(UpstreamGradientTrainer):
     def _run(self, verb: str, checkpoint: str | None = None) -> Outcome:
         """Let workers, or this process, carry out ``verb``, and take over the nodes' state."""
         what = "training" if verb == "fit" else verb
+        if verb != "fit" and self.outcome is None:
+            logger.warning(
+                f"{verb} without a fit() of this trainer: the pipeline is evaluated as it is, and "
+                "must have been trained, or loaded, before"
+            )
         parts = self._parts()
         cache = frame_cache(
             self.datamodule, self.scaling.reading.cache, self.scaling.reading.cache_bytes
@@ -271,7 +276,9 @@ class GradientTrainer(UpstreamGradientTrainer):
             config.default_root_dir = str(location_of(config.default_root_dir))
         if config.callbacks is not None and config.callbacks.checkpoint is not None:
             checkpoint = config.callbacks.checkpoint
-            checkpoint.dirpath = self._checkpoint_folder(checkpoint.dirpath)
+            said = "dirpath" in checkpoint.model_fields_set  # else it is the schema's default
+            folder = checkpoint.dirpath if said else str(self.output.at("checkpoints"))
+            checkpoint.dirpath = self._checkpoint_folder(folder)
         return config
 
     def _checkpoint_folder(self, folder: str) -> str:

@@ -138,6 +138,22 @@ def heads():
     return pipeline
 
 
+def test_an_archive_is_no_distance_from_itself(demo, tmp_path):
+    """What float32 and a small number on the diagonal do to a covariance is no drift."""
+    make = lambda: load_trainrun(demo).pipeline  # noqa: E731
+    fitted = initialized(demo, make, tmp_path / "store")
+    found, _ = drifted(demo, make, tmp_path / "store", fitted)
+    figures = found["rx_detector"].figures
+    assert figures["affine_invariant"] < 1e-3
+    assert figures["bhattacharyya"] < 1e-6
+    assert figures["mahalanobis"] < 1e-3
+    brighter(demo, 1.05)
+    initialized(demo, make, tmp_path / "store")
+    figures = drifted(demo, make, tmp_path / "store", fitted)[0]["rx_detector"].figures
+    # All variances are larger by the square of the gain.
+    assert figures["affine_invariant"] > 0.5 * np.sqrt(12) * np.log(1.05**2)
+
+
 def test_a_later_node_has_drifted_by_what_all_pixels_say(demo, tmp_path):
     """The head behind the rx of then, on a part of the pixels of now, and on all of them."""
     store = tmp_path / "store"

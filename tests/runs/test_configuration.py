@@ -196,6 +196,24 @@ def test_a_seed_that_no_generator_takes_is_refused(demo):
         read_configuration(demo)
 
 
+def test_a_config_group_is_not_chosen_by_an_override(demo):
+    """Upstream puts its name in the place of the settings."""
+    words = r"training is 'fast', and not a mapping of settings: .*training.NAME=VALUE.*`defaults`"
+    with pytest.raises(InputError, match=words):
+        read_configuration(demo, ["training=fast"])
+
+
+def test_nodes_that_freeze_nodes_does_not_freeze_are_named(demo, warnings):
+    edit(demo, lambda run: run.update(freeze_nodes=["normalizer", "rx_detector", "no such node"]))
+    load_trainrun(demo)
+    (said,) = (line for line in warnings if "freeze_nodes" in line)
+    assert "phase 2 trains rx_detector, as" in said
+    warnings.clear()
+    edit(demo, lambda run: run.update(unfreeze_nodes=["selector"]))
+    load_trainrun(demo)
+    assert not warnings
+
+
 def test_what_stands_twice_is_refused_in_every_file(demo):
     for name, key in (("trainrun.yaml", "name"), ("pipeline.yaml", "metadata")):
         path = demo.parent / name

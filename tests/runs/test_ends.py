@@ -146,7 +146,7 @@ def test_a_closed_terminal_interrupts(demo_trainrun, tmp_path):
 @pytest.mark.parametrize(
     ("until", "workers"),
     [
-        ("waiting for workers to read", ("--workers", 1)),
+        ("waiting for the first of", ("--workers", 1)),
         pytest.param("epoch 1/", ("--workers", 0, "--train-workers", 1), marks=pytest.mark.long),
     ],
 )

@@ -268,6 +268,13 @@ def test_checkpoint_folders_of_python_trainers(demo_trainrun, tmp_path, monkeypa
         with pytest.raises(InputError, match="not below the output folder s3://bucket/x:"):
             folder_of(elsewhere)
 
+    config = load_trainrun(demo_trainrun).config.training
+    for said, folder in ((False, tmp_path / "results" / "checkpoints"), (True, tmp_path / "mine")):
+        if said:
+            config.callbacks.checkpoint.dirpath = "mine"
+        trainer = GradientTrainer(pipeline, None, [], training_config=config, output_dir="results")
+        assert trainer._with_absolute_paths().callbacks.checkpoint.dirpath == str(folder)
+
 
 # ---- runs ------------------------------------------------------------------------------
 

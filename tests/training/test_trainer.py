@@ -21,6 +21,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from readings import count_readings, counted
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cuvis_dist import GradientTrainer
 from cuvis_dist.errors import ClusterError, DataError
 from cuvis_dist.nodes.probing import random_states
 
@@ -157,6 +158,32 @@ def test_a_module_may_change_batches_on_the_device(demo_trainrun, tmp_path):
         fit(trainrun, module=TransferredModule(trainrun.datamodule()))
         states.append(buffers_sha256(trainrun.pipeline))
     assert states[0] == states[1]
+
+
+def test_an_evaluation_warns_where_this_trainer_trained_nothing(demo_trainrun, tmp_path, warnings):
+    """Upstream's trainer, which each rank makes anew, would always warn."""
+    trainrun = initialized(demo_trainrun, tmp_path, "training.max_epochs=1")
+    trained = train(trainrun, 0)
+    (row,) = trained.validate()
+    assert not [line for line in warnings if "fit()" in line]
+    fresh = GradientTrainer(
+        trainrun.pipeline,
+        trainrun.datamodule(),
+        trainrun.loss_nodes,
+        trainrun.metric_nodes,
+        trained.training_config,
+        scaling=trained.scaling,
+        output_dir=tmp_path,
+    )
+    assert [*fresh.validate()] == [row]
+    (said,) = (line for line in warnings if "fit()" in line)
+    assert said.startswith("validate without a fit() of this trainer: the pipeline is evaluated as")
+    # A checkpoint of Lightning's is evaluated whatever the pipeline holds.
+    expected = [*trained.test()]
+    with torch.no_grad():
+        for parameter in trainrun.pipeline.parameters():
+            parameter.zero_()
+    assert [*fresh.test(ckpt_path=trained.outcome.checkpoint.path)] == expected
 
 
 @pytest.mark.parametrize(("settings", "threads"), [({}, 3), ({"cpus_per_worker": 2}, 2)])
