@@ -1,12 +1,15 @@
-"""Which setting is meant by a name that no setting has?"""
+"""Which name is meant by one that nothing has?"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cuvis_dist.errors import InputError
+
+#: How alike two names are of which one is the other misspelt: difflib's ratio.
+_CLOSE = 0.7
 
 
 def refuse_unknown(values: Any, where: str, known: Mapping[str, list[str]]) -> None:
@@ -44,6 +47,12 @@ def refuse_unknown(values: Any, where: str, known: Mapping[str, list[str]]) -> N
         raise InputError(f"{where}: {'; '.join(problems)}")
 
 
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that is nearly the given one, or None."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=_CLOSE)
+    return close[0] if close else None
+
+
 def _meant(name: str, known: Mapping[str, list[str]]) -> str:
     """Return which settings a wrong name may stand for, as the rest of a sentence."""
     if name == "output_dir":
@@ -55,7 +64,7 @@ def _meant(name: str, known: Mapping[str, list[str]]) -> str:
     last = name.rpartition(".")[2]
     if last in by_name:
         return f": the setting is called {' or '.join(by_name[last])}"
-    if close := difflib.get_close_matches(last, [*by_name, *known], n=1, cutoff=0.7):
-        return f": did you mean {' or '.join(by_name.get(close[0], close))}?"
+    if close := closest(last, [*by_name, *known]):
+        return f": did you mean {' or '.join(by_name.get(close, [close]))}?"
     every = [setting for settings in by_name.values() for setting in settings]
     return f". Known settings: {', '.join(every)}"

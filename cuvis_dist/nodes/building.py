@@ -7,9 +7,7 @@ can be imported in this environment is trusted.
 
 from __future__ import annotations
 
-import difflib
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,6 @@ from cuvis_ai_schemas.pipeline import PipelineConfig
 
 from cuvis_dist.errors import InputError
 from cuvis_dist.plain import load
-
-#: How alike two names are of which one is the other misspelt.
-_CLOSE = 0.8
 
 
 def build_pipeline(config: PipelineConfig) -> CuvisPipeline:
@@ -74,31 +69,3 @@ class _NodesAlone(NodeRegistry):
             f"{class_identifier} is no node: class_name must name a subclass of cuvis_ai_core's "
             "Node"
         )
-
-
-def misspelt(node_class: type[Node], hparams: Iterable[str]) -> dict[str, str]:
-    """Return which of the names of a node's settings are misspelt, with what is probably meant.
-
-    Upstream leaves unused whatever a constructor takes as ``**kwargs`` and does not know. A name
-    counts as misspelt if no constructor of the class has such a parameter or speaks of it, and one
-    has a parameter of nearly that name.
-    """
-    known, spoken = _settings_of(node_class)
-    found = {
-        name: difflib.get_close_matches(name, known, n=1, cutoff=_CLOSE)
-        for name in map(str, hparams)
-        if name not in spoken
-    }
-    return {name: close[0] for name, close in found.items() if close}
-
-
-def _settings_of(node_class: type[Node]) -> tuple[list[str], set[str]]:
-    """Return the parameters of a class's constructors, and all words that their code has."""
-    known, spoken = list[str](), set[str]()
-    for cls in node_class.__mro__:
-        code = getattr(vars(cls).get("__init__"), "__code__", None)
-        if code is not None and issubclass(cls, Node):
-            named = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
-            known += named
-            spoken |= {*named, *filter(lambda word: isinstance(word, str), code.co_consts)}
-    return known, spoken

@@ -6,7 +6,6 @@ wait. What only a pipeline or a data module can tell comes later.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -21,6 +20,7 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel, ValidationError
 
 from cuvis_dist.errors import CuvisDistError, InputError, one_line
+from cuvis_dist.misspelt import closest
 from cuvis_dist.runs.destinations import check_name, check_output, moved
 from cuvis_dist.storage import is_uri
 from cuvis_dist.universe import MODULES, read_universe
@@ -276,8 +276,8 @@ def _said(error: ValidationError, model: type[BaseModel]) -> str:
             problems.append(f"{name}: {item['msg']}" if name else item["msg"])
             continue
         known = _settings_at(model, parents)
-        close = difflib.get_close_matches(str(last), known, n=1, cutoff=0.7)
-        meant = f"did you mean {close[0]}?" if close else f"known there: {', '.join(known)}"
+        close = closest(str(last), known)
+        meant = f"did you mean {close}?" if close else f"known there: {', '.join(known)}"
         problems.append(f"{name} is unknown; {meant}")
     return "; ".join(problems)
 

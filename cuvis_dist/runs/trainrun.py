@@ -6,9 +6,7 @@ order.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,19 +14,18 @@ import pytorch_lightning as pl
 from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.pipeline.pipeline import CuvisPipeline
 from cuvis_ai_core.training.config import TrainRunConfig
-from cuvis_ai_schemas.pipeline import PipelineConfig
-from loguru import logger
 
 from cuvis_dist.archive import open_split, setup_error
 from cuvis_dist.errors import CuvisDistError, InputError, one_line
 from cuvis_dist.initialization.place import find
 from cuvis_dist.initialization.saved import load_initialization
 from cuvis_dist.nodes import upstream
-from cuvis_dist.nodes.building import build_pipeline, load_pipeline, misspelt
-from cuvis_dist.nodes.manifests import data_modules, declared_plugins, manifests_counted_once
+from cuvis_dist.nodes.building import build_pipeline, load_pipeline
+from cuvis_dist.nodes.manifests import data_modules, manifests_counted_once
 from cuvis_dist.plain import NotPlainError
 from cuvis_dist.runs.configuration import Configuration, read_configuration
 from cuvis_dist.runs.destinations import check_places
+from cuvis_dist.runs.ignored import warn_of_ignored
 from cuvis_dist.runs.leaving_out import leave_out
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.staging import fetched_when_opened, localize
@@ -80,15 +77,6 @@ class TrainRun:
     def metric_nodes(self) -> list[Node]:
         """The metric nodes, in the pipeline's order."""
         return self._named(self.config.metric_nodes)
-
-    @property
-    def measuring(self) -> list[str]:
-        """The names of the metric nodes that have metrics to log: upstream passes over others."""
-        return [
-            node.name
-            for node in self.metric_nodes
-            if "metrics" in type(node).OUTPUT_SPECS or hasattr(node, "pooled_metrics")
-        ]
 
     def _named(self, names: Sequence[str]) -> list[Node]:
         return [node for node in self.pipeline.nodes() if node.name in names]
@@ -266,7 +254,8 @@ def build_trainrun(
         config = config.model_copy(update={"pipeline": str(configuration.saved)})
         _check_names(path, config, pipeline, ["metric_nodes"])
         weights = configuration.saved.with_suffix(".pt")
-        return _checked(TrainRun(path, config, pipeline, dirs, weights=weights))
+        warn_of_ignored(configuration, pipeline, dirs, installed_plugins_dirs())
+        return TrainRun(path, config, pipeline, dirs, weights=weights)
 
     if config.training is not None:
         # As upstream: before the pipeline, whose initial weights depend on it.
@@ -280,41 +269,9 @@ def build_trainrun(
         ) from error
     _check_names(path, config, pipeline, ["unfreeze_nodes", "loss_nodes", "metric_nodes"])
     check_places(path, config, pipeline)
-    _warn_of_misspelt(configuration.pipeline, pipeline, dirs)
-    _say_what_stays_unfrozen(path, config, pipeline)
+    warn_of_ignored(configuration, pipeline, dirs, installed_plugins_dirs())
     seed = config.training.seed if config.training else None
-    return _checked(TrainRun(path, config, pipeline, dirs, seed=seed, without=tuple(without)))
-
-
-def _checked(trainrun: TrainRun) -> TrainRun:
-    """Return the trainrun, after a warning of metric nodes that have no metrics."""
-    for node in trainrun.metric_nodes:
-        if node.name not in trainrun.measuring:
-            logger.warning(
-                f"metric_nodes of trainrun {trainrun.path} names {node.name}, which has no output "
-                "called metrics: nothing is evaluated of it"
-            )
-    return trainrun
-
-
-def _warn_of_misspelt(config: PipelineConfig, pipeline: CuvisPipeline, dirs: list[Path]) -> None:
-    """Say which settings of nodes, and plugins, have no effect, where it is known what is meant."""
-    classes = {node.name: type(node) for node in pipeline.nodes()}
-    for node in config.nodes:
-        if node.name in classes:
-            for name, meant in misspelt(classes[node.name], node.hparams).items():
-                logger.warning(
-                    f"node {node.name} of pipeline {pipeline.name}: hparams.{name} is no setting "
-                    f"of {classes[node.name].__name__} and has no effect; did you mean {meant}?"
-                )
-    with suppress(Exception):  # who needs the manifests says what is wrong with them
-        known = declared_plugins(dirs, installed_plugins_dirs()) if config.plugins else {}
-        for name in {*(config.plugins or ())} - {*known}:
-            if close := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
-                logger.warning(
-                    f"plugins of pipeline {pipeline.name} names {name}, which no manifest "
-                    f"declares; did you mean {close[0]}?"
-                )
+    return TrainRun(path, config, pipeline, dirs, seed=seed, without=tuple(without))
 
 
 def _load_saved(path: Path) -> CuvisPipeline:
@@ -348,24 +305,3 @@ def _check_names(
                 f"{key} of trainrun {path} names {', '.join(map(repr, unknown))}, which the "
                 f"pipeline {pipeline.name} does not have. Its nodes: {', '.join(sorted(known))}"
             )
-
-
-def _say_what_stays_unfrozen(path: Path, config: TrainRunConfig, pipeline: CuvisPipeline) -> None:
-    """Warn of nodes in ``freeze_nodes`` that are trained: upstream reads that list and no more."""
-    if config.training is None:
-        return
-    trained = [
-        node.name
-        for node in pipeline.nodes()
-        if node.name in config.freeze_nodes
-        and (
-            node.name in config.unfreeze_nodes
-            or any(parameter.requires_grad for parameter in node.parameters())
-        )
-    ]
-    if trained:
-        logger.warning(
-            f"freeze_nodes of trainrun {path} freezes nothing, here as in upstream: phase 2 trains "
-            f"{', '.join(trained)}, as each node that unfreeze_nodes names or that has parameters "
-            "of its own"
-        )

@@ -45,7 +45,7 @@ from cuvis_dist.runs.room import require_room_for_copies, require_room_for_run
 from cuvis_dist.runs.trainrun import TrainRun
 from cuvis_dist.scaling import Scaling
 from cuvis_dist.training.configuration import check_batches, check_training
-from cuvis_dist.training.monitoring import check_monitored
+from cuvis_dist.training.monitoring import check_monitored, measuring_nodes
 from cuvis_dist.training.trainer import GradientTrainer
 from cuvis_dist.waiting import announce
 
@@ -139,7 +139,7 @@ def check_phase_2(trainrun: TrainRun, training: TrainingConfig, scaling: Scaling
     """Raise InputError for what phase 2 cannot work with, before phase 1 takes its time."""
     trainrun.check_trainable()
     check_training(training, scaling)
-    check_monitored(training, trainrun.config.loss_nodes, trainrun.measuring)
+    check_monitored(training, trainrun.config.loss_nodes, measuring_nodes(trainrun.metric_nodes))
 
 
 def check_splits(datamodule: pl.LightningDataModule, training: TrainingConfig) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from cuvis_ai_core.node.node import Node
 from cuvis_ai_core.training.config import TrainingConfig
 
 from cuvis_dist.errors import InputError
+from cuvis_dist.misspelt import closest
 
 #: What upstream and Lightning log of every training.
 _ALWAYS = ("train_loss", "val_loss", "epoch", "step")
@@ -40,13 +41,22 @@ def check_monitored(
             continue
         metrics = [f"{name}/{metric or '<metric>'}" for name in metric_nodes]
         logged = [*_ALWAYS[:2], *losses, *metrics]
-        close = difflib.get_close_matches(key, logged, n=1)
-        meant = f"; did you mean {close[0]}?" if close else ""
+        close = closest(key, logged)
+        meant = f"; did you mean {close}?" if close else ""
         raise InputError(
             f"training.{setting} is {key!r}, which nothing logs: there are "
             f"{', '.join([*_ALWAYS[:2], *losses, *(f'{name}/<metric>' for name in metric_nodes)])}"
             f"{meant}"
         )
+
+
+def measuring_nodes(metric_nodes: Iterable[Node]) -> list[str]:
+    """Return the names of the metric nodes that log: those that upstream does not pass over."""
+    return [
+        node.name
+        for node in metric_nodes
+        if "metrics" in type(node).OUTPUT_SPECS or hasattr(node, "pooled_metrics")
+    ]
 
 
 def monitored(config: TrainingConfig) -> dict[str, str]:
