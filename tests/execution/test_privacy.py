@@ -6,6 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -27,12 +30,22 @@ def listening(pid: int) -> dict[int, tuple[str, str]]:
     return found
 
 
-def test_a_run_opens_nothing_but_loopback_and_writes_no_token(demo_trainrun, tmp_path):
+@pytest.fixture
+def noted() -> Iterator[Path]:
+    """Ray's folder for temporary files, where `ray start` has noted a cluster; a short path."""
+    with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as folder:
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray" / "ray_current_cluster").write_text("127.0.0.1:9")
+        yield Path(folder)
+
+
+def test_a_run_opens_nothing_but_loopback_and_writes_no_token(demo_trainrun, tmp_path, noted):
+    """And it starts Ray of its own, whatever other cluster there is on this machine."""
     home = tmp_path / "home"
     home.mkdir()
     command = Command(
         tmp_path, "run", demo_trainrun, "--output-dir", tmp_path / "out",
-        "--workers", 1, "--train-workers", 2, HOME=str(home), RAY_TMPDIR="/tmp",
+        "--workers", 1, "--train-workers", 2, HOME=str(home), RAY_TMPDIR=str(noted),
     )  # fmt: skip
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
         command.environment.pop(name, None)
