@@ -8,6 +8,7 @@ buffers is the one that comes out as the mean of the pixels.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -31,6 +32,8 @@ from cuvis_dist.statistics import ExactMoments, Extrema, Moments, Statistic
 
 #: Nodes freeze float32: a buffer is the mean if it is so close to it, relative to the largest.
 _SAME = 1e-4
+#: So much of a ratio is that of float32: the same archive has no drift.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,8 @@ class NodeDrift:
 
     @property
     def surely(self) -> float:
-        """The ratio less twice its standard error, where it is of a sample."""
-        return self.ratio - 2 * self.figures.get("standard_error", 0.0)
+        """The ratio less rounding, and twice its standard error where it is of a sample."""
+        return self.ratio - _ROUNDING - 2 * self.figures.get("standard_error", 0.0)
 
 
 def drift(
@@ -168,13 +171,16 @@ def compared(
     unlike = [n for n in before if n in after and before[n].shape != after[n].shape]
     if unlike:
         return f"its {unlike[0]} had the shape {[*before[unlike[0]].shape]}: it had other bands"
+    for lost in sorted(before.keys() & after.keys()):
+        if np.isfinite(after[lost]).all() and not np.isfinite(before[lost]).all():
+            return NodeDrift(fit.node.name, math.inf, lost)  # what it froze is no number
     if isinstance(now, Extrema) and (of_extrema := _of_extrema(fit, now, before, after)):
         return of_extrema
     if isinstance(now, Moments | ExactMoments):
         name = _which(after, now.mean.numpy())
         if name is not None and name in before:
             mean = before[name].reshape(-1)
-            figures = _figures(now, mean, _covariance(now, before, after))
+            figures = _figures(now, mean, *_covariance(now, before, after))
             spectra = {"mean": (mean, now.mean.numpy())}
             ratio = _ratio(now.mean.numpy(), mean)
             return NodeDrift(fit.node.name, ratio, "mean", figures, spectra=spectra)
@@ -259,34 +265,36 @@ def _which(state: Mapping[str, np.ndarray], wanted: np.ndarray) -> str | None:
 
 def _covariance(
     now: Moments | ExactMoments, before: dict[str, np.ndarray], after: dict[str, np.ndarray]
-) -> np.ndarray | None:
-    """Return the covariance that a node froze, if it froze one."""
+) -> tuple[np.ndarray | None, float]:
+    """Return the covariance that a node froze, if it froze one, and what it adds to variances."""
     if now.diagonal or now.n < 2:
-        return None
+        return None, 0.0
     wanted = now.covariance.numpy()
-    added = {  # nodes add a small number to the diagonal
-        name: value - np.eye(len(wanted)) * np.mean(value.diagonal() - wanted.diagonal())
+    added = {
+        name: float(np.mean(value.diagonal() - wanted.diagonal()))
         for name, value in after.items()
         if value.shape == wanted.shape
     }
-    name = _which(added, wanted)
-    return None if name is None else before[name]
+    without = {name: after[name] - more * np.eye(len(wanted)) for name, more in added.items()}
+    name = _which(without, wanted)
+    return (None, 0.0) if name is None else (before[name], added[name])
 
 
 def _figures(
-    now: Moments | ExactMoments, mean: np.ndarray, covariance: np.ndarray | None
+    now: Moments | ExactMoments, mean: np.ndarray, covariance: np.ndarray | None, added: float
 ) -> dict[str, float]:
     gain, offset, left = line_between(mean, now.mean.numpy())
     figures = {"gain": gain, "offset": offset, "left": left}
     if covariance is None:
         return figures
+    today = now.covariance.numpy() + added * np.eye(len(mean))
     scale = np.sqrt(np.maximum(covariance.diagonal(), np.finfo(float).tiny))
     both = np.outer(scale, scale)
     ridge = RIDGE * np.eye(len(mean))
     values, vectors = np.linalg.eigh(covariance / both)
     # A covariance of float32 has eigenvalues that are noise below about 1e-7 of the largest.
     whiten = vectors / np.sqrt(np.maximum(values, 1e-7 * values[-1]))
-    relative, axes = np.linalg.eigh(whiten.T @ (now.covariance.numpy() / both + ridge) @ whiten)
+    relative, axes = np.linalg.eigh(whiten.T @ (today / both + ridge) @ whiten)
     relative = np.maximum(relative, RIDGE)
     shift = ((now.mean.numpy() - mean) / scale) @ whiten @ axes
     figures["mahalanobis"] = float(np.sqrt((shift**2).sum()))
