@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,13 @@ _DEAD = 1e-4
 _SATURATED, _LEAST_PIXELS, _PILE, _BELOW = 0.005, 15, 3, 20
 #: In spreads: the saturation of one recording beside that of the others.
 _FAR = 10
+#: A band vanishes in some frames where it never comes near that in those of the other groups, but
+#: for one that may have the same fault: so little of the usual variance is near.
+_LITTLE = 0.1
+#: Nor where so many pixels have one value that a frame may have no other.
+_PILED = 0.4
+#: Such a part of the groups may have the same copied band.
+_MANY = 0.25
 #: What exchanging or shifting bands must bring back of what is unusual about the correlations.
 _EXPLAINED = 0.7
 #: The simpler of two explanations is taken if it explains so large a part of what the other does.
@@ -29,6 +37,67 @@ def live_bands(groups: Sequence[Group]) -> np.ndarray:
     means = np.stack([np.abs(g.mean) for g in groups])
     varies = variances > (1e-9 * means) ** 2
     return varies.mean(axis=0) > 0.5
+
+
+def still_in_some(groups: Sequence[Group], live: np.ndarray) -> dict[int, np.ndarray]:
+    """Return by group ``[F, C]`` bool: bands that are constant in some of its frames, not in all.
+
+    Frames that are constant as a whole do not count; neither do bands that hardly vary in frames of
+    other groups, where few different values are usual.
+    """
+    if all(len(group.frames) < 2 for group in groups):
+        return {}
+    variances = [_variances(group) for group in groups]
+    still = [np.equal(variance, 0) for variance in variances]
+    empty = [each[:, live].all(axis=1) for each in still]
+    lowest = np.stack(
+        [np.where(e[:, None], np.inf, v).min(axis=0) for v, e in zip(variances, empty, strict=True)]
+    )
+    usual = np.median(np.concatenate(variances), axis=0)
+    found = {}
+    for i, each in enumerate(still):
+        some = each & live & ~empty[i][:, None] & ~each.all(axis=0)
+        if some.any() and len(groups) > 2:
+            some &= np.sort(np.delete(lowest, i, axis=0), axis=0)[1] > _LITTLE * usual
+            for band in np.flatnonzero(some.any(axis=0)):
+                piles = [_largest_pile(g.pixels[:, band]) for g in groups if len(g.pixels)]
+                some[:, band] &= bool(piles) and np.median(piles) < _PILED
+            if some.any():
+                found[i] = some
+    return found
+
+
+def _variances(group: Group) -> np.ndarray:
+    """Return ``[F, C]`` the variance of each band in each frame; 0 where only rounding is left."""
+    moments = [frame.moments.only_diagonal() for frame in group.frames]
+    means = np.stack([each.mean.numpy() for each in moments])
+    variances = np.stack([each.M2.numpy() / max(1, each.n - 1) for each in moments])
+    few = np.array([each.n < _LEAST_PIXELS for each in moments])
+    variances[few] = np.inf  # they may be alike by chance
+    return np.where(variances <= (1e-9 * means) ** 2, 0.0, variances)
+
+
+def copies(groups: Sequence[Group], live: np.ndarray) -> dict[int, list[tuple[int, int]]]:
+    """Return by group the pairs of bands that have the same values, unless many groups have them.
+
+    Their means, variances and covariance are then equal.
+    """
+    found: dict[int, list[tuple[int, int]]] = {}
+    for i, group in enumerate(groups):
+        varies = np.flatnonzero(live & (group.variance > (1e-9 * group.mean) ** 2))
+        order = varies[np.argsort(group.mean[varies], kind="stable")]
+        a, b = order[:-1], order[1:]
+        together = group.M2[a, b]
+        alike = np.isclose(group.mean[a], group.mean[b], rtol=1e-12, atol=0)
+        for M2 in (group.M2[a, a], group.M2[b, b]):
+            alike &= np.isclose(M2, together, rtol=1e-9, atol=0)
+        if group.n >= _LEAST_PIXELS and alike.any():
+            pairs = zip(a[alike].tolist(), b[alike].tolist(), strict=True)
+            found[i] = [(min(pair), max(pair)) for pair in pairs]
+    every = Counter(pair for pairs in found.values() for pair in pairs)
+    rare = {pair for pair, count in every.items() if count <= max(1, _MANY * len(groups))}
+    left = {i: sorted(rare.intersection(pairs)) for i, pairs in found.items()}
+    return {i: pairs for i, pairs in left.items() if pairs}
 
 
 def usual_variance(groups: Sequence[Group]) -> np.ndarray | None:
@@ -87,9 +156,7 @@ def saturated_bands(group: Group, others: Sequence[Group], live: np.ndarray) -> 
     return full
 
 
-def exchanged(
-    covariance: np.ndarray, mean: np.ndarray, reference: Reference, usual: float
-) -> tuple[str, tuple[int, ...]]:
+def exchanged(group: Group, reference: Reference, usual: float) -> tuple[str, tuple[int, ...]]:
     """Return how bands have changed places, if changing them back mends the group.
 
     The mean square of whitened pixels around the usual mean is that of their second moments:
@@ -98,22 +165,31 @@ def exchanged(
 
     Parameters
     ----------
-    covariance, mean : ndarray
-        ``[B, B]`` and ``[B]``: those of the group.
+    group : Group
+        The one in question.
     reference : Reference
-        The usual ones.
+        The usual others, in some of the bands.
     usual : float
         The usual mean square.
 
     Returns
     -------
     tuple of (str, tuple of int)
-        ``swapped`` and the pair, ``shifted`` and by how many bands, ``reversed``, or nothing.
+        ``swapped`` and the pair, ``shifted`` and by how many bands, ``rolled`` and how many have
+        come to the front, ``reversed``, or nothing.
     """
+    bands, P, size = reference.bands, reference.inverse, len(reference.bands)
+    covariance, mean = group.covariance[np.ix_(bands, bands)], group.mean[bands]
     apart = mean - reference.mean
-    S, P = covariance + np.outer(apart, apart), reference.inverse
-    size = len(mean)
-    before = float(np.sum(P * S)) / size
+
+    def square(sources: np.ndarray) -> float:
+        """Return the mean square with other bands of the group in the place of these."""
+        step = group.mean[sources] - reference.mean
+        return float(
+            np.sum(P * (group.covariance[np.ix_(sources, sources)] + np.outer(step, step)))
+        )
+
+    before = square(bands) / size
     if size < 2 or before <= usual:
         return "", ()
     after = _pairs(covariance, P, apart, mean) / size
@@ -121,13 +197,14 @@ def exchanged(
     found: dict[tuple[str, tuple[int, ...]], float] = {
         ("swapped", (int(min(i, j)), int(max(i, j)))): float(after[i, j])
     }
-    back = mean[::-1] - reference.mean
-    S = covariance[::-1, ::-1] + np.outer(back, back)
-    found["reversed", ()] = float(np.sum(P * S)) / size / 0.95
+    channels = len(group.mean)
+    found["reversed", ()] = square(channels - 1 - bands) / size / 0.95
     for by in (1, 2, 3):
         for sign in (1, -1) if size >= 4 * by else ():
             left = _shifted(covariance, mean, reference, by * sign)
             found["shifted", (by * sign,)] = left / 0.95
+    for by in _rolls(group.mean, reference):
+        found["rolled", (by,)] = square((bands + by) % channels) / size / 0.95
     what, best = min(found.items(), key=lambda item: item[1])
     # Shifting the values of one band is simpler than changing places.
     Pa = P @ apart
@@ -153,6 +230,13 @@ def _pairs(C: np.ndarray, P: np.ndarray, apart: np.ndarray, mean: np.ndarray) ->
     after += apart @ Pa - 2 * step * (Pa[:, None] - Pa[None, :]) + step**2 * form(P)
     after[np.diag_indices_from(after)] = np.inf
     return after
+
+
+def _rolls(mean: np.ndarray, reference: Reference) -> list[int]:
+    """Return by how many bands the spectrum may have been rolled: what brings it back best."""
+    back = [np.roll(mean, -by)[reference.bands] for by in range(4, len(mean) - 3)]
+    far = [np.abs((each - reference.mean) / reference.scale).sum() for each in back]
+    return [4 + int(k) for k in np.argsort(far)[:3]]
 
 
 def _shifted(covariance: np.ndarray, mean: np.ndarray, reference: Reference, by: int) -> float:

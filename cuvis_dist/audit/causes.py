@@ -7,7 +7,7 @@ import numpy as np
 from cuvis_dist.audit import models
 from cuvis_dist.audit.bands import exchanged
 from cuvis_dist.audit.compared import Cause, Compared
-from cuvis_dist.audit.facts import FACT, named
+from cuvis_dist.audit.facts import FACT, named, percent, signed
 from cuvis_dist.audit.features import OUTSIDE, Features, relative_covariance
 from cuvis_dist.audit.reference import Reference
 from cuvis_dist.statistics.spread import LEAST_OTHERS
@@ -15,6 +15,9 @@ from cuvis_dist.statistics.spread import LEAST_OTHERS
 #: A model that explains less of what is unusual is no explanation, or a guess where the latter
 #: is so many times the limit that noise makes no difference.
 _EXPLAINS, _SURE, _PLAINLY = 0.5, 0.8, 2.0
+#: What explains less is given up for bands that are off each in its own way; of some bands, less
+#: than nearly all.
+_BETTER, _SURELY = 0.65, 0.95
 #: Foreign pixels that explain enough are preferred to a model that explains no more than this.
 _WHOLLY = 0.9
 #: What is so many times as bright or dark is in other units, and so much less noise is smoothed.
@@ -70,10 +73,9 @@ def causes_of(
     others, usual_trace, usual = context
     few = others < LEAST_OTHERS
     if largest > 1 or (few and features.trace > _PLAIN * max(1.0, usual_trace)):
-        block = np.ix_(reference.bands, reference.bands)
-        what, places = exchanged(
-            group.covariance[block], group.mean[reference.bands], reference, max(1.0, usual_trace)
-        )
+        what, places = exchanged(group, reference, max(1.0, usual_trace))
+        if what == "rolled":
+            places = places[0], len(group.mean) - places[0]
         if what:
             weight = largest if largest > 1 else FACT
             return [_places(what, reference.bands, places, weight, wavelengths)]
@@ -93,48 +95,56 @@ def _likeliest(
     largest = max(away.values())
     fit = models.fit(features, compared.atoms, usual)
     band, by, of_band = models.shifted_band(features, usual)
+    some = models.some_bands(features, compared.reference.mean, usual)
+    most = max(fit.explained, of_band, some.explained)
     place = named(compared.reference.bands[[band]], wavelengths)
     foreign = _foreign(features, away, usual)
     in_mean = max(away[name] for name in ("gain", "offset", "slope", "mean", "level"))
-    explained = max(fit.explained, of_band) >= _EXPLAINS and away["noise"] < in_mean
+    explained = most >= _EXPLAINS and away["noise"] < in_mean
     lone = away["mean"] <= 1 and away["offset"] <= 1
     if lone and max(away["noise"], away["level"]) > 1 and _some_noisy(features).any():
-        return _noisy(compared, features, largest, wavelengths)
+        return _noisy(compared, features, away, wavelengths)
     if away["noise"] > 1 and _is_local(features) and not explained:
-        return _noisy(compared, features, largest, wavelengths)
+        return _noisy(compared, features, away, wavelengths)
     plain = max(_EXPLAINS, fit.explained - 0.1 if fit.explained > _WHOLLY else 0)
     if foreign is not None and (in_mean <= 1 or foreign >= plain):
         share = features.outside - OUTSIDE
-        return Cause("foreign", f"{_percent(share)} foreign pixels", largest)
-    if away["noise"] > 1 and (in_mean <= 1 or max(fit.explained, of_band) < _EXPLAINS):
-        return _noisy(compared, features, largest, wavelengths)
+        return Cause("foreign", f"{percent(share)} foreign pixels", largest)
+    if away["noise"] > 1 and (in_mean <= 1 or most < _EXPLAINS):
+        return _noisy(compared, features, away, wavelengths)
     if away["stripes"] > _HINT and (stripes := _varying(compared, features, "offset")):
         return Cause("varying", stripes, largest)
+    best = max(fit.explained, of_band)
+    heard = models.heard(features, some)
+    in_some = 1 < some.bands.stop - some.bands.start < len(features.mean)
+    least = max(_EXPLAINS, best + 0.02) if heard else max(_SURE, best + 0.1)
+    in_some = in_some and some.explained > least
+    along = max(away[name] for name in ("gain", "offset", "slope", "mean"))
+    if features.level > 0 and away["level"] > max(1, _PLAINLY * along) and most < _EXPLAINS:
+        words = f"noise {np.exp(features.level):.3g} times the usual in most bands"
+        return Cause("noise", words, largest)
+    unlike = away["mean"] > 1 or (along > 1 and fit.explained < _EXPLAINS)
+    rough = models.rough(features, compared.reference.mean) if unlike else 0.0
     if in_mean > 1:
-        best = max(fit.explained, of_band)
-        some = models.some_bands(features, compared.reference.mean, usual)
-        size = some.bands.stop - some.bands.start
-        if 1 < size < len(features.mean) and some.explained > max(_SURE, best + 0.1):
-            where = named(compared.reference.bands[some.bands], wavelengths)
-            change = f"{1 + some.value:.3g}" if some.what == "gain" else f"{some.value:+.3g}"
-            return Cause("band", f"{some.what} {change} in {where}", largest)
+        if in_some and (heard or not rough or some.explained > _SURELY):
+            return _in_some(compared, some, largest, wavelengths)
         if of_band > max(_EXPLAINS, fit.explained + 0.05):
-            return Cause("band", f"{place} shifted by {by:+.4g}", largest)
-        if fit.explained > _EXPLAINS:
+            return Cause("band", f"{place} shifted by {signed(by, 4)}", largest)
+        if fit.explained > _EXPLAINS and not (rough and fit.explained < _BETTER):
             words = _words(compared, fit)
             if fit.explained < _SURE and largest > _PLAINLY:
                 words = f"perhaps {words}"
             return Cause("+".join(fit.values), words, largest)
     if features.relative[-1] > 2 and (contrast := _varying(compared, features, "gain")):
         return Cause("varying", contrast, largest)
-    if away["mean"] > 1 and (size := models.rough(features, compared.reference.mean)):
-        words = f"bands differ by {100 * size:.2g} %, each in its own way: another calibration?"
+    if rough:
+        words = f"bands differ by {percent(rough)}, each in its own way: another calibration?"
         return Cause("calibration", words, largest)
     if found := _few(compared, features):
         return Cause("foreign", found, largest)
     simple = ("gain", "offset", "slope")  # the first of those that stand out about as much
-    most = max(away[name] for name in simple)
-    single = next(name for name in simple if away[name] >= _AS_MUCH * most)
+    first = max(away[name] for name in simple)
+    single = next(name for name in simple if away[name] >= _AS_MUCH * first)
     if away[single] > max(1, away["mean"]):  # it is what stands out, beside much that does not
         alone = models.alone(features, compared.atoms, single)
         return Cause(single, f"perhaps {_words(compared, alone)}", largest)
@@ -145,6 +155,19 @@ def _likeliest(
         )
         return Cause("mean", words, largest)
     return Cause("covariance", "other correlations between bands: other content?", largest)
+
+
+def _in_some(
+    compared: Compared,
+    some: models.Some,
+    largest: float,
+    wavelengths: np.ndarray | None,
+) -> Cause:
+    """Say that neighbouring bands are off together."""
+    assert compared.reference is not None
+    where = named(compared.reference.bands[some.bands], wavelengths)
+    change = f"{1 + some.value:.3g}" if some.what == "gain" else signed(some.value)
+    return Cause("band", f"{some.what} {change} in {where}", largest)
 
 
 def _foreign(features: Features, away: dict[str, float], usual: float) -> float | None:
@@ -170,6 +193,9 @@ def _places(
         return Cause("swapped", f"{named(bands[list(places)], wavelengths)} swapped", weight)
     if what == "reversed":
         return Cause("spectral shift", "bands in reversed order", weight)
+    if what == "rolled":
+        words = f"the first {places[0]} and the last {places[1]} bands exchanged"
+        return Cause("spectral shift", words, weight)
     by = places[0]
     words = f"spectrum shifted by {abs(by)} band{'s' * (abs(by) > 1)} "
     words += "towards the last" if by > 0 else "towards the first"
@@ -186,17 +212,26 @@ def _some_noisy(features: Features) -> np.ndarray:
 
 
 def _noisy(
-    compared: Compared, features: Features, largest: float, wavelengths: np.ndarray | None
+    compared: Compared,
+    features: Features,
+    away: dict[str, float],
+    wavelengths: np.ndarray | None,
 ) -> Cause:
     assert compared.reference is not None
+    largest = max(away.values())
     some = _some_noisy(features)
     left = features.noise
-    if not some.any():
+    everywhere = not some.any()
+    if everywhere:
         worst = np.abs(features.bands_noise)
         some = worst > max(worst.max() / 2, 1)
         left = left - features.level - features.tilt * compared.axis
     where = named(compared.reference.bands[some], wavelengths)
     most = left[some][np.abs(left[some]).argmax()] if some.any() else 0.0
+    if everywhere and away["level"] > 1 and most * features.level < 0:
+        # These bands are only nearer to the usual noise than the others.
+        words = f"noise {np.exp(features.level):.3g} times the usual in most bands"
+        return Cause("noise", words, largest)
     what = "noisy" if most > 0 else "with little noise"
     pair = np.flatnonzero(some)
     if len(pair) == 2 and np.exp(most) < _ALIKE:
@@ -218,7 +253,13 @@ def _words(compared: Compared, fit: models.Fit) -> str:
         if apart < 0.3 * abs(np.log(times)):  # they are those of the noise, too
             return f"values {times:.2g} times the usual: other units?"
     if usual > 0 and 0 <= here < _DARK * usual:
-        return f"dark: {_percent(times)} of the usual brightness"
+        return f"dark: {percent(times)} of the usual brightness"
+    if "curve" in values:
+        spectrum = compared.reference.mean
+        bent = models.bent(spectrum)[[spectrum.argmin(), spectrum.argmax()]]
+        ends = bent / np.array([spectrum.min(), spectrum.max()])
+        dark, bright = 1 + values["gain"] + values["curve"] * ends
+        return f"gain {dark:.3g} where it is dark, {bright:.3g} where bright: gamma, or not linear?"
     if "slope" in values:
         middle = 1 + values.get("gain", 0.0)
         ends = [middle + sign * values["slope"] for sign in (-1, 1)]
@@ -229,9 +270,10 @@ def _words(compared: Compared, fit: models.Fit) -> str:
         parts.append(f"gain {1 + values['gain']:.3g} over all bands")
     if "ramp" in values:
         ends = [values["offset"] + sign * values["ramp"] for sign in (-1, 1)]
-        parts.append(f"offset from {ends[0]:+.3g} in the first band to {ends[1]:+.3g} in the last")
+        first, last = map(signed, ends)
+        parts.append(f"offset from {first} in the first band to {last} in the last")
     elif "offset" in values:
-        parts.append(f"offset {values['offset']:+.3g} over all bands")
+        parts.append(f"offset {signed(values['offset'])} over all bands")
     if "noise" in values:
         parts.append(f"noise {1 + values['noise']:.3g} times the usual in all bands")
         if values["noise"] < _SMOOTHED:
@@ -276,7 +318,7 @@ def _few(compared: Compared, features: Features) -> str:
         return ""
     if count < 10:
         return f"about {max(1, round(count))} of {compared.group.n} pixels are extreme"
-    return f"{_percent(part)} foreign pixels"
+    return f"{percent(part)} foreign pixels"
 
 
 def _is_local(features: Features) -> bool:
@@ -284,7 +326,3 @@ def _is_local(features: Features) -> bool:
     worst = np.sort(np.abs(features.bands_noise))[::-1]
     few = max(1, len(worst) // 10)
     return len(worst) > few and worst[0] > _LOCAL * worst[few]
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %"

@@ -13,7 +13,7 @@ from cuvis_dist.audit import models
 from cuvis_dist.audit.causes import causes_of
 from cuvis_dist.audit.compared import Cause, Compared
 from cuvis_dist.audit.extremes import without_extremes
-from cuvis_dist.audit.facts import facts_of, plain_facts
+from cuvis_dist.audit.facts import broken_bands, facts_of, plain_facts, without_copies
 from cuvis_dist.audit.features import Outside, bulk_of, condition_of, features_of
 from cuvis_dist.audit.groups import FrameStatistics, Group, group_of
 from cuvis_dist.audit.judging import ALONE, Judge
@@ -32,6 +32,16 @@ _REST = 0.75
 _BEYOND = 1.5
 #: Of what extreme pixels make, so much may be left when they are taken out.
 _LEFT = 0.15
+#: Where most bands are constant or saturated, the few others say nothing more.
+_FEW_BANDS = 0.2
+#: Facts beside which no other cause is looked for.
+_EXPLAINS_ALL = ("bytes",)
+#: And what some causes explain. Bands that are shifted repeat the one at the end.
+_EXPLAINS = {
+    "coarse": ("noise", "noisy"),
+    "empty": ("foreign",),
+    "spectral shift": ("copied",),
+}
 #: What is no fault stands out by less than the limit.
 NOT_QUITE = 0.99
 
@@ -40,10 +50,11 @@ class Comparison:
     """All groups, and what was computed of them for one set of bands or another."""
 
     def __init__(self, groups: Sequence[Group], wavelengths: np.ndarray | None) -> None:
-        self.groups, self.wavelengths = list(groups), wavelengths
+        self.groups, self.wavelengths = [without_copies(g) for g in groups], wavelengths
         self._extreme: dict[int, tuple[int, float]] = {}
         self.live = of_bands.live_bands(groups)
         self._facts = plain_facts(groups, self.live)
+        self._broken = broken_bands(groups, self.live, wavelengths)
         self._kept: dict[tuple[Any, ...], Any] = {}  # of single groups
         # Of the usual ones of this round:
         self._shared: dict[tuple[tuple[Hashable, ...], str], Any] = {}
@@ -79,14 +90,19 @@ class Comparison:
 
     def causes(self, i: int, judge: Judge) -> list[Cause]:
         """Return what is likely the matter with a group, the first one first."""
-        compared = self.compared[i]
+        compared, facts = self.compared[i], self._facts.get(i, [])
+        if any(fact.kind in _EXPLAINS_ALL for fact in facts):
+            return facts
         causes = self._all(compared, judge.away(i), judge)
         if causes and i not in self._extreme:  # frames still have the pixels
             causes = self._of_some_frames(i, compared, judge) or causes
         if max(judge.away(i).values()) > 1 >= self._far(i, judge):
             causes = [cause.guessed(NOT_QUITE) for cause in causes]
+        kinds = {cause.kind for cause in (*facts, *causes)}
+        explained = {kind for each in kinds for kind in _EXPLAINS.get(each, ())}
+        causes = [cause for cause in causes if cause.kind not in explained]
         said = {cause.words for cause in causes}
-        causes += [fact for fact in self._facts.get(i, []) if fact.words not in said]
+        causes += [fact for fact in facts if fact.words not in said]
         if i in self._extreme:
             count = self._extreme[i][0]
             causes.append(_extreme(count, self.groups[i].n + count))
@@ -103,7 +119,11 @@ class Comparison:
         rest = np.flatnonzero(usual)
         others = tuple((rest[rest != i] if alone else rest).tolist())
         bands, found = self._bands(group, others)
-        if not others or not len(bands):
+        if i in self._broken:
+            broken, said = self._broken[i]
+            if broken[bands].any():  # and not constant in nearly all frames
+                bands, found = bands[~broken[bands]], found + said
+        if not others or len(bands) <= _FEW_BANDS * self.live.sum():
             return Compared(group, found)
         key = others, bands.tobytes()
         reference = self._once(key, "reference", lambda: reference_of(self._of(others), bands))

@@ -8,6 +8,7 @@ buffers is the one that comes out as the mean of the pixels.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -33,6 +34,8 @@ from cuvis_dist.statistics import ExactMoments, Extrema, Moments, Statistic
 _SAME = 1e-4
 #: What float32 leaves of a covariance's smallest eigenvalues, by the largest, is noise below this.
 _ROUNDED = 1e-7
+#: So much of a ratio is that of float32: the same archive has no drift.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,8 @@ class NodeDrift:
 
     @property
     def surely(self) -> float:
-        """The ratio less twice its standard error, where it is of a sample."""
-        return self.ratio - 2 * self.figures.get("standard_error", 0.0)
+        """The ratio less rounding, and twice its standard error where it is of a sample."""
+        return self.ratio - _ROUNDING - 2 * self.figures.get("standard_error", 0.0)
 
 
 def drift(
@@ -170,6 +173,9 @@ def compared(
     unlike = [n for n in before if n in after and before[n].shape != after[n].shape]
     if unlike:
         return f"its {unlike[0]} had the shape {[*before[unlike[0]].shape]}: it had other bands"
+    for lost in sorted(before.keys() & after.keys()):
+        if np.isfinite(after[lost]).all() and not np.isfinite(before[lost]).all():
+            return NodeDrift(fit.node.name, math.inf, lost)  # what it froze is no number
     if isinstance(now, Extrema) and (of_extrema := _of_extrema(fit, now, before, after)):
         return of_extrema
     if isinstance(now, Moments | ExactMoments):

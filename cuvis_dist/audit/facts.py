@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from cuvis_dist.audit.bands import saturated_shares
+from cuvis_dist.audit.bands import copies, saturated_shares, still_in_some
 from cuvis_dist.audit.compared import Cause
-from cuvis_dist.audit.groups import FrameStatistics, Group
+from cuvis_dist.audit.groups import FrameStatistics, Group, group_of
 from cuvis_dist.statistics.spread import centre_and_spread
 
 #: The weight of what is wrong whatever the others are like, in units of the limit.
@@ -19,8 +20,12 @@ _LISTED = 5
 _LEAST_VALUES = 100
 #: Pixels that are empty: the least share and number, and how many spreads more than elsewhere.
 _EMPTY, _LEAST_EMPTY, _FAR = 0.003, 3, 10
+#: In standard deviations of pixels and times: so much farther are values of exchanged bytes.
+_WRONG_BYTES = 5.0
 #: Pixels that steps between values are looked for in, and how many times the usual they are.
 _PIXELS, _STEPS = 1000, 4
+#: One of so many others may have the same fault.
+_SAME = 4
 
 
 def facts_of(
@@ -45,6 +50,29 @@ def facts_of(
     return causes
 
 
+def broken_bands(
+    groups: Sequence[Group], live: np.ndarray, wavelengths: np.ndarray | None
+) -> dict[int, tuple[np.ndarray, list[Cause]]]:
+    """Return by group the bands that are broken in some frames, or copies, and what to say of them.
+
+    They are not compared with those of other groups.
+    """
+    found: dict[int, tuple[np.ndarray, list[Cause]]] = {}
+    for i, still in still_in_some(groups, live).items():
+        bands, count = np.any(still, axis=0), int(still.any(axis=1).sum())
+        words = f"{_part(count, groups[i])}{named(np.flatnonzero(bands), wavelengths)} constant"
+        weight = 1 + (FACT - 1) * count / len(still)
+        found[i] = bands, [Cause("constant", words, weight)]
+    for i, pairs in copies(groups, live).items():
+        bands, causes = found.get(i, (np.zeros_like(live), []))
+        bands[[band for pair in pairs for band in pair]] = True
+        words = f"{named(pairs[0], wavelengths)} the same: one is a copy"
+        if len(pairs) > 1:
+            words += f", and {len(pairs) - 1} more such pair{'s' * (len(pairs) > 2)}"
+        found[i] = bands, [*causes, Cause("copied", words, FACT)]
+    return found
+
+
 def named(bands: Sequence[int] | np.ndarray, wavelengths: np.ndarray | None) -> str:
     """Return ``band 3 (462 nm)``, ``bands 3 and 5``, or the range of many."""
 
@@ -63,6 +91,17 @@ def named(bands: Sequence[int] | np.ndarray, wavelengths: np.ndarray | None) -> 
     return f"{len(listed)} bands from {one(listed[0])} to {one(listed[-1])}"
 
 
+def percent(share: float) -> str:
+    """Return ``0.5 %``, ``12 %`` or ``100 %``: two digits, never as ``1e+02``."""
+    return f"{100 * share:.0f} %" if share >= 0.995 else f"{100 * share:.2g} %"
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """Return ``+0.0029`` or ``+33600``: a few digits, and thousands not as ``+3.36e+04``."""
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:+.0f}" if 1000 <= abs(rounded) < 1e7 else f"{rounded:+.{digits}g}"
+
+
 # ---- frames and pixels ---------------------------------------------------------------------
 
 
@@ -77,7 +116,7 @@ def plain_facts(groups: Sequence[Group], live: np.ndarray) -> dict[int, list[Cau
         ``[C]`` bool: the bands that vary in most of them.
     """
     found: dict[int, list[Cause]] = {}
-    for look in (_empty_frames, _twice, _empty_pixels, _coarse):
+    for look in (_empty_frames, _twice, _empty_pixels, _coarse, _bytes_exchanged):
         for i, cause in look(groups, live).items():
             found.setdefault(i, []).append(cause)
     return found
@@ -110,11 +149,8 @@ def _twice(groups: Sequence[Group], live: np.ndarray) -> Mapping[int, Cause]:
     seen: dict[bytes, list[tuple[int, str]]] = {}
     for i, group in enumerate(groups):
         for frame in group.frames:
-            variances = _variances(frame)
-            if frame.moments.n * int((variances > 0).sum()) < _LEAST_VALUES:
-                continue
-            key = frame.moments.mean.numpy().tobytes() + variances.tobytes()
-            seen.setdefault(key, []).append((i, frame.uid))
+            if key := _picture(frame):
+                seen.setdefault(key, []).append((i, frame.uid))
     alike: dict[int, list[list[str]]] = {}
     for places in seen.values():
         for i in {i for i, _ in places} if len(places) > 1 else ():
@@ -127,8 +163,25 @@ def _twice(groups: Sequence[Group], live: np.ndarray) -> Mapping[int, Cause]:
         if len(sets) > 1:
             words += f", and {len(sets) - 1} more of this kind"
         share = min(1.0, sum(map(len, sets)) / max(1, len(groups[i].frames)))
-        found[i] = Cause("twice", words, 1 + (FACT - 1) * share)
+        found[i] = Cause("twice", words, 1 + 2 * FACT * share)
     return found
+
+
+def _picture(frame: FrameStatistics) -> bytes:
+    """Return what no two pictures have in common; nothing where values are too few for that."""
+    variances = _variances(frame)
+    if frame.moments.n * int((variances > 0).sum()) < _LEAST_VALUES:
+        return b""
+    return frame.moments.mean.numpy().tobytes() + variances.tobytes()
+
+
+def without_copies(group: Group) -> Group:
+    """Return the group with each picture once: copies say nothing more of noise and content."""
+    if len(group.frames) < 2:
+        return group
+    seen: dict[bytes, FrameStatistics] = {}
+    kept = [f for f in group.frames if not (key := _picture(f)) or seen.setdefault(key, f) is f]
+    return group if len(kept) == len(group.frames) else group_of(group.name, kept)
 
 
 def empty_pixels(group: Group, live: np.ndarray) -> np.ndarray:
@@ -138,20 +191,31 @@ def empty_pixels(group: Group, live: np.ndarray) -> np.ndarray:
     return np.ptp(group.pixels[:, live], axis=1) == 0
 
 
+def _without_empty(group: Group, live: np.ndarray) -> Group:
+    """Return the group with the pixels of those frames alone that are not constant as a whole."""
+    if group.variance[live].any() and len(group.frames) < 2:
+        return group
+    kept = [f for f in group.frames if _variances(f)[live].any()]
+    if len(kept) == len(group.frames):
+        return group
+    pixels = [f.pixels for f in kept if len(f.pixels)]
+    return replace(group, pixels=np.concatenate(pixels) if pixels else group.pixels[:0])
+
+
 def _empty_pixels(groups: Sequence[Group], live: np.ndarray) -> Mapping[int, Cause]:
-    counts = np.array([empty_pixels(g, live).sum() for g in groups])
+    counts = np.array([empty_pixels(_without_empty(g, live), live).sum() for g in groups])
     shares = counts / np.maximum([len(g.pixels) for g in groups], 1)
     centre, spread = centre_and_spread(shares)
     found = {}
     for i in map(int, np.flatnonzero(shares > max(_EMPTY, float(centre + _FAR * spread)))):
         if counts[i] >= _LEAST_EMPTY:
-            words = f"{100 * shares[i]:.2g} % of the pixels are empty: one value in all bands"
+            words = f"{percent(shares[i])} of the pixels are empty: one value in all bands"
             found[i] = Cause("empty", words, 1 + (FACT - 1) * min(1.0, float(10 * shares[i])))
     return found
 
 
 def _coarse(groups: Sequence[Group], live: np.ndarray) -> Mapping[int, Cause]:
-    """Name the groups whose values lie in steps that are much wider than those of all others."""
+    """Name the groups whose values lie in steps that are much wider than those of most others."""
     known = [i for i, g in enumerate(groups) if len(g.pixels) >= _LEAST_VALUES]
     if len(known) < 3 or not live.any():
         return {}
@@ -159,9 +223,10 @@ def _coarse(groups: Sequence[Group], live: np.ndarray) -> Mapping[int, Cause]:
     steps = np.array([_steps(groups[i].pixels[:count, live]) for i in known])
     found = {}
     for k, i in enumerate(known):
-        others = np.delete(steps, k, axis=0)
-        wide = (steps[k, :2] > _STEPS * others[:, :2].max(axis=0)).all()
-        if wide and steps[k, 2] < others[:, 2].min() / 2:
+        others = np.sort(np.delete(steps, k, axis=0), axis=0)
+        rest = others[: len(others) - len(others) // _SAME, :2]  # others may have the same fault
+        wide = (steps[k, :2] > _STEPS * rest.max(axis=0)).all()
+        if wide and steps[k, 2] < others[len(others) // _SAME, 2] / 2:
             usual = float(np.median(others[:, 0]))
             words = f"values in steps of {steps[k, 0]:.3g}, usually {usual:.3g}: fewer bits"
             found[i] = Cause("coarse", words, FACT / 2)
@@ -180,3 +245,30 @@ def _steps(pixels: np.ndarray) -> tuple[float, float, float]:
     if not steps:
         return 0.0, 0.0, 1.0
     return float(np.median(steps)), float(np.median(relative)), float(np.median(distinct))
+
+
+def _bytes_exchanged(groups: Sequence[Group], live: np.ndarray) -> Mapping[int, Cause]:
+    """Name the groups of 16-bit numbers that are like the others once their bytes are exchanged."""
+    if len(groups) < 3 or not live.any():
+        return {}
+    usual = np.median([g.mean[live] for g in groups], axis=0)
+    spread = np.sqrt(np.median([g.variance[live] for g in groups], axis=0))
+    found = {}
+    for i, group in enumerate(groups):
+        far = _apart(group.mean[live], usual, spread)
+        values = group.pixels[:_PIXELS, live]
+        if far < _WRONG_BYTES or len(values) < _LEAST_VALUES or (values != np.rint(values)).any():
+            continue
+        if values.min() < -(2**15) or values.max() >= 2**16:
+            continue
+        exchanged = values.astype(np.int64).astype(np.uint16).byteswap()
+        for each in exchanged, exchanged.view(np.int16):
+            narrow = np.median(each.std(axis=0) / np.maximum(spread, 1e-300)) < _WRONG_BYTES
+            if narrow and _apart(each.mean(axis=0), usual, spread) < far / _WRONG_BYTES:
+                words = "the two bytes of each value exchanged: another byte order"
+                found[i] = Cause("bytes", words, FACT)
+    return found
+
+
+def _apart(mean: np.ndarray, usual: np.ndarray, spread: np.ndarray) -> float:
+    return float(np.median(np.abs(mean - usual) / np.maximum(spread, 1e-300)))

@@ -22,11 +22,18 @@ _MODELS = (
     ("gain", "slope"),
     ("offset", "slope"),
     ("offset", "ramp"),
+    ("gain", "curve"),
 )
 #: What a further parameter must explain: in squared spreads, and as a part of the whole.
 _PENALTY, _PART = 20.0, 0.05
 #: A little more noise is more often that of a gain than noise alone: in squared spreads.
 _UNLIKELY = 9.0
+#: Mean square of deviations that is not far from usual, and what may be left of larger ones.
+_USUAL, _REST = 4.0, 0.2
+#: With fewer bands a curve fits too much.
+_BANDS_OF_A_CURVE = 8
+#: In the spread of means along the middle one: a direction along which content moves them.
+_WIDE = 2.0
 #: A rough deviation: how much of it lies in narrow directions, and how alike neighbours are.
 _ROUGH, _SMOOTH = 0.7, 0.6
 
@@ -40,6 +47,7 @@ class Fit:
     values : dict of str to float
         ``gain`` minus 1, ``offset`` in the data's units, ``slope``: relative change from the
         middle to the end of the spectrum, ``ramp``: change of the offset from there to there,
+        ``curve``: change of the gain where a band is e times as bright as the middle one,
         ``noise``: relative change of the noise alone.
     explained : float
         Part of the squared deviation beyond the usual one, in [0, 1].
@@ -93,14 +101,47 @@ def atoms(features: Features, mean: np.ndarray, axis: np.ndarray) -> dict[str, n
         "offset": atom(np.ones_like(mean)),
         "slope": atom(mean * axis, tilt=1),
         "ramp": atom(axis),
+        "curve": atom(bent(mean), level=1) * (len(mean) >= _BANDS_OF_A_CURVE),
         "noise": atom(np.zeros_like(mean), level=1),
     }
+
+
+def bent(mean: np.ndarray) -> np.ndarray:
+    """Return ``[B]`` what a gain that grows with the logarithm of brightness adds to a spectrum.
+
+    To first order a power, such as a display's gamma, is a gain and this.
+    """
+    positive = np.maximum(mean, 1e-3 * np.abs(mean).max() + 1e-300)
+    return mean * np.log(positive / np.median(positive))
 
 
 def evidence(features: Features, known: dict[str, np.ndarray]) -> dict[str, float]:
     """Return by name how many spreads a group is off in the direction of each parameter."""
     y = stacked(features)
     return {name: float(a @ y / max(np.linalg.norm(a), 1e-300)) for name, a in known.items()}
+
+
+def holds(features: Features, design: np.ndarray) -> bool:
+    """Whether a model explains more than the one direction in which a group is farthest off.
+
+    Along a direction in which pixels hardly differ, as where two bands are nearly the same, a fault
+    is thousands of spreads: any model has a size that explains this, and most of the whole. The
+    right one explains the rest, too, by the same size.
+
+    Parameters
+    ----------
+    design : ndarray
+        ``[B + 2, P]``: what its parameters add to :func:`stacked`; ``[B, P]`` to the mean alone.
+    """
+    y = stacked(features)[: len(design)]
+    top = int(np.argmax(np.abs(features.mean)))
+    rest = np.arange(len(y)) != top
+    others = float(y[rest] @ y[rest])
+    if y[top] ** 2 <= others or others <= _USUAL * len(y):
+        return True
+    values = np.linalg.lstsq(design, y, rcond=None)[0]
+    left = (y - design @ values)[rest]
+    return float(left @ left) < _REST * others
 
 
 def excess(features: Features, usual: float) -> float:
@@ -123,7 +164,7 @@ def fit(features: Features, known: dict[str, np.ndarray], usual: float) -> Fit:
     best: tuple[float, Fit] | None = None
     for names in _MODELS:
         design = np.stack([known[name] for name in names], axis=1)
-        if not np.all(np.linalg.norm(design, axis=0) > 0):
+        if not np.all(np.linalg.norm(design, axis=0) > 0) or not holds(features, design):
             continue
         values = np.linalg.lstsq(design, y, rcond=None)[0]
         rest = y - design @ values
@@ -154,6 +195,7 @@ def shifted_band(features: Features, usual: float) -> tuple[int, float, float]:
     gains = along**2 / np.maximum(lengths, 1e-300)
     band = int(np.argmax(gains))
     part = min(1.0, float(gains[band]) / excess(features, usual))
+    part *= holds(features, features.atoms[[band]].T)
     return band, float(along[band] / lengths[band]), part
 
 
@@ -188,15 +230,28 @@ def some_bands(features: Features, mean: np.ndarray, usual: float) -> Some:
         part = min(1.0, float(gains[i, j]) / more)
         if part > best.explained + 0.02:
             best = Some(slice(i, j), what, float(steps[i, j] / lengths[i, j]), part)
-    return best
+    spectrum = mean if best.what == "gain" else np.ones_like(mean)
+    design = spectrum[best.bands] @ features.atoms[best.bands]
+    return best if holds(features, design[:, None]) else Some(slice(0, 0), "gain", 0.0, 0.0)
+
+
+def heard(features: Features, some: Some) -> bool:
+    """Whether the noise of some bands is that of their gain, and plainly not the usual one."""
+    if some.what != "gain" or some.value <= -1 or some.bands.stop <= some.bands.start:
+        return False
+    louder = float(np.median(features.noise[some.bands])) - features.level
+    plain = abs(louder) > 2 * float(np.median(features.bands_spread[some.bands]))
+    return plain and abs(louder - np.log1p(some.value)) < abs(louder) / 2
 
 
 def rough(features: Features, mean: np.ndarray) -> float:
     """Return by which part of the usual spectrum bands are off, if each is in its own way; else 0.
 
-    Content moves neighbours alike, and along the directions in which pixels differ most.
+    Content moves neighbours alike, and along the directions in which pixels differ most: a third of
+    them at most, and fewer where the others are noise alone.
     """
-    first = -(-len(mean) // 3)
+    units = features.reference.spread
+    first = min(-(-len(mean) // 3), int((units > _WIDE * np.median(units)).sum()))
     narrow = np.where(np.arange(len(mean)) < first, 0, features.mean)
     if len(mean) < 6 or (narrow @ narrow) < _ROUGH * (features.mean @ features.mean):
         return 0.0

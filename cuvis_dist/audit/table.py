@@ -138,10 +138,10 @@ def as_json(
         "drift": [
             {
                 "node": each.node,
-                "ratio": each.ratio,
+                **known({"ratio": each.ratio}),
                 "of": each.of,
                 "figures": known(each.figures),
-                "groups": each.groups,
+                "groups": known(each.groups),
             }
             for each in drifts
         ],

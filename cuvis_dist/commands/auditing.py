@@ -130,8 +130,8 @@ def _audit(arguments: argparse.Namespace, lines: Lines) -> int:
     else:
         pixels = sum(row.pixels for row in found.rows)
         print(
-            f"{len(stored.frames):,} frames, {pixels:,} pixels at {stored.source} from "
-            f"{scaling.measuring.store}"
+            f"{len(stored.frames):,} frame{'s' * (len(stored.frames) > 1)}, {pixels:,} pixels at "
+            f"{stored.source} from {scaling.measuring.store}"
         )
         if stored.missing:
             print(f"{stored.missing:,} frames of the train split are not in it (measure adds them)")

@@ -34,6 +34,7 @@ _SHOWN_IN = {
     "extreme": "ranges",
     "coarse": "ranges",
     "twice": "table",
+    "copied": "distances",
 }
 #: What is looked at, as people call it.
 _MEASURES = {
@@ -49,7 +50,10 @@ _MEASURES = {
     "foreign": "foreign pixels",
 }
 #: Causes that are facts about bands, pixels or frames, whatever the other groups are like.
-_FACTS = ("constant", "saturated", "swapped", "spectral shift", "empty", "coarse", "twice")
+_FACTS = (
+    "constant", "saturated", "swapped", "spectral shift", "empty", "coarse", "twice", "copied",
+    "bytes",
+)  # fmt: skip
 
 
 def write_audit(audited: Audited, place: str, data: bool = False) -> Location:

@@ -83,8 +83,9 @@ def curves(
     sorted_ = {name: np.asarray(v, dtype=float)[axis.order] for name, v in values.items()}
     plot.columns = {axis.what: axis.x} | sorted_
     rest = [v for name, v in sorted_.items() if name not in unusual]
-    coloured = [name for name in unusual if name in sorted_][:NAMED]
-    grey = [name for name in unusual if name in sorted_][NAMED:]
+    # A group has one colour on the whole page, whoever is missing in a plot.
+    coloured = dict(zip(unusual[:NAMED], COLOURS, strict=False))
+    grey = [name for name in unusual[NAMED:] if name in sorted_]
     marker = "o" if len(axis.x) == 1 else None
     with drawing(plot) as figure:
         axes = figure.subplots()
@@ -97,10 +98,11 @@ def curves(
             _band(axes, axis.x, np.stack(rest), len(rest), bool(unusual))
         for name in grey:
             axes.plot(axis.x, sorted_[name], color=GREY, lw=0.7, marker=marker)
-        for name, colour in zip(coloured, COLOURS, strict=False):
+        for name in filter(sorted_.__contains__, coloured):
             axes.plot(
-                axis.x, sorted_[name], color=colour, lw=1.3, marker=marker, label=literal(name)
-            )
+                axis.x, sorted_[name], color=coloured[name], lw=1.3, marker=marker,
+                label=literal(name),
+            )  # fmt: skip
         if len(axis.x) == 1:
             axes.set_xticks(axis.x)
         axes.set(xlabel=axis.what, ylabel=ylabel, title=title)

@@ -53,6 +53,12 @@ def correlation(runs: Sequence[Kept]) -> Section:
             name = f"{each['node']} (eps {eps} added)"
             curves.append((f"{name}{label(kept, runs)}", values, LINES[i]))
             section.said.append(_condition(each, values) + f"{label(kept, runs)}.")
+            if (below := int((values < 2 * float(each["values"]["eps"])).sum())) > len(values) / 2:
+                section.said.append(
+                    f"{number(below)} of its {number(len(values))} eigenvalues are hardly more "
+                    f"than its eps of {eps}: along these its distances say little, and scores are "
+                    f"far below χ²{label(kept, runs)}."
+                )
     if not curves:
         section.missing = "No covariance was measured or is held by a node."
         return section
@@ -82,6 +88,7 @@ def correlation(runs: Sequence[Kept]) -> Section:
             limit = held[0] * len(held) * _EPS32
             axes.axhline(limit, color=GREY, ls=":", label="limit of float32")
         logarithmic(axes.yaxis)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set(xlabel="eigenvalue", ylabel="variance", title="eigenvalues of the covariance")
     section.plots.append(plot)
     return section

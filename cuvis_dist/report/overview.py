@@ -60,7 +60,7 @@ def _facts(kept: Kept) -> Iterator[tuple[str, str]]:
             marked = (
                 "annotated"
                 if kept.has_anomalies(split)
-                else "no pixel is annotated as an anomaly"
+                else "no pixel is annotated as an anomaly: metrics of it say nothing"
                 if part["annotated"]
                 else "without annotation"
             )
@@ -120,7 +120,10 @@ def _seconds(record: Mapping[str, Any]) -> float | None:
 
 
 def _calibration(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    reports = (record.get("calibration") or {}).get("reports") or {}
+    calibration = record.get("calibration") or {}
+    if calibration.get("reason"):
+        yield "thresholds", f"not calibrated: {calibration['reason']}"
+    reports = calibration.get("reports") or {}
     for node, report in reports.items():
         threshold = report.get("threshold") if isinstance(report, dict) else None
         if isinstance(threshold, dict) and "new" in threshold:

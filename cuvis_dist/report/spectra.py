@@ -180,8 +180,8 @@ def _recordings(kept: Kept, port: dict[str, Any], runs: Sequence[Kept]) -> list[
             f"{title} over {what}, {len(names)} curves{label(kept, runs)}. {stands} stands out "
             "most.",
             (
-                "Recordings that are alike lie on top of each other; the "
-                f"{min(_NAMED, len(names))} that stand out most are named"
+                "Recordings that are alike lie on top of each other"
+                + f"; the {_NAMED} that stand out most are named" * (len(names) > _NAMED)
                 if name == "recordings"
                 else "The same, relative to all pixels' mean and spread: a gain or an offset is a "
                 "curve away from zero, a broken band a spike"

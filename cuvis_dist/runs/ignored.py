@@ -51,7 +51,9 @@ def warn_of_ignored(
     _warn_of_hparams(configuration.pipeline, pipeline)
     if configuration.pipeline.plugins:
         with suppress(Exception):  # who needs the manifests says what is wrong with them
-            _warn_of_plugins(configuration.pipeline, declared_plugins(plugins_dirs, installed))
+            _warn_of_plugins(
+                configuration.pipeline, pipeline, declared_plugins(plugins_dirs, installed)
+            )
 
 
 def _warn_of_frozen(path: Path, config: TrainRunConfig, pipeline: CuvisPipeline) -> None:
@@ -87,13 +89,15 @@ def _warn_of_hparams(config: PipelineConfig, pipeline: CuvisPipeline) -> None:
                 )
 
 
-def _warn_of_plugins(config: PipelineConfig, known: Collection[str]) -> None:
+def _warn_of_plugins(
+    config: PipelineConfig, pipeline: CuvisPipeline, known: Collection[str]
+) -> None:
     """Warn of plugins that no manifest declares, where one of nearly that name is declared."""
     for name in sorted({*(config.plugins or ())} - {*known}):
         if meant := closest(name, known):
             logger.warning(
-                f"pipeline {config.metadata.name} names the plugin {name}, which no manifest declares; did you mean "
-                f"{meant}?"
+                f"pipeline {pipeline.name} names the plugin {name}, which no manifest declares; "
+                f"did you mean {meant}?"
             )
 
 

@@ -15,10 +15,12 @@ from settings import scaling_of
 
 from cuvis_dist import StatisticalTrainer
 from cuvis_dist.archive import open_archive
+from cuvis_dist.audit.audit import Audit
 from cuvis_dist.audit.drift import drift
 from cuvis_dist.audit.groups import grouped
 from cuvis_dist.audit.later import later_drift
 from cuvis_dist.audit.stored import read_store
+from cuvis_dist.audit.table import as_json, drift_text
 from cuvis_dist.initialization.matching import take
 from cuvis_dist.nodes.catalogue import recipe_for
 from cuvis_dist.nodes.state import hash_state
@@ -122,6 +124,8 @@ def test_every_node_is_compared_or_it_is_said_why_not(demo, tmp_path, name, behi
     assert why == {}
     # The same frames, all of whose pixels are kept.
     assert found[asked].ratio < 1e-4
+    assert found["rx"].surely <= 0
+    assert behind or found["rx"].figures["affine_invariant"] < 1e-3
     if behind or name == "score to logit":
         assert found[asked].figures["standard_error"] == 0
         assert found[asked].figures["sample"] > 0
@@ -180,3 +184,16 @@ def test_without_pixels_it_is_said_how_to_get_them(demo, tmp_path, monkeypatch):
     found, why = drifted(demo, heads, tmp_path / "store", fitted)
     assert found.keys() == {"rx"}
     assert "cuvis-dist measure" in why["head"]
+
+
+def test_what_is_no_number_has_drifted_beyond_any_limit(demo, tmp_path):
+    """Before: `nan > limit` is false, and so was the exit code of a cron job."""
+    fitted = initialized(demo, heads, tmp_path / "store")
+    (rx,) = (node for node in fitted.nodes() if node.name == "rx")
+    rx.mu.data[2] = float("nan")
+    found, why = drifted(demo, heads, tmp_path / "store", fitted)
+    assert found["rx"].surely == float("inf")
+    (line, other) = drift_text([found["rx"]], why)
+    assert line == "drift    rx: inf of its mu"
+    assert other.startswith("drift    head: not compared: ")
+    assert as_json(Audit("recording", (), ()), [found["rx"]])["drift"][0]["ratio"] is None

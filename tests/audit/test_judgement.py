@@ -99,7 +99,7 @@ HELD_OUT = {
         "values in steps of 24, usually 1: fewer bits",
     ),
     "negative": (lambda x, rng: x - 4000.0, "offset -4"),
-    "a band copied": (copied_band, "bands 19 and 20 nearly the same: one is a copy?"),
+    "a band copied": (copied_band, "bands 19 and 20 the same: one is a copy"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from dataclasses import replace
 
@@ -18,6 +19,8 @@ from cuvis_dist.errors import InputError
 from cuvis_dist.report import differences
 from cuvis_dist.report.audit_page import render, write_audit
 from cuvis_dist.report.audited import Audited
+from cuvis_dist.report.beside import along, curves
+from cuvis_dist.report.plot import BLUE, VERMILLION, Plot
 
 LONG = "recording_of_a_very_long_name_without_any_place_to_break_it_" * 3
 
@@ -162,6 +165,15 @@ def test_bands_that_are_not_in_order_are_drawn_by_wavelength():
     name = about.rows[0].name
     assert means.columns["wavelength in nm"].tolist() == [500, 550, 600, 700]
     assert means.columns[name].tolist() == about.groups[name].mean[[0, 2, 1, 3]].tolist()
+
+
+def test_a_group_has_one_colour_in_all_plots():
+    """Before: the first that was there had the first colour, whose was another's beside it."""
+    plot, axis = Plot("one", "of two"), along(2, None)
+    curves(plot, axis, {"b": np.ones(2)}, ["a", "b"], "title\nvalue")
+    drawn = base64.b64decode(plot.image.partition(",")[2]).decode().lower()
+    assert VERMILLION.lower() in drawn
+    assert BLUE.lower() not in drawn
 
 
 def test_data_lie_in_a_folder_beside_the_page(spoilt, tmp_path):

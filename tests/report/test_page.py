@@ -67,6 +67,19 @@ def test_what_was_skipped_and_done_again():
     assert "2 GB in 1 pass<" in content
 
 
+def test_thresholds_that_were_not_calibrated():
+    content = text_of(kept(calibration={"reason": "val split is single-class", "reports": {}}))
+    assert "not calibrated: val split is single-class" in content
+
+
+def test_an_eps_that_is_larger_than_the_variances_is_named():
+    run = kept()
+    (rx,) = (node for node in run.nodes["initialized"] if node["node"] == "rx")
+    assert "hardly more than its eps" not in text_of(run)
+    rx["values"]["covariance"] = np.diag([1e-3, *[1.1e-6] * 5])
+    assert "5 of its 6 eigenvalues are hardly more than its eps of 10⁻⁶" in text_of(run)
+
+
 def test_a_failed_run_says_so():
     content = text_of(kept(status="failed", error="no room <left>"))
     assert "failed: no room &lt;left&gt;" in content
