@@ -13,7 +13,7 @@ from torch import Tensor
 from cuvis_dist.statistics.statistic import Statistic, as_array
 
 #: Values that are compared side by side: the bands of one pixel are too few for a fast loop.
-_ROW_VALUES = 1 << 11
+_ROW_VALUES = 1 << 12
 #: Values of which both extrema are found before the next ones: a core's cache holds them.
 _BLOCK_VALUES = 1 << 16
 
