@@ -58,6 +58,7 @@ def connect(scaling: Scaling, verbose: bool = False) -> bool:
         # Nobody announces that he takes this machine away: no process need wait for that.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         options |= {
+            "address": "local",  # else Ray joins the last one that was started on this machine
             "include_dashboard": False,
             "num_cpus": max(os.cpu_count() or 1, cpus_here(scaling)),
         }

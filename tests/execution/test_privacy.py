@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import psutil
 import pytest
@@ -86,3 +88,24 @@ def test_a_token_that_others_can_read_is_warned_of(tmp_path):
     for line, mode in zip(said, ("0640", "0604"), strict=True):
         assert str(token) in line
         assert mode in line
+
+
+def test_the_last_cluster_of_this_machine_is_not_joined():
+    """Ray would join the one that `ray start` has noted, also after that was killed."""
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder:  # sockets: a short path
+        noted = Path(folder, "ray", "ray_current_cluster")
+        noted.parent.mkdir()
+        noted.write_text("192.0.2.2:6399")
+        code = (
+            "import ray; from cuvis_dist import Scaling\n"
+            "from cuvis_dist.execution.session import connect\n"
+            "connect(Scaling(resources={'workers': 1}))\n"
+            "print(ray.get_runtime_context().gcs_address)"
+        )
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        environment["RAY_TMPDIR"] = folder
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "127.0.0.1:" in done.stdout
