@@ -104,7 +104,7 @@ class Measurer:
         )
 
     def frame(
-        self, batch: dict[str, Any], frame: Frame, position: int
+        self, batch: dict[str, Any], frame: Frame, position: int, probed: bool = True
     ) -> tuple[Partial, dict[str, Tensor]]:
         """Measure one frame.
 
@@ -116,11 +116,13 @@ class Measurer:
             Its identity.
         position : int
             The frame's position in the archive.
+        probed : bool
+            Whether pixels are wanted to check affine maps on.
 
         Returns
         -------
         tuple of Partial and dict
-            The statistics, and some of the pixels that each measurement saw.
+            The statistics, and some of the pixels that each measurement saw, if they are wanted.
 
         Raises
         ------
@@ -139,18 +141,22 @@ class Measurer:
                     where["bound"] = self._bound(key, recipe.options["size"])
                 with _naming(f"{frame} cannot be measured for node {node.name}"):
                     measured[key] = recipe.statistic.measure(pixels, **recipe.options, **where)
-                probes[key].append(_thinned(pixels))
+                if probed:
+                    probes[key].append(_thinned(pixels))
             partial = partial.merge(Partial(measured, str(frame)))
         for key, statistic in partial.statistics.items():
             if statistic.n and not statistic.is_finite():
                 raise self._not_finite(key, batch, frame)
         self._note_ranks(partial)
-        return partial, {key: _thinned(torch.cat(few)) for key, few in probes.items()}
+        return partial, {key: _thinned(torch.cat(few)) for key, few in probes.items() if few}
 
     def _chosen(
         self, batch: dict[str, Any], frame: Frame
-    ) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-        """Yield, strip by strip, the pixels ``[N, C]`` that count and their indices, by key."""
+    ) -> Iterator[dict[str, tuple[Tensor, Tensor | None]]]:
+        """Yield, strip by strip, the pixels ``[N, C]`` that count, by key.
+
+        And their indices in the frame, for a statistic that asks where its pixels are.
+        """
         seen = Counter[str]()
         for part in strips(batch, len(self.before)) if self.by_strips else [batch]:
             every_input = (
@@ -168,7 +174,9 @@ class Measurer:
                     )
                     if self.pixels == "finite":
                         pixels, index = _finite_only(pixels, index)
-                chosen[key] = pixels, index + seen[key]
+                    if recipe.statistic.located:
+                        index = (torch.arange(len(pixels)) if index is None else index) + seen[key]
+                chosen[key] = pixels, index
                 seen[key] += len(every)
             yield chosen
 
@@ -238,20 +246,21 @@ def annotated(pipeline: CuvisPipeline, batch: dict[str, Any]) -> Tensor | None:
     return batch["mask"]
 
 
-def _selected(pixels: Tensor, *masks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the pixels that count by all masks, and their indices."""
+def _selected(pixels: Tensor, *masks: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the pixels that count by all masks, and their indices; None where all of them do."""
     given = [mask.to(pixels.device) for mask in masks if mask is not None]
     if not given:
-        return pixels, torch.arange(len(pixels))
+        return pixels, None
     if any(len(mask) != len(pixels) for mask in given):
         raise ValueError(f"a mask has {len(given[-1])} pixels, the port has {len(pixels)}")
     index = torch.stack(given).all(dim=0).nonzero().flatten()
     return pixels[index], index.cpu()
 
 
-def _finite_only(pixels: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+def _finite_only(pixels: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
     finite = torch.isfinite(pixels).all(dim=-1)
-    return pixels[finite], index[finite.cpu()]
+    there = finite.nonzero().flatten().cpu()
+    return pixels[finite], there if index is None else index[there]
 
 
 def _thinned(pixels: Tensor) -> Tensor:

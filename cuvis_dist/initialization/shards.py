@@ -124,7 +124,7 @@ class MeasureShard:
             batch = None  # before the next cube is read
             try:
                 batch = archive.read(index)
-                partial, few = measurer.frame(batch, frame, index)
+                partial, few = measurer.frame(batch, frame, index, probed and not probes)
                 if self.drawing:
                     drawn.append(self.drawing.frame(pipeline, batch, frame, index))
                 merged = merged.merge(partial)
@@ -137,7 +137,7 @@ class MeasureShard:
         payload = Measurement(
             merged.first_frame,
             [statistic.to_bytes() for statistic in merged.statistics.values()],
-            probes if probed else {},
+            probes,
             together(drawn),
         )
         return Row(shard.ordinal, payload, frames, size, tuple(skipped))

@@ -118,13 +118,22 @@ def joined(parts: Sequence[Drawn]) -> Drawn:
     if not full:
         return replace(parts[0], n=n, bound=bound)
     rank = np.concatenate([part.rank for part in full])
-    order = np.argsort(rank, kind="stable")
+    order = _in_order(rank)
     order = order[rank[order] <= bound]
     values = {
-        name: np.concatenate([part.values[name] for part in full])[order] for name in full[0].values
+        name: np.concatenate([part.values[name] for part in full]).take(order, axis=0)
+        for name in full[0].values
     }
     frame = np.concatenate([part.frame for part in full])[order]
     return Drawn(n, bound, rank[order], frame, values, full[0].constants)
+
+
+def _in_order(rank: np.ndarray) -> np.ndarray:
+    """Return what a stable ``argsort`` does, by a faster one: ranks are hardly ever equal."""
+    order = np.argsort(rank)
+    if (np.diff(rank[order]) > 0).all():
+        return order
+    return np.argsort(rank, kind="stable")
 
 
 def _with_pixels(parts: Sequence[Drawn]) -> list[Drawn]:

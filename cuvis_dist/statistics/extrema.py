@@ -13,7 +13,9 @@ from torch import Tensor
 from cuvis_dist.statistics.statistic import Statistic, as_array
 
 #: Values that are compared side by side: the bands of one pixel are too few for a fast loop.
-_ROW_VALUES = 1 << 11
+_ROW_VALUES = 1 << 12
+#: Bytes that a core fetches at a time.
+_LINE = 64
 #: Values of which both extrema are found before the next ones: a core's cache holds them.
 _BLOCK_VALUES = 1 << 16
 
@@ -116,7 +118,8 @@ def _reduce(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
     """Return the minimum and the maximum of ``[N, C]`` over its rows.
 
     Rows are made many pixels wide on the way, and go block by block, so that the maximum finds in
-    the core's cache what the minimum has brought there.
+    the core's cache what the minimum has brought there. A glance at each line of the memory brings
+    it there faster than the minimum itself would.
     """
     count, channels = pixels.shape
     width = max(1, _ROW_VALUES // channels)
@@ -125,6 +128,7 @@ def _reduce(pixels: np.ndarray) -> tuple[Tensor, Tensor]:
     rows = max(1, _BLOCK_VALUES // (width * channels))
     for start in range(0, len(wide), rows):
         block = wide[start : start + rows]
+        block.reshape(-1)[:: _LINE // block.itemsize].max()
         lows.append(block.min(axis=0).reshape(width, channels))
         highs.append(block.max(axis=0).reshape(width, channels))
     lowest, highest = np.concatenate(lows).min(axis=0), np.concatenate(highs).max(axis=0)

@@ -64,6 +64,16 @@ def test_any_shards_give_the_sample_of_the_definition(counts, size, groups, cut)
     assert (sample.n, sample.k) == (sum(counts), len(chosen))
 
 
+def test_pixels_of_one_rank_keep_the_order_of_their_frames():
+    """Enough of them that a sort which is not stable would not."""
+    rank = np.random.default_rng(0).integers(0, 50, 4000) / 50
+    parts = [
+        Drawn(1000, 1.0, rank[i : i + 1000], np.full(1000, i), {"at": np.arange(i, i + 1000)})
+        for i in range(0, 4000, 1000)
+    ]
+    assert np.array_equal(joined(parts).values["at"], np.argsort(rank, kind="stable"))
+
+
 def test_frames_of_one_size_give_the_wanted_number():
     """Six standard deviations more are drawn than wanted; 50 samples of 400 pixels."""
     for seed in range(50):
