@@ -47,9 +47,9 @@ def refuse_unknown(values: Any, where: str, known: Mapping[str, list[str]]) -> N
         raise InputError(f"{where}: {'; '.join(problems)}")
 
 
-def closest(name: str, known: Iterable[str]) -> str | None:
+def closest(name: str, known: Iterable[str], alike: float = _CLOSE) -> str | None:
     """Return the known name that is nearly the given one, or None."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=_CLOSE)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=alike)
     return close[0] if close else None
 
 

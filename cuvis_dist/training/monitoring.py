@@ -12,6 +12,8 @@ from cuvis_dist.misspelt import closest
 
 #: What upstream and Lightning log of every training.
 _ALWAYS = ("train_loss", "val_loss", "epoch", "step")
+#: How alike a key is to what may be meant: a whole part of it may be another.
+_CLOSE = 0.6
 
 
 def check_monitored(
@@ -41,7 +43,7 @@ def check_monitored(
             continue
         metrics = [f"{name}/{metric or '<metric>'}" for name in metric_nodes]
         logged = [*_ALWAYS[:2], *losses, *metrics]
-        close = closest(key, logged)
+        close = closest(key, logged, _CLOSE)
         meant = f"; did you mean {close}?" if close else ""
         raise InputError(
             f"training.{setting} is {key!r}, which nothing logs: there are "

@@ -164,7 +164,8 @@ def test_a_run_of_both_phases_shows_all_that_there_is(trained):
     ):
         assert sum(words in alt for alt in page.alts) == 1, words
     record = RunRecord.load(trained)
-    assert f"Epoch {record.checkpoint['epoch']} with metrics_anomaly/iou" in page.text
+    restored = f"Epoch {record.checkpoint['epoch']} (counted from 0) with metrics_anomaly/iou"
+    assert restored in page.text
     value = record.metrics["test"]["metrics_anomaly/iou"]
     assert f"{value:.4f}" in page.text
     assert "The pipeline has no principal components" in page.text
