@@ -189,24 +189,21 @@ def test_an_evaluation_warns_where_this_trainer_trained_nothing(demo_trainrun, t
 @pytest.mark.parametrize(("settings", "threads"), [({}, 3), ({"cpus_per_worker": 2}, 2)])
 def test_this_process_trains_on_all_its_threads(demo_trainrun, tmp_path, settings, threads):
     """As upstream does; a setting limits them, and afterwards they are as before."""
-    found, before = set(), torch.get_num_threads()
+    found = set()
     trainrun = initialized(demo_trainrun, tmp_path, "training.max_epochs=1")
 
     def note(event):
         found.add(torch.get_num_threads() if event.hook is PROGRESS else threads)
 
     torch.set_num_threads(3)
-    try:
-        train(trainrun, 0, scaling=settings, emit=note)
-        assert found == {threads}
-        assert torch.get_num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
+    train(trainrun, 0, scaling=settings, emit=note)
+    assert found == {threads}
+    assert torch.get_num_threads() == 3
 
 
 @pytest.mark.kernels
 def test_same_bits_in_this_process_and_on_one_worker(demo_trainrun, tmp_path):
-    """Also of what callbacks could monitor, and of the metrics after the fit.
+    """Also of what callbacks could monitor, and of the metrics after the fit; on as many threads.
 
     This process keeps frames on its device, and reads each train frame once.
     """
@@ -217,7 +214,7 @@ def test_same_bits_in_this_process_and_on_one_worker(demo_trainrun, tmp_path):
         count_readings(module, "train", log)
         before, events = state(trainrun), []
         generators = random_states()
-        scaling = {"workers": workers, "cache": cache}
+        scaling = {"workers": workers, "cache": cache, "cpus_per_worker": 1}
         trainer = train(trainrun, workers, module, scaling, emit=events.append)
         assert random_states() == generators, "the driver's random numbers are others now"
         often[cache] = counted(log)
